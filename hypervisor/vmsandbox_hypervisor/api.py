@@ -1,0 +1,228 @@
+"""The library's vocabulary: immutable descriptions, and the protocol every hypervisor fulfils.
+
+Nothing here knows pods, containers or agents.  A `VmConfig` describes a machine completely; `Hypervisor.running`
+turns it into a `Vm` for the duration of an ``async with`` block; the QEMU driver and the shipped
+`testing.FakeHypervisor` implement the same protocols and pass the same contract tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+Accel = Literal["auto", "kvm", "tcg"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What is booted: an ELF vmlinux (PVH) or a bzImage, and its command line in order."""
+
+    path: Path
+    initrd: Path | None = None
+    cmdline: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedMemory:
+    """Guest memory of its own, mapped shared: virtio-fs and discards are possible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateMemory:
+    """Copy-on-write of a sealed memfd (a template's memory): no virtio-fs, no discard."""
+
+    fd: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Base memory, and how far virtio-mem can grow it (0: no virtio-mem device), in MiB."""
+
+    size_mib: int
+    hotplug_mib: int = 0
+    dimm_slots: int = 0
+    backing: SharedMemory | PrivateMemory = field(default_factory=SharedMemory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpus:
+    """vCPUs present at boot and the most there can ever be."""
+
+    boot: int = 1
+    maximum: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """A raw file or block device as virtio-blk.  `id` is stable and unique in the VM."""
+
+    id: str
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nic:
+    """virtio-net on an open tap descriptor."""
+
+    id: str
+    tap_fd: int
+    mac: str
+    mtu: int = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A virtio-serial port; the host end is the unix socket `Vm.port_path(name)`."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NinePShare:
+    """A 9p export; QEMU can only have it from the start."""
+
+    tag: str
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtiofsShare:
+    """A directory exported by a virtiofsd of its own."""
+
+    tag: str
+    path: Path
+    cache: Literal["auto", "none", "always"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """The identity QEMU runs under; `None` in `VmConfig.confinement` keeps the caller's."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmConfig:
+    """One machine, completely.
+
+    `directory` is private to the VM: its sockets are made there, and it must exist, be short enough for
+    unix sockets (under 90 bytes) and be removed by the caller.
+    """
+
+    name: str
+    directory: Path
+    kernel: Kernel
+    memory: Memory
+    cpus: Cpus = field(default_factory=Cpus)
+    disks: tuple[Disk, ...] = ()
+    ports: tuple[Port, ...] = ()
+    shares: tuple[NinePShare, ...] = ()
+    root_ports: int = 16
+    accel: Accel = "auto"
+    confinement: Confinement | None = None
+    binary: Path = Path("/usr/bin/qemu-system-x86_64")
+    virtiofsd: Path = Path("/usr/lib/qemu/virtiofsd")
+    boot_timeout: float = 60.0
+    vsock_cid: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelChoice:
+    """Which acceleration is used, and why, in one sentence."""
+
+    accel: Literal["kvm", "tcg"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PciAddress:
+    """Where the guest finds a device: slots from the root complex down, e.g. ``02.3/00.0`` (hex)."""
+
+    pci_path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuState:
+    """vCPUs plugged (present to the guest) and the maximum.
+
+    Under TCG vCPUs are never unplugged; after scaling down `surplus` says how many the guest has to take
+    offline itself.
+    """
+
+    present: int
+    maximum: int
+    surplus: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryState:
+    """Base plus hot-plugged memory as the guest has accepted it, in MiB."""
+
+    base_mib: int
+    plugged_mib: int
+    requested_mib: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A QMP event: its name, its data, and when QEMU sent it (seconds since the epoch)."""
+
+    name: str
+    data: Mapping[str, object]
+    time: float
+
+
+class Vm(Protocol):
+    """A running machine.  Obtain one from `Hypervisor.running` or `Hypervisor.adopted`."""
+
+    config: VmConfig
+    accel: AccelChoice
+    pid: int
+    #: seconds since exec, by phase: "spawned", "monitor", "running"
+    phases: dict[str, float]
+
+    def port_path(self, name: str) -> Path: ...
+    def console(self) -> str: ...
+    def evidence(self) -> str: ...
+    def events(self) -> AsyncIterator[Event]: ...
+    async def attach_disk(self, disk: Disk) -> PciAddress: ...
+    async def detach_disk(self, disk_id: str, *, timeout: float = 10.0) -> None: ...
+    async def attach_nic(self, nic: Nic) -> PciAddress: ...
+    async def detach_nic(self, nic_id: str, *, timeout: float = 10.0) -> None: ...
+    async def attach_virtiofs(self, share: VirtiofsShare) -> PciAddress: ...
+    async def detach_virtiofs(self, tag: str, *, timeout: float = 10.0) -> None: ...
+    async def attach_9p(self, share: NinePShare) -> PciAddress: ...
+    async def detach_9p(self, tag: str, *, timeout: float = 10.0) -> None: ...
+    async def set_cpus(self, count: int) -> CpuState: ...
+    async def cpus(self) -> CpuState: ...
+    async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState: ...
+    async def memory(self) -> MemoryState: ...
+    async def attach_dimm(self, dimm_id: str, size_mib: int) -> None: ...
+    async def detach_dimm(self, dimm_id: str, *, timeout: float = 10.0) -> None: ...
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    async def status(self) -> str: ...
+    async def power_off(self, *, timeout: float = 10.0) -> None: ...
+    async def kill(self) -> None: ...
+    #: returns QEMU's exit status (None if unknown after adoption)
+    async def wait(self) -> int | None: ...
+    def release(self) -> None:
+        """Leave the VM running when the block is left: somebody else will adopt it."""
+
+
+class Hypervisor(Protocol):
+    """A driver that makes virtual machines."""
+
+    def running(self, config: VmConfig) -> AbstractAsyncContextManager[Vm]: ...
+    def adopted(self, config: VmConfig, *, pid: int, start_time: int) -> AbstractAsyncContextManager[Vm]: ...
+    async def probe_accel(self, accel: Accel) -> AccelChoice: ...
+    def argv(self, config: VmConfig) -> Sequence[str]: ...

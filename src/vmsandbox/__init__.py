@@ -1,0 +1,3 @@
+"""Containers inside virtual machines: the host side."""
+
+__version__ = "0.1.0"

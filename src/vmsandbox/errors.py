@@ -1,0 +1,115 @@
+"""The errors a caller can tell apart, and the codes that carry them across processes.
+
+A class exists only where some caller branches on it.  Messages are one line, lower case, without a full
+stop, values in quotes, and say what failed, why, and where it helps what to do.  Stdlib only: the thin
+client imports this module.
+"""
+
+from __future__ import annotations
+
+
+class SandboxError(Exception):
+    """Root of everything vmsandbox raises on purpose.
+
+    `code` is the machine-readable name that crosses process boundaries; `detail` is longer evidence
+    (console tail, QEMU's stderr) that is shown only with ``--debug``.
+    """
+
+    code = "internal"
+
+    def __init__(self, message: str, *, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+class NotFoundError(SandboxError):
+    """The thing named does not exist."""
+
+    code = "not-found"
+
+
+class AlreadyExistsError(SandboxError):
+    """The name or id is taken; the message names the holder."""
+
+    code = "already-exists"
+
+
+class AmbiguousError(NotFoundError):
+    """An abbreviated id fits several; the message lists them."""
+
+    code = "ambiguous"
+
+
+class InvalidStateError(SandboxError):
+    """The subject is in a state in which the verb makes no sense."""
+
+    code = "invalid-state"
+
+    def __init__(self, subject: str, *, state: str, wanted: str, detail: str = "") -> None:
+        super().__init__(f"cannot {wanted} {subject}: it is {state}", detail=detail)
+        self.subject = subject
+        self.state = state
+        self.wanted = wanted
+
+
+class InvalidArgumentError(SandboxError):
+    """What the user gave (option, spec, archive, configuration) is not acceptable."""
+
+    code = "invalid-argument"
+
+
+class InvalidBundleError(InvalidArgumentError):
+    """An OCI bundle or its config.json is malformed."""
+
+    code = "invalid-bundle"
+
+
+class CommandNotFoundError(SandboxError):
+    """The container's program does not exist (exit code 127)."""
+
+    code = "command-not-found"
+
+
+class CommandNotExecutableError(SandboxError):
+    """The container's program exists but cannot be executed (exit code 126)."""
+
+    code = "command-not-executable"
+
+
+class UnsupportedError(SandboxError):
+    """Asked for something this product or this machine cannot do."""
+
+    code = "unsupported"
+
+
+class ExhaustedError(SandboxError):
+    """A bounded resource (slot, space, memory) has run out."""
+
+    code = "exhausted"
+
+
+class UnavailableError(SandboxError):
+    """The virtual machine, its agent or a helper is gone or does not answer."""
+
+    code = "unavailable"
+
+
+class TimedOutError(UnavailableError):
+    """Something did not happen within its deadline."""
+
+    code = "timed-out"
+
+
+def _tree(root: type[SandboxError]) -> list[type[SandboxError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+BY_CODE: dict[str, type[SandboxError]] = {cls.code: cls for cls in _tree(SandboxError)}
+
+
+def from_code(code: str, message: str, detail: str = "") -> SandboxError:
+    """Rebuild an error that another process reported; an unknown code becomes the root class."""
+    cls = BY_CODE.get(code, SandboxError)
+    error = cls.__new__(cls)
+    SandboxError.__init__(error, message, detail=detail)
+    return error

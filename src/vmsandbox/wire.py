@@ -1,0 +1,136 @@
+"""Framing between thin clients, stand-ins and a supervisor on its control socket.
+
+A frame is a 5-byte head (payload length, kind) and a payload.  `MESSAGE` frames hold one JSON object; the other kinds
+hold stdio: an 8-byte offset and the bytes at it, so that a broken connection resumes without gap or
+repetition.  Stdlib only, and nothing here knows a verb.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+
+HEAD = struct.Struct("!IB")
+OFFSET = struct.Struct("!Q")
+
+#: a JSON object
+MESSAGE = 0
+STDIN = 1
+STDOUT = 2
+STDERR = 3
+
+#: No honest peer sends more in one frame.
+MAX_PAYLOAD = 16 * 1024 * 1024
+#: Stdio is cut into frames of at most this many bytes.
+CHUNK = 256 * 1024
+
+
+class WireError(Exception):
+    """The peer broke the framing."""
+
+
+class Frame(NamedTuple):
+    """One frame; `offset` is 0 for messages."""
+
+    kind: int
+    payload: bytes
+    offset: int = 0
+
+    def message(self) -> dict[str, Any]:
+        """The JSON object of a `MESSAGE` frame."""
+        if self.kind != MESSAGE:
+            raise WireError(f"expected a message, got stdio of kind {self.kind}")
+        try:
+            value = json.loads(self.payload)
+        except ValueError as error:
+            raise WireError(f"bad message: {error}") from error
+        if not isinstance(value, dict):
+            raise WireError("bad message: not an object")
+        return value
+
+
+def encode_message(value: dict[str, Any]) -> bytes:
+    payload = json.dumps(value, separators=(",", ":")).encode()
+    return HEAD.pack(len(payload), MESSAGE) + payload
+
+
+def encode_data(kind: int, offset: int, data: bytes | memoryview) -> bytes:
+    return b"".join((HEAD.pack(len(data) + OFFSET.size, kind), OFFSET.pack(offset), data))
+
+
+def decode(kind: int, payload: bytes) -> Frame:
+    if kind == MESSAGE:
+        return Frame(kind, payload)
+    if kind not in (STDIN, STDOUT, STDERR) or len(payload) < OFFSET.size:
+        raise WireError(f"bad frame of kind {kind}")
+    return Frame(kind, payload[OFFSET.size :], OFFSET.unpack_from(payload)[0])
+
+
+def check_length(length: int) -> None:
+    if length > MAX_PAYLOAD:
+        raise WireError(f"frame of {length} bytes is larger than {MAX_PAYLOAD}")
+
+
+def receive(sock: socket.socket) -> Frame | None:
+    """Read one frame from a blocking socket; None at end of stream."""
+    head = _receive_exactly(sock, HEAD.size)
+    if not head:
+        return None
+    length, kind = HEAD.unpack(head)
+    check_length(length)
+    payload = _receive_exactly(sock, length)
+    if len(payload) < length:
+        raise WireError("connection ended within a frame")
+    return decode(kind, payload)
+
+
+def _receive_exactly(sock: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = sock.recv(min(count - len(parts), 1 << 20))
+        if not part:
+            break
+        parts += part
+    return bytes(parts)
+
+
+async def read(reader: asyncio.StreamReader) -> Frame | None:
+    """Read one frame from an asyncio stream; None at end of stream."""
+    head = await reader.read(HEAD.size)
+    while head and len(head) < HEAD.size:
+        more = await reader.read(HEAD.size - len(head))
+        if not more:
+            raise WireError("connection ended within a frame")
+        head += more
+    if not head:
+        return None
+    length, kind = HEAD.unpack(head)
+    check_length(length)
+    return decode(kind, await reader.readexactly(length))
+
+
+class Decoder:
+    """Turns bytes as they come into frames, for peers that multiplex with `select`."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        self._buffer += data
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= HEAD.size:
+            length, kind = HEAD.unpack_from(self._buffer, start)
+            check_length(length)
+            end = start + HEAD.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append(decode(kind, bytes(self._buffer[start + HEAD.size : end])))
+            start = end
+        del self._buffer[:start]
+        return frames

@@ -1,0 +1,77 @@
+"""What every test gets: an async runner with a deadline, and proof that no process survives it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import os
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: seconds an async test may take unless it is marked otherwise with ``@pytest.mark.deadline(seconds)``
+DEADLINE = 10.0
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "deadline(seconds): how long an async test may take")
+    # Double-forked processes are reparented to us, so that `no_orphans` sees them.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    mark = pyfuncitem.get_closest_marker("deadline")
+    seconds = float(mark.args[0]) if mark else DEADLINE
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await pyfuncitem.obj(**arguments)
+
+    asyncio.run(bounded())
+    return True
+
+
+def _reap() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """Fail a test that leaves a process behind, and end that process."""
+    me = psutil.Process()
+    before = {child.pid for child in me.children(recursive=True)}
+    yield
+    deadline = time.monotonic() + 5
+    while True:
+        left = [child for child in me.children(recursive=True) if child.pid not in before]
+        alive = [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        if not alive or time.monotonic() > deadline:
+            break
+        psutil.wait_procs(alive, timeout=0.2)
+    described = []
+    for child in alive:
+        try:
+            described.append(f"{child.pid} {' '.join(child.cmdline())}")
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    _reap()
+    assert not described, f"left behind: {described}"
