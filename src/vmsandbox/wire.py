@@ -1,7 +1,7 @@
 """Framing between thin clients, stand-ins and a supervisor on its control socket.
 
-A frame is a 5-byte head (payload length, kind) and a payload.  `MESSAGE` frames hold one JSON object; the other kinds
-hold stdio: an 8-byte offset and the bytes at it, so that a broken connection resumes without gap or
+A frame is a 5-byte head (payload length, kind) and a payload.  `MESSAGE` frames hold one JSON object; the other
+kinds hold stdio: an 8-byte offset and the bytes at it, so that a broken connection resumes without gap or
 repetition.  Stdlib only, and nothing here knows a verb.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     import socket
+    from typing import Any
 
 HEAD = struct.Struct("!IB")
 OFFSET = struct.Struct("!Q")
@@ -34,12 +35,15 @@ class WireError(Exception):
     """The peer broke the framing."""
 
 
-class Frame(NamedTuple):
+class Frame:
     """One frame; `offset` is 0 for messages."""
 
-    kind: int
-    payload: bytes
-    offset: int = 0
+    __slots__ = ("kind", "offset", "payload")
+
+    def __init__(self, kind: int, payload: bytes, offset: int = 0) -> None:
+        self.kind = kind
+        self.payload = payload
+        self.offset = offset
 
     def message(self) -> dict[str, Any]:
         """The JSON object of a `MESSAGE` frame."""
@@ -64,6 +68,7 @@ def encode_data(kind: int, offset: int, data: bytes | memoryview) -> bytes:
 
 
 def decode(kind: int, payload: bytes) -> Frame:
+    """Make a frame of a payload of `kind`; raises `WireError` where it is malformed."""
     if kind == MESSAGE:
         return Frame(kind, payload)
     if kind not in (STDIN, STDOUT, STDERR) or len(payload) < OFFSET.size:
@@ -81,6 +86,8 @@ def receive(sock: socket.socket) -> Frame | None:
     head = _receive_exactly(sock, HEAD.size)
     if not head:
         return None
+    if len(head) < HEAD.size:
+        raise WireError("connection ended within a frame")
     length, kind = HEAD.unpack(head)
     check_length(length)
     payload = _receive_exactly(sock, length)
@@ -101,17 +108,20 @@ def _receive_exactly(sock: socket.socket, count: int) -> bytes:
 
 async def read(reader: asyncio.StreamReader) -> Frame | None:
     """Read one frame from an asyncio stream; None at end of stream."""
+    import asyncio
+
     head = await reader.read(HEAD.size)
-    while head and len(head) < HEAD.size:
-        more = await reader.read(HEAD.size - len(head))
-        if not more:
-            raise WireError("connection ended within a frame")
-        head += more
     if not head:
         return None
-    length, kind = HEAD.unpack(head)
-    check_length(length)
-    return decode(kind, await reader.readexactly(length))
+    try:
+        if len(head) < HEAD.size:
+            head += await reader.readexactly(HEAD.size - len(head))
+        length, kind = HEAD.unpack(head)
+        check_length(length)
+        payload = await reader.readexactly(length)
+    except asyncio.IncompleteReadError as error:
+        raise WireError("connection ended within a frame") from error
+    return decode(kind, payload)
 
 
 class Decoder:
