@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from vmsandbox_hypervisor.errors import ExitedError
+
 Accel = Literal["auto", "kvm", "tcg"]
 
 
@@ -29,7 +31,12 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedMemory:
-    """Guest memory of its own, mapped shared: virtio-fs and discards are possible."""
+    """Guest memory of its own, mapped shared: virtio-fs and discards are possible.
+
+    `fd` is a memfd that already holds the memory (a template's copy); without it QEMU makes a fresh one.
+    """
+
+    fd: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,15 @@ class PrivateMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Base memory, and how far virtio-mem can grow it (0: no virtio-mem device), in MiB."""
+    """Base memory, and how far virtio-mem can grow it (0: no virtio-mem device), in MiB.
+
+    `dimm_slots` pc-dimms can be attached beside that, together at most `dimm_mib`.
+    """
 
     size_mib: int
     hotplug_mib: int = 0
     dimm_slots: int = 0
+    dimm_mib: int = 0
     backing: SharedMemory | PrivateMemory = field(default_factory=SharedMemory)
 
 
@@ -59,7 +70,11 @@ class Cpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """A raw file or block device as virtio-blk.  `id` is stable and unique in the VM."""
+    """A raw file or block device as virtio-blk.
+
+    `id` is stable and unique in the VM; letters, digits, ``-``, ``.`` and ``_``.  Its first 20 characters are
+    the serial number that the guest sees.
+    """
 
     id: str
     path: Path
@@ -85,11 +100,16 @@ class Port:
 
 @dataclass(frozen=True, kw_only=True)
 class NinePShare:
-    """A 9p export; QEMU can only have it from the start."""
+    """A 9p export.
+
+    QEMU takes exports only on its command line, so every share that may ever be attached is in
+    `VmConfig.shares`.  Its device is there from the start if `plugged`, else `Vm.attach_9p` makes it.
+    """
 
     tag: str
     path: Path
     read_only: bool = False
+    plugged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +134,12 @@ class Confinement:
 class VmConfig:
     """One machine, completely.
 
-    `directory` is private to the VM: its sockets are made there, and it must exist, be short enough for
-    unix sockets (under 90 bytes) and be removed by the caller.
+    `directory` is private to the VM: its sockets and logs are made there, and it must exist, be short enough
+    for unix sockets (under 80 bytes) and be removed by the caller.
+
+    `disks` are there from the start and stay.  `restore` is the device state of a saved template: instead of
+    booting, the VM goes on from there, with the template's memory as backing.  `vsock_cid` 0 takes any free
+    context id (`Vm.vsock_cid` says which).
     """
 
     name: str
@@ -133,6 +157,7 @@ class VmConfig:
     virtiofsd: Path = Path("/usr/lib/qemu/virtiofsd")
     boot_timeout: float = 60.0
     vsock_cid: int | None = None
+    restore: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +212,33 @@ class Vm(Protocol):
     config: VmConfig
     accel: AccelChoice
     pid: int
+    #: field 22 of /proc/PID/stat: with `pid` it identifies the process for `Hypervisor.adopted`
+    start_time: int
+    vsock_cid: int | None
     #: seconds since exec, by phase: "spawned", "monitor", "running"
     phases: dict[str, float]
 
     def port_path(self, name: str) -> Path: ...
-    def console(self) -> str: ...
-    def evidence(self) -> str: ...
+    def console(self) -> str:
+        """What the guest printed last, at most 64 KiB; still there after the VM's end."""
+        ...
+
+    def evidence(self) -> str:
+        """QEMU's last stderr and the last console lines, for an error's detail."""
+        ...
+
+    def ended(self) -> ExitedError | None:
+        """Why the VM is gone although nobody asked for it; None while it runs or was ended on purpose."""
+        ...
+
+    def devices(self) -> Mapping[str, PciAddress]:
+        """What is attached now: ``disk-ID``, ``nic-ID``, ``fs-TAG`` or ``9p-TAG`` and where the guest has it."""
+        ...
+
+    def helper_pids(self) -> Mapping[str, int]:
+        """The virtiofsd of each attached share, by tag."""
+        ...
+
     def events(self) -> AsyncIterator[Event]: ...
     async def attach_disk(self, disk: Disk) -> PciAddress: ...
     async def detach_disk(self, disk_id: str, *, timeout: float = 10.0) -> None: ...
@@ -202,9 +248,12 @@ class Vm(Protocol):
     async def detach_virtiofs(self, tag: str, *, timeout: float = 10.0) -> None: ...
     async def attach_9p(self, share: NinePShare) -> PciAddress: ...
     async def detach_9p(self, tag: str, *, timeout: float = 10.0) -> None: ...
-    async def set_cpus(self, count: int) -> CpuState: ...
+    async def set_cpus(self, count: int, *, timeout: float = 10.0) -> CpuState: ...
     async def cpus(self) -> CpuState: ...
-    async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState: ...
+    async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState:
+        """Grow to `total_mib` or raise `DeviceError`; or shrink as far as the guest gives back in time."""
+        ...
+
     async def memory(self) -> MemoryState: ...
     async def attach_dimm(self, dimm_id: str, size_mib: int) -> None: ...
     async def detach_dimm(self, dimm_id: str, *, timeout: float = 10.0) -> None: ...
@@ -213,8 +262,10 @@ class Vm(Protocol):
     async def status(self) -> str: ...
     async def power_off(self, *, timeout: float = 10.0) -> None: ...
     async def kill(self) -> None: ...
-    #: returns QEMU's exit status (None if unknown after adoption)
-    async def wait(self) -> int | None: ...
+    async def wait(self) -> int | None:
+        """Return when QEMU has ended, with its exit status (None if unknown, after an adoption)."""
+        ...
+
     def release(self) -> None:
         """Leave the VM running when the block is left: somebody else will adopt it."""
 
@@ -225,4 +276,6 @@ class Hypervisor(Protocol):
     def running(self, config: VmConfig) -> AbstractAsyncContextManager[Vm]: ...
     def adopted(self, config: VmConfig, *, pid: int, start_time: int) -> AbstractAsyncContextManager[Vm]: ...
     async def probe_accel(self, accel: Accel) -> AccelChoice: ...
-    def argv(self, config: VmConfig) -> Sequence[str]: ...
+    def argv(self, config: VmConfig) -> Sequence[str]:
+        """The command line `running` would use, descriptors numbered as there; starts nothing."""
+        ...
