@@ -1,0 +1,1 @@
+"""Settings: their model, and how they are found, merged and validated."""
