@@ -2146,6 +2146,11 @@ class AttachRequest(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    close: Global___Stream.ValueType
+    """Nobody on the host reads this output any more: the agent closes its end, so that the process gets
+    SIGPIPE, or closes its terminal.
+    """
     @_builtins.property
     def start(self) -> Global___AttachStart:
         """the first message, and only it"""
@@ -2165,12 +2170,13 @@ class AttachRequest(_message.Message):
         input: Global___Chunk | None = ...,
         ack: Global___Ack | None = ...,
         resize: Global___ResizeRequest | None = ...,
+        close: Global___Stream.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "input", b"input", "resize", b"resize", "start", b"start", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "close", b"close", "input", b"input", "resize", b"resize", "start", b"start", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "input", b"input", "resize", b"resize", "start", b"start", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "close", b"close", "input", b"input", "resize", b"resize", "start", b"start", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["start", "input", "ack", "resize"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["start", "input", "ack", "resize", "close"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 

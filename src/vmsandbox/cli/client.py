@@ -1,0 +1,51 @@
+"""One request to a pod's supervisor: a frame out, a frame back."""
+
+from __future__ import annotations
+
+from vmsandbox import wire
+from vmsandbox.errors import SandboxError, UnavailableError, from_code
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Any
+
+
+def send(sock: socket.socket, request: dict[str, Any]) -> None:
+    try:
+        sock.sendall(wire.encode_message(request))
+    except OSError as error:
+        raise UnavailableError(f"the pod's supervisor is gone: {error.strerror}") from error
+
+
+def answer(sock: socket.socket) -> dict[str, Any]:
+    """Wait for the reply; an error reply is raised as the class it was over there."""
+    try:
+        frame = wire.receive(sock)
+    except (OSError, wire.WireError) as error:
+        raise UnavailableError(f"the pod's supervisor broke off: {error}") from error
+    if frame is None:
+        raise UnavailableError("the pod's supervisor ended without an answer; its log may say why ('--debug')")
+    reply = frame.message()
+    if "error" in reply:
+        raise rebuilt(reply["error"])
+    return reply
+
+
+def rebuilt(error: dict[str, Any]) -> SandboxError:
+    return from_code(str(error.get("code")), str(error.get("message")), str(error.get("detail", "")))
+
+
+def request(sock: socket.socket, message: dict[str, Any]) -> dict[str, Any]:
+    """Send one request and wait for its answer."""
+    send(sock, message)
+    return answer(sock)
+
+
+def wait_for_end(sock: socket.socket) -> None:
+    """Wait until the supervisor has closed the connection, which it does when everything is released."""
+    try:
+        while sock.recv(65536):
+            pass
+    except OSError:
+        return

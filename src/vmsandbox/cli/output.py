@@ -1,0 +1,33 @@
+"""What the command line prints on its own behalf, and the exit codes that go with errors."""
+
+from __future__ import annotations
+
+import sys
+
+from vmsandbox.errors import CommandNotExecutableError, CommandNotFoundError, SandboxError
+
+#: docker's and podman's code for "the engine itself failed"
+ENGINE_FAILED = 125
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+FAILED = 1
+
+
+def report(error: SandboxError, *, debug: bool) -> None:
+    """One line on stderr; the evidence below it only on request."""
+    message = " ".join(str(error).split())
+    print(f"vmsandbox: {message}", file=sys.stderr)
+    if error.detail:
+        if debug:
+            print(error.detail.rstrip(), file=sys.stderr)
+        else:
+            print("vmsandbox: '--debug' before the verb shows the evidence", file=sys.stderr)
+
+
+def run_exit_code(error: SandboxError) -> int:
+    """The exit code of `run` and `exec` for an error of ours (docker's convention)."""
+    if isinstance(error, CommandNotFoundError):
+        return NOT_FOUND
+    if isinstance(error, CommandNotExecutableError):
+        return NOT_EXECUTABLE
+    return ENGINE_FAILED

@@ -1,0 +1,376 @@
+"""The host process that stands for a process in the guest.
+
+It alone reads and writes the container's stdio on the host, forwards the signals it gets, and ends as the guest process
+ended, so whoever waits for it sees an ordinary process.  It is forked from `run` or `exec` before anything
+heavy is imported.
+
+What a reader would get wrong: the supervisor is *not* its parent and may die.  Every byte has an offset, the
+stand-in knows which it has written and which input was accepted, and when its connection breaks it starts a new
+supervisor itself and goes on from there.  If the stand-in is killed, the supervisor kills the guest process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import termios
+
+from vmsandbox import wire
+from vmsandbox.cli import launch
+from vmsandbox.cli.containerlog import LogWriter
+from vmsandbox.records import start_time
+from vmsandbox.title import set_title
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmsandbox.paths import Roots, SandboxPaths
+
+#: unacknowledged input that is kept, and so the most that is read ahead of the container, in bytes
+INPUT_WINDOW = 1024 * 1024
+#: output written before it is acknowledged, in bytes
+ACK_EVERY = 256 * 1024
+#: What a blocking descriptor takes without blocking once it polls writable (PIPE_BUF).
+ATOMIC = 4096
+#: Exit status when the pod is lost and nobody can say how the process ended.
+LOST = 255
+NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
+KINDS = {name: kind for kind, name in NAMES.items()}
+#: Not forwarded: what the kernel raises for our own doings, and job control of the caller's terminal.
+KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT}
+
+
+class Plan:
+    """Which process this stand-in is for, and what of its stdio is connected."""
+
+    __slots__ = ("container_id", "exec_id", "kill_with", "stdin", "stdout", "terminal")
+
+    def __init__(
+        self,
+        container_id: str,
+        exec_id: str = "",
+        *,
+        stdin: bool,
+        stdout: bool,
+        terminal: bool,
+        kill_with: int | None = None,
+    ) -> None:
+        self.container_id = container_id
+        self.exec_id = exec_id
+        self.stdin = stdin
+        #: False: output goes to the log only
+        self.stdout = stdout
+        self.terminal = terminal
+        #: the client whose death ends the process
+        self.kill_with = kill_with
+
+
+def fork(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> int:
+    """Fork the stand-in and return its pid; it never returns into the caller's code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = LOST
+    try:
+        os.setsid()
+        status = Standin(roots, sandbox, plan).run()
+    except BrokenPipeError:
+        pass
+    finally:
+        os._exit(status)
+
+
+class Output:
+    """One output stream: bytes that came, and those the host's descriptor has not taken yet."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.name = name
+        self.fd = fd
+        self.received = 0
+        self.acked = 0
+        self.eof = False
+        self.pending = bytearray()
+        self.limit = ATOMIC
+        if fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            # A second description of the same pipe can be non-blocking without changing the caller's.
+            try:
+                self.fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+                self.limit = wire.CHUNK
+            except OSError:
+                self.fd = fd
+
+    @property
+    def written(self) -> int:
+        return self.received - len(self.pending)
+
+    def flush(self) -> bool:
+        """Write what the descriptor takes now; False once nobody reads it any more."""
+        try:
+            count = os.write(self.fd, memoryview(self.pending)[: self.limit])
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.fd = -1
+            self.pending.clear()
+            return False
+        del self.pending[:count]
+        return True
+
+
+class Standin:
+    def __init__(self, roots: Roots, sandbox: SandboxPaths, plan: Plan) -> None:
+        self.roots = roots
+        self.sandbox = sandbox
+        self.plan = plan
+        self.outputs = {
+            wire.STDOUT: Output(1 if plan.stdout else -1, "stdout"),
+            wire.STDERR: Output(2 if plan.stdout else -1, "stderr"),
+        }
+        self.log: LogWriter | None = None
+        self.input = bytearray()  # sent, not accepted
+        self.input_sent = 0
+        self.input_eof = not plan.stdin
+        self.eof_sent = not plan.stdin
+        self.sock: socket.socket | None = None
+        self.decoder = wire.Decoder()
+        self.unsent = bytearray()
+        self.exit: dict[str, Any] | None = None
+        self.signals: list[int] = []
+
+    # ------------------------------------------------------------ set-up
+
+    def run(self) -> int:
+        wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._catch_signals(wake_out)
+        self._close_inherited({wake_in, wake_out})
+        what = self.plan.exec_id or self.plan.container_id
+        set_title(f"vmsandbox stand-in {what[:12]}")
+        client = os.pidfd_open(self.plan.kill_with) if self.plan.kill_with else -1
+        self._connect(first=True)
+        while True:
+            if self.sock is None and not self._connect(first=False):
+                return LOST
+            self._turn(wake_in, client)
+            if self.exit is not None and self._drained():
+                self._finish()
+                return int(self.exit.get("code", LOST))
+
+    def _catch_signals(self, wake: int) -> None:
+        for number in signal.valid_signals():
+            if number in (signal.SIGKILL, signal.SIGSTOP) or number in KEPT - {signal.SIGWINCH}:
+                continue
+            if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
+                continue
+            signal.signal(number, lambda _number, _frame: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+    def _close_inherited(self, keep: set[int]) -> None:
+        keep |= {output.fd for output in self.outputs.values()}
+        for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
+            if fd > 2 and fd not in keep:
+                try:
+                    os.close(fd)
+                except OSError:
+                    continue
+
+    def _connect(self, *, first: bool) -> bool:
+        """(Re)connect to the supervisor and say from which offsets on; False when the pod is gone."""
+        try:
+            self.sock = launch.connect(self.sandbox) if first else launch.connect_or_take_over(self.roots, self.sandbox)
+        except OSError:
+            return False
+        self.decoder = wire.Decoder()
+        plan = self.plan
+        hello = {
+            "verb": "attach",
+            "container": plan.container_id,
+            "exec": plan.exec_id,
+            "standin": {"pid": os.getpid(), "start_time": start_time(os.getpid())},
+            "stdout": self.outputs[wire.STDOUT].received,
+            "stderr": self.outputs[wire.STDERR].received,
+        }
+        size = self._window_size() if plan.terminal else None
+        if size:
+            hello["size"] = size
+        self.unsent = bytearray(wire.encode_message(hello))
+        # What was read but not accepted is offered again; the supervisor drops what the guest already has.
+        if self.input:
+            self.unsent += wire.encode_data(wire.STDIN, self.input_sent - len(self.input), bytes(self.input))
+        if self.plan.stdin and self.eof_sent:
+            self._send({"eof": "stdin", "offset": self.input_sent})
+        return True
+
+    # ------------------------------------------------------------ one turn of the loop
+
+    def _turn(self, wake: int, client: int) -> None:
+        assert self.sock is not None
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.unsent else 0))
+        poll.register(wake, select.POLLIN)
+        if client >= 0:
+            poll.register(client, select.POLLIN)
+        reading = not self.input_eof and len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
+        if reading:
+            poll.register(0, select.POLLIN)
+        for output in self.outputs.values():
+            if output.pending:
+                poll.register(output.fd, select.POLLOUT)
+        ready = dict(poll.poll())
+        if wake in ready:
+            self._take_signals(os.read(wake, 256))
+        if client >= 0 and client in ready:
+            self._client_died()
+        if reading and 0 in ready:
+            self._read_input()
+        for kind, output in self.outputs.items():
+            if output.pending and output.fd in ready:
+                self._write_output(kind, output)
+        sock = self.sock.fileno()
+        if sock in ready:
+            if ready[sock] & select.POLLOUT:
+                self._flush_socket()
+            if self.sock is not None and ready[sock] & ~select.POLLOUT:
+                self._read_socket()
+
+    def _take_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number == signal.SIGWINCH:
+                size = self._window_size()
+                if size:
+                    self._send({"size": size})
+            else:
+                self._send({"signal": number})
+
+    def _window_size(self) -> list[int] | None:
+        for fd in (1, 0):
+            try:
+                rows, columns = struct.unpack("hhhh", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))[:2]
+            except OSError:
+                continue
+            if rows and columns:
+                return [columns, rows]
+        return None
+
+    def _client_died(self) -> None:
+        self.plan.kill_with = None
+        self._send({"signal": int(signal.SIGKILL)})
+
+    def _read_input(self) -> None:
+        try:
+            data = os.read(0, wire.CHUNK)
+        except OSError:
+            data = b""  # a hung-up terminal
+        if data:
+            self.input += data
+            self.unsent += wire.encode_data(wire.STDIN, self.input_sent, data)
+            self.input_sent += len(data)
+        else:
+            self.input_eof = self.eof_sent = True
+            self._send({"eof": "stdin", "offset": self.input_sent})
+
+    def _write_output(self, kind: int, output: Output) -> None:
+        if not output.flush():
+            self._send({"closed": output.name})
+        self._acknowledge(kind, output)
+
+    def _acknowledge(self, kind: int, output: Output) -> None:
+        written = output.written
+        if written - output.acked >= ACK_EVERY or (not output.pending and written > output.acked):
+            output.acked = written
+            self._send({"ack": NAMES[kind], "offset": written})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self.unsent += wire.encode_message(message)
+
+    def _flush_socket(self) -> None:
+        assert self.sock is not None
+        try:
+            count = self.sock.send(self.unsent, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._disconnected()
+            return
+        del self.unsent[:count]
+
+    def _read_socket(self) -> None:
+        assert self.sock is not None
+        try:
+            data = self.sock.recv(1024 * 1024, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._disconnected()
+            return
+        for frame in self.decoder.feed(data):
+            if frame.kind == wire.MESSAGE:
+                self._take_message(frame.message())
+            else:
+                self._take_output(frame)
+
+    def _disconnected(self) -> None:
+        assert self.sock is not None
+        self.sock.close()
+        self.sock = None
+
+    # ------------------------------------------------------------ what the supervisor says
+
+    def _take_output(self, frame: wire.Frame) -> None:
+        output = self.outputs[frame.kind]
+        data = frame.payload[max(0, output.received - frame.offset) :]
+        if frame.offset > output.received or not data:
+            return  # a gap cannot be: the supervisor resumes from what we said; a repetition is dropped
+        output.received += len(data)
+        if self.log is not None:
+            self.log.write(output.name, data)
+        if output.fd >= 0:
+            output.pending += data
+        else:
+            self._acknowledge(frame.kind, output)
+
+    def _take_message(self, message: dict[str, Any]) -> None:
+        if "log" in message and self.log is None:
+            log = message["log"]
+            self.log = LogWriter(log["path"], max_bytes=log["max_bytes"], files=log["files"])
+        elif "accepted" in message:
+            keep = self.input_sent - int(message["accepted"])
+            if 0 <= keep < len(self.input):
+                del self.input[: len(self.input) - keep]
+        elif "stdin_closed" in message:
+            self.input.clear()
+            self.input_eof = True
+        elif "eof" in message:
+            self.outputs[KINDS[message["eof"]]].eof = True
+        elif "exit" in message:
+            self.exit = message["exit"]
+
+    # ------------------------------------------------------------ the end
+
+    def _drained(self) -> bool:
+        return not any(output.pending for output in self.outputs.values())
+
+    def _finish(self) -> None:
+        """Say that everything was written, so that the supervisor may forget the process."""
+        assert self.exit is not None
+        if self.log is not None:
+            self.log.close()
+        if self.sock is not None:
+            self._send({"done": True})
+            self.sock.settimeout(5)
+            try:
+                self.sock.sendall(self.unsent)
+            except OSError:
+                return

@@ -1,0 +1,272 @@
+"""What is on disk about pods and containers: documents, names, and how to find, judge and forget them.
+
+Only a supervisor writes documents, and before it answers; every other process reads them and judges by the stand-in
+(its pid together with its start time).  A damaged document is named in an error and never spoils the others.
+Stdlib only, and without pathlib or dataclasses: `ps` is this module and little else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.paths import Roots, SandboxPaths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+#: Written into every document; a larger number was written by a newer version of the product.
+VERSION = 1
+#: No document of ours comes near this; a larger file is foreign.
+MAX_BYTES = 4 * 1024 * 1024
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+MAX_NAME = 128
+
+
+class DamagedDocumentError(SandboxError):
+    """A document is truncated, foreign, unreadable or from a newer version."""
+
+    code = "damaged-document"
+
+
+def write_document(path: str, document: dict[str, Any]) -> None:
+    """Replace the document at `path` atomically and durably (write, fsync, rename)."""
+    data = json.dumps({"version": VERSION, **document}, separators=(",", ":")).encode()
+    temporary = f"{path}.{os.getpid()}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_document(path: str) -> dict[str, Any]:
+    """Read a document; `NotFoundError` if there is none, `DamagedDocumentError` naming it if it is no good."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"no document '{path}'") from None
+    except OSError as error:
+        raise DamagedDocumentError(f"cannot read '{path}': {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise DamagedDocumentError(f"'{path}' is not a document of ours: larger than {MAX_BYTES} bytes")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DamagedDocumentError(f"'{path}' is damaged: not valid JSON; 'vmsandbox gc' removes it") from None
+    if not isinstance(document, dict) or not isinstance(document.get("version"), int):
+        raise DamagedDocumentError(f"'{path}' is not a document of ours; 'vmsandbox gc' removes it")
+    if document["version"] > VERSION:
+        raise DamagedDocumentError(
+            f"'{path}' was written by a newer vmsandbox (document version {document['version']}, known {VERSION})"
+        )
+    return document
+
+
+# ---------------------------------------------------------------- processes
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it is gone or only a zombie is left."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b") ")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def is_alive(pid: object, started: object) -> bool:
+    """Whether the process that had `pid` at `started` still runs; anything but two positive ints is False."""
+    return isinstance(pid, int) and pid > 0 and isinstance(started, int) and start_time(pid) == started
+
+
+# ---------------------------------------------------------------- looking up
+
+
+class Container:
+    """A container's document and where it is."""
+
+    __slots__ = ("document", "id", "sandbox")
+
+    def __init__(self, container_id: str, sandbox: SandboxPaths, document: dict[str, Any]) -> None:
+        self.id = container_id
+        self.sandbox = sandbox
+        self.document = document
+
+    @property
+    def name(self) -> str:
+        return str(self.document.get("name", ""))
+
+    def status(self) -> str:
+        """The stored status while its stand-in lives, else `stopped`."""
+        status = str(self.document.get("status", "unknown"))
+        if status in ("created", "running", "paused"):
+            standin = self.document.get("standin") or {}
+            if not is_alive(standin.get("pid"), standin.get("start_time")):
+                return "stopped"
+        return status
+
+
+def container_ids(roots: Roots) -> list[str]:
+    try:
+        return sorted(os.listdir(roots.by_container_dir))
+    except FileNotFoundError:
+        return []
+
+
+def sandbox_of(roots: Roots, container_id: str) -> SandboxPaths:
+    """The pod directory of a container, by one readlink."""
+    try:
+        target = os.readlink(f"{roots.by_container_dir}/{container_id}")
+    except OSError:
+        raise NotFoundError(f"no such container: '{container_id}'") from None
+    return SandboxPaths(os.path.normpath(os.path.join(roots.by_container_dir, target)))
+
+
+def load(roots: Roots, container_id: str) -> Container:
+    sandbox = sandbox_of(roots, container_id)
+    try:
+        document = read_document(sandbox.container_file(container_id))
+    except NotFoundError:
+        raise NotFoundError(f"no such container: '{container_id}'") from None
+    return Container(container_id, sandbox, document)
+
+
+def containers(roots: Roots) -> Iterator[Container | SandboxError]:
+    """Every container, oldest first as far as known; a damaged one comes as its error."""
+    for container_id in container_ids(roots):
+        try:
+            yield load(roots, container_id)
+        except NotFoundError:
+            continue  # being made or removed right now
+        except SandboxError as error:
+            yield error
+
+
+def resolve(roots: Roots, reference: str) -> str:
+    """The id that a name, an id or a unique prefix of an id stands for."""
+    if "/" in reference or reference in ("", ".", ".."):
+        raise NotFoundError(f"no such container: '{reference}'")
+    try:
+        holder = os.readlink(f"{roots.names_dir}/{reference}")
+        if os.path.lexists(f"{roots.by_container_dir}/{holder}"):
+            return holder
+    except OSError:
+        pass
+    if os.path.lexists(f"{roots.by_container_dir}/{reference}"):
+        return reference
+    fits = [known for known in container_ids(roots) if known.startswith(reference)]
+    if len(fits) > 1:
+        listed = ", ".join(fit[:16] for fit in fits[:8])
+        raise AmbiguousError(f"'{reference}' is ambiguous: it fits {listed}; give more of the id")
+    if not fits:
+        raise NotFoundError(f"no such container: '{reference}'; 'vmsandbox ps -a' lists them")
+    return fits[0]
+
+
+# ---------------------------------------------------------------- names
+
+
+def check_name(name: str) -> None:
+    if not name or len(name) > MAX_NAME or not set(name) <= NAME_CHARACTERS or not name[0].isalnum():
+        raise InvalidArgumentError(
+            f"invalid name '{name[:MAX_NAME]}': letters, digits, '_', '.', '-', starting with a letter or digit, "
+            f"at most {MAX_NAME}"
+        )
+
+
+def reserve_name(roots: Roots, name: str, holder: str) -> None:
+    """Take a name for an id, or say who holds it.  A name whose holder was never finished is taken over."""
+    check_name(name)
+    os.makedirs(roots.names_dir, mode=0o700, exist_ok=True)
+    path = f"{roots.names_dir}/{name}"
+    try:
+        os.symlink(holder, path)
+    except FileExistsError:
+        raise AlreadyExistsError(
+            f"the name '{name}' is in use by '{os.readlink(path)[:SHOWN_ID]}': remove that one or choose another name"
+        ) from None
+
+
+def release_name(roots: Roots, name: str, holder: str) -> None:
+    """Give a name back, if `holder` still holds it."""
+    path = f"{roots.names_dir}/{name}"
+    try:
+        if os.readlink(path) == holder:
+            os.unlink(path)
+    except OSError:
+        return
+
+
+#: hex digits of an id shown to people
+SHOWN_ID = 12
+
+
+# ---------------------------------------------------------------- forgetting
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory of ours with all that is in it; one that is already gone is fine."""
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        os.unlink(path)
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            _unlink(entry.path)
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def forget_container(roots: Roots, container_id: str, *, name: str, image_id: str) -> None:
+    """Remove everything on disk of a container that no longer runs; safe to repeat.
+
+    The symlink goes last: until then a later `rm` or `gc` still finds what is left.
+    """
+    try:
+        sandbox: SandboxPaths | None = sandbox_of(roots, container_id)
+    except NotFoundError:
+        sandbox = None
+    remove_tree(f"{roots.container_data_dir}/{container_id}")
+    if image_id:
+        _unlink(f"{roots.data_dir}/images/refs/{image_id}/{container_id}")
+    if sandbox is not None:
+        _unlink(sandbox.container_file(container_id))
+    if name:
+        release_name(roots, name, container_id)
+    _unlink(f"{roots.by_container_dir}/{container_id}")
+
+
+def forget_sandbox_if_empty(sandbox: SandboxPaths) -> bool:
+    """Remove a pod directory in which no container's document is left; says whether it did."""
+    try:
+        if any(entry.endswith(".json") for entry in os.listdir(sandbox.containers_dir)):
+            return False
+    except FileNotFoundError:
+        pass
+    remove_tree(sandbox.dir)
+    return True
