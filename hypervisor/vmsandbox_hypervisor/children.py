@@ -1,0 +1,161 @@
+"""The one door for child processes: QEMU, virtiofsd and the accelerator probe.
+
+A child is watched through a pidfd, so the same class serves a process that this process started and one that
+it adopted.  Children get descriptors at fixed numbers, which makes their command lines reproducible, and they
+are started in a session of their own with nothing of our environment: they may outlive us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vmsandbox_hypervisor.api import Confinement
+
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+
+
+class Child:
+    """A process and its end.  Usable in the event loop in which it was made."""
+
+    def __init__(self, name: str, pid: int, start_time: int, pidfd: int) -> None:
+        self.name = name
+        self.pid = pid
+        self.start_time = start_time
+        self._pidfd = pidfd
+        self._loop = asyncio.get_running_loop()
+        #: exit status as in `subprocess`, None if it is not ours to know
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._loop.add_reader(pidfd, self._reap)
+
+    @classmethod
+    def adopted(cls, name: str, pid: int, start_time: int) -> Child:
+        """Watch a process that somebody else started; `ProcessLookupError` if it is not that one."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            # Read after the pidfd was taken: what it names cannot change any more.
+            if read_start_time(pid) != start_time:
+                raise ProcessLookupError(f"process {pid} is another one by now")
+            return cls(name, pid, start_time, pidfd)
+        except BaseException:
+            os.close(pidfd)
+            raise
+
+    def _reap(self) -> None:
+        status: int | None = None
+        with contextlib.suppress(ChildProcessError):
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            if info is not None:
+                status = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        self.forget()
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+    @property
+    def alive(self) -> bool:
+        return self._pidfd >= 0
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal it, unless it has ended."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def wait(self) -> int | None:
+        return await asyncio.shield(self.exited)
+
+    async def stop(self, *, grace: float = 0.0) -> int | None:
+        """End it: SIGTERM first if it gets `grace` seconds, then SIGKILL; returns when it is gone."""
+        if grace > 0 and self.alive:
+            self.send_signal(signal.SIGTERM)
+            await asyncio.wait({self.exited}, timeout=grace)
+        self.send_signal(signal.SIGKILL)
+        return await self.wait()
+
+    def forget(self) -> None:
+        """Stop watching; the process goes on by itself."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def read_start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, in clock ticks since the boot; `ProcessLookupError` if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessLookupError(f"no process {pid}") from error
+    # The command name, in parentheses, may itself contain blanks and parentheses.
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def confined(argv: Sequence[str], identity: Confinement | None) -> list[str]:
+    """`argv` behind setpriv: no new privileges ever, and with `identity` no privileges at all."""
+    prefix = ["setpriv", "--no-new-privs"]
+    if identity is not None:
+        groups = ",".join(str(group) for group in identity.groups)
+        prefix += [
+            f"--reuid={identity.uid}",
+            f"--regid={identity.gid}",
+            f"--groups={groups}" if groups else "--clear-groups",
+            "--inh-caps=-all",
+            "--bounding-set=-all",
+        ]
+    return [*prefix, "--", *argv]
+
+
+def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int) -> Child:
+    """Start `argv`; `fds` maps numbers in the child to descriptors here, `stderr` takes all it prints.
+
+    Raises `FileNotFoundError` or another `OSError` if it cannot be executed.  Synchronous: it costs about a
+    millisecond, whatever this process has loaded.
+    """
+    program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
+    if program is None:
+        raise FileNotFoundError(f"no program '{argv[0]}'")
+    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+    ]
+    base = max(fds, default=2) + 1
+    moved: list[int] = []
+    try:
+        # Out of the way first: a descriptor's number here may be another one's number there.
+        for target, source in [(1, stderr), (2, stderr), *sorted(fds.items())]:
+            moved.append(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, base))
+            actions.append((os.POSIX_SPAWN_DUP2, moved[-1], target))
+        pid = os.posix_spawn(
+            program,
+            list(argv),
+            ENVIRONMENT,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=[number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)],
+        )
+    finally:
+        for fd in moved:
+            os.close(fd)
+    # An unreaped child keeps its pid, so nothing here can name another process.
+    return Child(name, pid, read_start_time(pid), os.pidfd_open(pid))
+
+
+def described(status: int | None) -> str:
+    """An exit status in words."""
+    if status is None:
+        return "ended"
+    if status < 0:
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+    return f"ended with status {status}"
