@@ -1392,7 +1392,9 @@ class ProcessServicer:
 
     def Attach(self, request_iterator, context):
         """A process' stdio, one call at a time; a new call displaces the old one.  May be made before the process
-        exists: the first answer comes when it does.
+        exists: the first answer comes when it does.  At most 2 MiB of each output stream are unacknowledged, at most
+        1 MiB of input beyond what was accepted.  After `exited` the call lasts until all output is acknowledged or the
+        host has said its last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

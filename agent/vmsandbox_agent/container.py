@@ -1,0 +1,373 @@
+"""One container: an OCI bundle, its init, its execs, and what is released when it goes.
+
+The host's spec is taken as it is but for what only the guest can know: ids of a user named in the image, the home
+directory, the container's control group, the holder of a shared PID namespace, and whether there is a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox_agent import process as processes
+from vmsandbox_agent import programs, users
+from vmsandbox_agent.crun import Crun, CrunError
+from vmsandbox_agent.errors import (
+    AgentError,
+    AlreadyExistsError,
+    InvalidArgumentError,
+    InvalidStateError,
+)
+from vmsandbox_agent.process import Ending, Process, Processes
+from vmsandbox_agent.syscalls import open_in_root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vmsandbox_agent.cgroup import Cgroups, Stats
+    from vmsandbox_agent.reaper import Exit
+    from vmsandbox_protocol import agent_pb2 as pb
+
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
+_SIGKILL = 9
+#: seconds for processes to be gone after SIGKILL
+_KILL_TIMEOUT = 20.0
+
+
+class Container:
+    """Obtain one from `create`; it stays until `remove`."""
+
+    def __init__(
+        self,
+        container_id: str,
+        *,
+        bundle: Path,
+        spec: dict[str, Any],
+        group: str,
+        crun: Crun,
+        cgroups: Cgroups,
+        table: Processes,
+    ) -> None:
+        self.id = container_id
+        self.bundle = bundle
+        self.group = group
+        self.phases_us: dict[str, int] = {}
+        self._spec = spec
+        self._crun = crun
+        self._cgroups = cgroups
+        self._table = table
+        self._lock = threading.RLock()
+        self._paused = False
+        self._root = -1
+        self.init: Process | None = None
+
+    # ------------------------------------------------------------ life
+
+    def create(self, request: pb.CreateContainerRequest, ended: Callable[[Process], None]) -> None:
+        """Create the container, and start it if asked; on failure nothing of it is left."""
+        with self._lock, ExitStack() as undo:
+            self.bundle.mkdir(parents=True)
+            undo.callback(shutil.rmtree, self.bundle, ignore_errors=True)
+            root_path = str((self._spec.get("root") or {}).get("path") or "")
+            try:
+                self._root = os.open(root_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise InvalidArgumentError(f"root '{root_path}' cannot be used: {error.strerror}") from error
+            undo.callback(self._close_root)
+            self._complete(request)
+            (self.bundle / "config.json").write_text(json.dumps(self._spec))
+            begun = time.monotonic_ns()
+            undo.callback(self._delete)
+            self._create_init(request, ended)
+            self.phases_us["create"] = (time.monotonic_ns() - begun) // 1000
+            if request.start:
+                begun = time.monotonic_ns()
+                self.start()
+                self.phases_us["start"] = (time.monotonic_ns() - begun) // 1000
+            undo.pop_all()
+
+    def _create_init(self, request: pb.CreateContainerRequest, ended: Callable[[Process], None]) -> None:
+        spec_process = self._spec.get("process") or {}
+        with processes.plumbed(request.stdio, self.bundle, "init") as plumbing:
+            try:
+                child = self._crun.create(
+                    self.id,
+                    self.bundle,
+                    stdio=plumbing.inner,
+                    console_socket=plumbing.console.path if plumbing.console else None,
+                )
+            except CrunError:
+                # crun says why in words only; the usual reason can be seen.
+                programs.check(self._root, spec_process)
+                raise
+            try:
+                self._check_program(child.pid, spec_process)
+                streams = plumbing.connected()
+            except BaseException:
+                child.kill(_SIGKILL)
+                child.wait(_KILL_TIMEOUT)
+                raise
+        self.init = Process((self.id, ""), child, streams)
+        self._follow(self.init, ended)
+
+    def start(self) -> None:
+        with self._lock:
+            self._expect(CREATED, wanted="start")
+            assert self.init is not None
+            self._crun.start(self.id, self.bundle)
+            self.init.started = True
+
+    def remove(self, *, force: bool) -> None:
+        """Forget a stopped container, or with `force` kill it first."""
+        with self._lock:
+            if self.status in (RUNNING, PAUSED, CREATED):
+                if not force and self.status != CREATED:
+                    raise InvalidStateError(f"container '{self.id}'", state=self.status, wanted="remove")
+                self.kill_all()
+            self._delete()
+            self._close_root()
+            shutil.rmtree(self.bundle, ignore_errors=True)
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process, and wait until they are gone."""
+        self._cgroups.kill(self.group)
+        for process in self._table.of(self.id):
+            process.child.kill(_SIGKILL)
+        for process in self._table.of(self.id):
+            process.child.wait(_KILL_TIMEOUT)
+
+    def _delete(self) -> None:
+        """Make crun and the process table forget the container, whatever is left of it."""
+        self._cgroups.kill(self.group)
+        with suppress(CrunError):
+            self._crun.delete(self.id, self.bundle)
+        for process in self._table.of(self.id):
+            with suppress(AgentError):
+                process.child.kill(_SIGKILL)
+                process.child.wait(_KILL_TIMEOUT)
+            self._table.forget(process)
+        if self.init is not None:
+            self._table.forget(self.init)
+
+    def _close_root(self) -> None:
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+    @property
+    def status(self) -> str:
+        if self.init is None or not self.init.alive:
+            return STOPPED
+        if not self.init.started:
+            return CREATED
+        return PAUSED if self._paused else RUNNING
+
+    def _expect(self, *states: str, wanted: str) -> None:
+        if self.status not in states:
+            raise InvalidStateError(f"container '{self.id}'", state=self.status, wanted=wanted)
+
+    # ------------------------------------------------------------ processes
+
+    def exec(self, request: pb.ExecRequest, ended: Callable[[Process], None]) -> Process:
+        """Make and start another process; answers when it runs."""
+        with self._lock:
+            wanted_states = (RUNNING, PAUSED) if request.ignore_paused else (RUNNING,)
+            self._expect(*wanted_states, wanted="run a process in")
+            assert self.init is not None
+            if self._table.has(self.id, request.exec_id):
+                raise AlreadyExistsError(f"process '{request.exec_id}' of container '{self.id}' exists already")
+            document = self._process_document(request)
+            self._check_program(self.init.child.pid, document)
+            path = self.bundle / f"exec-{request.exec_id}.json"
+            path.write_text(json.dumps(document))
+            was_paused = self._paused
+            if was_paused:  # crun runs nothing in a frozen group
+                self._crun.resume(self.id, self.bundle)
+            try:
+                name = f"exec-{request.exec_id}"
+                with processes.plumbed(request.stdio, self.bundle, name) as plumbing:
+                    child = self._crun.exec(
+                        self.id,
+                        self.bundle,
+                        name,
+                        path,
+                        stdio=plumbing.inner,
+                        console_socket=plumbing.console.path if plumbing.console else None,
+                    )
+                    try:
+                        streams = plumbing.connected()
+                    except BaseException:
+                        child.kill(_SIGKILL)
+                        raise
+            except CrunError:
+                self._expect(*wanted_states, wanted="run a process in")  # it may have ended meanwhile
+                raise
+            finally:
+                if was_paused:
+                    with suppress(CrunError):  # it ended
+                        self._crun.pause(self.id, self.bundle)
+                for leftover in self.bundle.glob(f"exec-{request.exec_id}.*"):
+                    leftover.unlink(missing_ok=True)
+            process = Process((self.id, request.exec_id), child, streams)
+            process.started = True
+            if request.stdio.terminal and request.stdio.columns:
+                streams.resize(request.stdio.columns, request.stdio.rows)
+            self._follow(process, ended)
+            return process
+
+    def signal(self, exec_id: str, number: int, *, everybody: bool) -> None:
+        if not 0 <= number <= 64:
+            raise InvalidArgumentError(f"signal {number} does not exist")
+        if not everybody:
+            self._table.get(self.id, exec_id).signal(number)
+            return
+        if self.status == STOPPED and not self._cgroups.processes(self.group):
+            raise InvalidStateError(f"container '{self.id}'", state=STOPPED, wanted="signal")
+        if number == _SIGKILL:
+            self._cgroups.kill(self.group)
+            return
+        for pid in self._cgroups.processes(self.group):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _follow(self, process: Process, ended: Callable[[Process], None]) -> None:
+        kills_before = self._cgroups.oom_kills(self.group)
+
+        def end(status: Exit) -> None:
+            by_kernel = status.code == 128 + _SIGKILL and self._cgroups.oom_kills(self.group) > kills_before
+            if process is self.init and not self._has_own_pid_namespace():
+                self._cgroups.kill(self.group)  # nobody else does, where init is not the namespace's
+            process.end(Ending(status, by_kernel))
+            ended(process)
+
+        self._table.add(process)
+        process.child.when_ended(end)
+
+    # ------------------------------------------------------------ resources
+
+    def pause(self) -> None:
+        with self._lock:
+            self._expect(RUNNING, wanted="pause")
+            self._crun.pause(self.id, self.bundle)
+            self._paused = True
+
+    def resume(self) -> None:
+        with self._lock:
+            self._expect(PAUSED, wanted="resume")
+            self._crun.resume(self.id, self.bundle)
+            self._paused = False
+
+    def update(self, resources_json: bytes) -> None:
+        """Apply OCI LinuxResources."""
+        with self._lock:
+            self._expect(CREATED, RUNNING, PAUSED, wanted="update")
+            path = self.bundle / "resources.json"
+            path.write_text(json.dumps(_object(resources_json, "resources")))
+            self._crun.update(self.id, self.bundle, path)
+
+    def stats(self) -> Stats:
+        return self._cgroups.stats(self.group)
+
+    def oom_kills(self) -> int:
+        return self._cgroups.oom_kills(self.group)
+
+    def processes(self) -> list[int]:
+        return self._cgroups.processes(self.group)
+
+    def open_root(self) -> int:
+        """A descriptor of the container's root directory, with its mounts while it lives."""
+        if self.init is not None and self.init.alive:
+            with suppress(OSError):
+                return os.open(f"/proc/{self.init.child.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.dup(self._root)
+
+    # ------------------------------------------------------------ documents
+
+    def _check_program(self, pid: int, document: dict[str, Any]) -> None:
+        try:
+            root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            programs.check(root, document)
+        finally:
+            os.close(root)
+
+    def _complete(self, request: pb.CreateContainerRequest) -> None:
+        """Fill in what only the guest knows."""
+        document = self._spec.setdefault("process", {})
+        self._complete_process(document, request.user, default_home=request.default_home, stdio=request.stdio)
+        if request.make_cwd:
+            make_directory(self._root, str(document.get("cwd") or "/"))
+        self._spec.setdefault("linux", {})["cgroupsPath"] = self.group
+
+    def _complete_process(self, document: dict[str, Any], user: str, *, default_home: bool, stdio: pb.Stdio) -> None:
+        if user:
+            found = users.resolve(self._root, user)
+            inherited = document.get("user") or {}
+            groups = [*found.groups, *(inherited.get("additionalGids") or [])]
+            document["user"] = {
+                **{key: value for key, value in inherited.items() if key == "umask"},
+                "uid": found.uid,
+                "gid": found.gid,
+                "additionalGids": [*dict.fromkeys(groups)],
+            }
+        environment = [str(entry) for entry in document.get("env") or []]
+        if default_home and not any(entry.startswith("HOME=") for entry in environment):
+            uid = int((document.get("user") or {}).get("uid") or 0)
+            environment.append(f"HOME={users.home_of(self._root, uid)}")
+        document["env"] = environment
+        document["terminal"] = stdio.terminal
+        if stdio.terminal and stdio.columns:
+            document["consoleSize"] = {"width": stdio.columns, "height": stdio.rows}
+
+    def _process_document(self, request: pb.ExecRequest) -> dict[str, Any]:
+        document = _object(request.process_json, "process")
+        if request.inherit:
+            document = {**(self._spec.get("process") or {}), **document}
+            if request.user and "user" not in _object(request.process_json, "process"):
+                document["user"] = {}
+        document.setdefault("cwd", "/")
+        self._complete_process(document, request.user, default_home=request.default_home, stdio=request.stdio)
+        return document
+
+    def _has_own_pid_namespace(self) -> bool:
+        namespaces = (self._spec.get("linux") or {}).get("namespaces") or []
+        return any(entry.get("type") == "pid" and not entry.get("path") for entry in namespaces)
+
+
+def parse_spec(spec_json: bytes) -> dict[str, Any]:
+    """The OCI config.json of a request; raises InvalidArgumentError."""
+    return _object(spec_json, "spec")
+
+
+def make_directory(root: int, path: str) -> None:
+    """Make a directory and its parents below the root directory `root`, never outside of it."""
+    so_far = ""
+    for part in [part for part in path.split("/") if part not in ("", ".")]:
+        parent = open_in_root(root, so_far or "/", os.O_PATH | os.O_DIRECTORY)
+        try:
+            so_far = f"{so_far}/{part}"
+            with suppress(FileExistsError):
+                if part != "..":
+                    os.mkdir(part, 0o755, dir_fd=parent)
+        except OSError as error:
+            raise InvalidArgumentError(f"working directory '{path}' cannot be made: {error.strerror}") from error
+        finally:
+            os.close(parent)
+
+
+def _object(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{what} is not a JSON object")
+    return value

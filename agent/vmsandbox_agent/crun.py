@@ -1,0 +1,154 @@
+"""The one door to crun.
+
+crun is called with a JSON log, whose last error line becomes the message; nobody branches on its text.  The
+container inherits the standard streams of `create` and `exec`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from vmsandbox_agent.errors import AgentError, TimedOutError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmsandbox_agent.reaper import Child, Reaper
+
+#: seconds a call may take before it is killed
+TIMEOUT = 60.0
+_LOG_LIMIT = 64 * 1024
+
+
+class CrunError(AgentError):
+    """crun refused; the message is crun's own."""
+
+
+class Crun:
+    """Calls crun with one state directory."""
+
+    def __init__(self, reaper: Reaper, root: Path, *, binary: str = "/usr/bin/crun") -> None:
+        self._reaper = reaper
+        self._root = root
+        self._binary = binary
+        self._env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    def create(
+        self,
+        container_id: str,
+        bundle: Path,
+        *,
+        stdio: tuple[int | None, int | None, int | None],
+        console_socket: Path | None,
+    ) -> Child:
+        """Create a container; answers its init, which waits for `start`."""
+        return self._inheriting(
+            ["create", "--bundle", str(bundle)],
+            container_id,
+            bundle,
+            "init",
+            stdio=stdio,
+            console_socket=console_socket,
+        )
+
+    def exec(
+        self,
+        container_id: str,
+        bundle: Path,
+        name: str,
+        process: Path,
+        *,
+        stdio: tuple[int | None, int | None, int | None],
+        console_socket: Path | None,
+    ) -> Child:
+        """Start another process; `name` tells its files in the bundle apart."""
+        return self._inheriting(
+            ["exec", "--detach", "--process", str(process)],
+            container_id,
+            bundle,
+            name,
+            stdio=stdio,
+            console_socket=console_socket,
+        )
+
+    def start(self, container_id: str, bundle: Path) -> None:
+        self._run(["start", container_id], bundle / "start.log")
+
+    def pause(self, container_id: str, bundle: Path) -> None:
+        self._run(["pause", container_id], bundle / "pause.log")
+
+    def resume(self, container_id: str, bundle: Path) -> None:
+        self._run(["resume", container_id], bundle / "pause.log")
+
+    def update(self, container_id: str, bundle: Path, resources: Path) -> None:
+        self._run(["update", "--resources", str(resources), container_id], bundle / "update.log")
+
+    def delete(self, container_id: str, bundle: Path) -> None:
+        """Remove what crun knows of a container, killing what is left of it."""
+        self._run(["delete", "--force", container_id], bundle / "delete.log")
+
+    def version(self) -> str:
+        """The version's number, "" if crun cannot be called."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                child = self._reaper.spawn([self._binary, "--version"], env=self._env, stdout=writing)
+            finally:
+                os.close(writing)
+            child.wait(TIMEOUT)
+            words = os.read(reading, 4096).decode(errors="replace").split()
+        except (OSError, TimedOutError):
+            return ""
+        finally:
+            os.close(reading)
+        return words[2] if len(words) > 2 else ""
+
+    def _inheriting(
+        self,
+        verb: list[str],
+        container_id: str,
+        bundle: Path,
+        name: str,
+        *,
+        stdio: tuple[int | None, int | None, int | None],
+        console_socket: Path | None,
+    ) -> Child:
+        pid_file = bundle / f"{name}.pid"
+        console = ["--console-socket", str(console_socket)] if console_socket else []
+        with self._reaper.expecting():
+            self._run([*verb, "--pid-file", str(pid_file), *console, container_id], bundle / f"{name}.log", stdio)
+            return self._reaper.claim(int(pid_file.read_text()))
+
+    def _run(
+        self, arguments: list[str], log: Path, stdio: tuple[int | None, int | None, int | None] = (None, None, None)
+    ) -> None:
+        argv = [self._binary, f"--root={self._root}", f"--log={log}", "--log-format=json", "--cgroup-manager=cgroupfs"]
+        log.unlink(missing_ok=True)
+        child = self._reaper.spawn([*argv, *arguments], env=self._env, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
+        try:
+            status = child.wait(TIMEOUT)
+        except TimedOutError:
+            child.kill(9)
+            child.wait()
+            raise CrunError(f"crun {arguments[0]} has not ended after {TIMEOUT:g} s") from None
+        if status.code:
+            message = _last_error(log)
+            raise CrunError(message or f"crun {arguments[0]} ended with status {status.code}")
+
+
+def _last_error(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            lines = file.read(_LOG_LIMIT).splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("level") == "error":
+            return str(record.get("msg", ""))
+    return ""

@@ -1,0 +1,50 @@
+"""Where the agent keeps things: all of it below one directory, which is a tmpfs in the guest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsandbox_agent.errors import InvalidArgumentError
+
+GUEST_BASE = Path("/run/vmsandbox")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The directories below `base`."""
+
+    base: Path
+
+    @property
+    def etc(self) -> Path:
+        """What the image's /etc/hostname, hosts, resolv.conf and machine-id point to."""
+        return self.base / "etc"
+
+    @property
+    def files(self) -> Path:
+        return self.base / "files"
+
+    @property
+    def bundles(self) -> Path:
+        return self.base / "containers"
+
+    @property
+    def crun(self) -> Path:
+        return self.base / "crun"
+
+    def bundle(self, container_id: str) -> Path:
+        return self.bundles / container_id
+
+    def make(self) -> None:
+        for directory in (self.base, self.etc, self.files, self.bundles, self.crun):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+
+
+def checked_id(text: str, what: str) -> str:
+    """An id that is safe as a file name; raises InvalidArgumentError."""
+    if not _ID.fullmatch(text):
+        raise InvalidArgumentError(f"{what} id '{text[:130]}' is not made of letters, digits and '_.+-'")
+    return text

@@ -1,0 +1,219 @@
+"""The guest's end of the byte pipe to the host, relayed to the socket that gRPC serves.
+
+Two threads for a virtio-serial port: one takes what the host sends, looks for hellos and passes payload on, the
+other sends what gRPC answers.  The port is opened once and non-blocking, and waited for with edge-triggered epoll:
+while no host is connected it reports a hang-up all the time, and a level-triggered wait would spin.
+
+`vmsandbox_protocol.link` says what crosses the port.  A vsock connection needs none of that: the kernel begins and
+ends it, so bytes are passed through as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from vmsandbox_protocol import link
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: A port's buffers are pages; one vector takes many of them in one call.
+_PAGE = 4096
+_PAGES = 64
+_SEND = 128 * 1024
+#: seconds that gRPC may take to accept input before the session is given up
+_STALLED = 60
+
+
+class PortRelay:
+    """Relays one port to one unix socket; a session per hello."""
+
+    def __init__(self, port: Path, target: Path) -> None:
+        self._target = str(target)
+        self._fd = os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        self._buffer = bytearray(_PAGE * _PAGES)
+        self._vector = [memoryview(self._buffer)[at : at + _PAGE] for at in range(0, len(self._buffer), _PAGE)]
+        self._session: _Session | None = None
+        self._writer: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._serve, name="port", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self, timeout: float) -> None:
+        """Wait until what gRPC answered last has been handed to the port."""
+        writer = self._writer
+        if writer is not None:
+            writer.join(timeout)
+
+    def _serve(self) -> None:
+        finder = link.HelloFinder(link.MARK)
+        with select.epoll() as epoll:
+            epoll.register(self._fd, select.EPOLLIN | select.EPOLLET)
+            while True:
+                try:
+                    count = os.readv(self._fd, self._vector)
+                except BlockingIOError:
+                    count = 0
+                except OSError:
+                    count = 0  # a terminal in a test whose other end is closed
+                if count == 0:  # nothing there, or no host
+                    epoll.poll()
+                    continue
+                self._take(finder, count)
+
+    def _take(self, finder: link.HelloFinder, count: int) -> None:
+        data = memoryview(self._buffer)[:count]
+        found = finder.feed(data)
+        if found is not None:
+            digits, end = found
+            self._begin(digits)
+            data = data[end:]
+        if self._session is not None and not self._session.receive(data):
+            self._session.end()
+            self._session = None
+
+    def _begin(self, digits: bytes) -> None:
+        """Drop the old session, whole or not, and greet the new one."""
+        if self._session is not None:
+            self._session.end()
+        if self._writer is not None:
+            self._writer.join()
+        self._session = session = _Session(self._fd, self._target)
+        self._writer = threading.Thread(target=session.send_answers, args=(digits,), name="port-out", daemon=True)
+        self._writer.start()
+
+
+class _Session:
+    """One host's use of the port."""
+
+    def __init__(self, port: int, target: str) -> None:
+        self._port = port
+        self._over = False
+        self._unframer = link.Unframer()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_STALLED))
+        self._socket.connect(target)
+
+    def receive(self, data: memoryview) -> bool:
+        """Pass the payload in `data` on; False if the session is over."""
+        if self._over:
+            return False
+        try:
+            for piece in self._unframer.feed(data):
+                self._socket.sendall(piece)
+        except (OSError, link.LinkError):
+            return False
+        return not self._unframer.ended
+
+    def end(self) -> None:
+        """Stop sending, even within a frame."""
+        self._over = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        os.eventfd_write(self._wakeup, 1)
+
+    def send_answers(self, digits: bytes) -> None:
+        """Echo the hello, then send what gRPC answers until it closes or the session ends."""
+        buffer = bytearray(link.HEAD + _SEND)
+        view = memoryview(buffer)
+        try:
+            with select.epoll() as epoll:
+                epoll.register(self._port, select.EPOLLOUT | select.EPOLLET)
+                epoll.register(self._wakeup, select.EPOLLIN)
+                self._write(memoryview(link.ECHO + digits), epoll)
+                while not self._over:
+                    count = self._socket.recv_into(view[link.HEAD :])
+                    buffer[: link.HEAD] = link.head(count)  # nothing more to come is the end frame
+                    self._write(view[: link.HEAD + count], epoll)
+                    if count == 0:
+                        return
+        except OSError:
+            return
+        finally:
+            self._socket.close()
+            os.close(self._wakeup)
+
+    def _write(self, data: memoryview, epoll: select.epoll) -> None:
+        while len(data) and not self._over:
+            try:
+                data = data[os.write(self._port, data) :]
+            except BlockingIOError:
+                epoll.poll()
+
+
+class VsockRelay:
+    """Accepts connections from the host and relays each to the unix socket."""
+
+    def __init__(self, listener: socket.socket, target: Path) -> None:
+        self._listener = listener
+        self._target = str(target)
+        self._thread = threading.Thread(target=self._serve, name="vsock", daemon=True)
+
+    @classmethod
+    def listening(cls, port: int, target: Path) -> VsockRelay:
+        listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            listener.bind((socket.VMADDR_CID_ANY, port))
+            listener.listen(4)
+        except OSError:
+            listener.close()
+            raise
+        return cls(listener, target)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self, timeout: float) -> None:
+        """Nothing: the kernel sends what was written before a connection was closed."""
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            target = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                target.connect(self._target)
+            except OSError:
+                connection.close()
+                target.close()
+                continue
+            pair = _Pair(connection, target)
+            threading.Thread(target=pair.copy, args=(connection, target), name="vsock-in", daemon=True).start()
+            threading.Thread(target=pair.copy, args=(target, connection), name="vsock-out", daemon=True).start()
+
+
+class _Pair:
+    """Two connected sockets, closed when both directions are done."""
+
+    def __init__(self, *sockets: socket.socket) -> None:
+        self._sockets = sockets
+        self._lock = threading.Lock()
+        self._running = len(sockets)
+
+    def copy(self, source: socket.socket, target: socket.socket) -> None:
+        buffer = bytearray(_SEND)
+        view = memoryview(buffer)
+        try:
+            while count := source.recv_into(buffer):
+                target.sendall(view[:count])
+        except OSError:
+            pass
+        finally:
+            for each in self._sockets:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    for each in self._sockets:
+                        each.close()
+
+
+def _timeval(seconds: int) -> bytes:
+    return seconds.to_bytes(8, "little") + bytes(8)

@@ -1,0 +1,155 @@
+"""The agent's two lives: PID 1 of the guest, or a service on somebody's machine.
+
+Everything that a template's clones have to do themselves is left to CreateSandbox.  Imports that take long under
+emulation come after the machine is set up, so that the console shows how far it got.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsandbox_agent import init
+from vmsandbox_agent.layout import GUEST_BASE, Layout
+from vmsandbox_agent.syscalls import LinuxCalls, SharedMachineCalls, SystemCalls, become_subreaper
+
+PORT_NAME = "vmsandbox.agent"
+#: seconds for the host's port to appear
+_PORT_TIMEOUT = 60.0
+_AGENT_GROUP = "/agent"
+#: memory that containers cannot take away from the agent
+_AGENT_MEMORY = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run."""
+
+    layout: Layout
+    calls: SystemCalls
+    parent_group: str
+    socket: Path
+    port: Path | None = None
+    port_name: str = ""
+    vsock_port: int = 0
+    #: what service mode must not touch
+    shm: Path = Path("/dev/shm")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run as PID 1, or with ``service --state DIR --socket PATH [--port DEVICE] [--group GROUP]``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if os.getpid() == 1 and not arguments:
+        return _be_init()
+    if not arguments or arguments[0] != "service":
+        print("usage: agent service --state DIR --socket PATH [--port DEVICE] [--group GROUP]", file=sys.stderr)
+        return 2
+    options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    base = Path(options["--state"])
+    settings = Settings(
+        layout=Layout(base),
+        calls=SharedMachineCalls(),
+        parent_group=options.get("--group", "/vmsandbox-agent"),
+        socket=Path(options["--socket"]),
+        port=Path(options["--port"]) if "--port" in options else None,
+        shm=base / "shm",
+    )
+    become_subreaper()
+    return _serve(settings)
+
+
+def _be_init() -> int:
+    """Never returns: the kernel panics when PID 1 ends."""
+    calls = LinuxCalls()
+    try:
+        os.umask(0o022)
+        os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+        init.mount_everything(calls)
+        init.survive_containers()
+        init.raise_loopback()
+        parameters = init.parameters(Path("/proc/cmdline").read_text())
+        _serve(
+            Settings(
+                layout=Layout(GUEST_BASE),
+                calls=calls,
+                parent_group="/containers",
+                socket=GUEST_BASE / "agent.sock",
+                port_name=PORT_NAME,
+                vsock_port=int(parameters.get("vsock", "0")),
+            )
+        )
+    except BaseException:
+        traceback.print_exc()
+        print("vmsandbox-agent: fatal error, switching off", file=sys.stderr, flush=True)
+    finally:
+        calls.power_off()
+        signal.pause()
+    return 1
+
+
+def _serve(settings: Settings) -> int:
+    from vmsandbox_agent import cgroup, devices, machine
+    from vmsandbox_agent.crun import Crun
+    from vmsandbox_agent.reaper import Reaper
+    from vmsandbox_agent.sandbox import Sandbox
+    from vmsandbox_agent.storage import Storages
+
+    started_us = machine.since_boot_us()
+    layout = settings.layout
+    layout.make()
+    cgroups = cgroup.detect()
+    cgroups.prepare(settings.parent_group)
+    if os.getpid() == 1 and isinstance(cgroups, cgroup.UnifiedCgroups):
+        cgroups.protect(_AGENT_GROUP, _AGENT_MEMORY)
+    reaper = Reaper()
+    reaper.start()
+    crun = Crun(reaper, layout.crun)
+    sandbox = Sandbox(
+        layout,
+        settings.calls,
+        reaper=reaper,
+        crun=crun,
+        cgroups=cgroups,
+        storages=Storages(layout.base, settings.calls),
+        parent_group=settings.parent_group,
+        shm=settings.shm,
+    )
+    the_machine = machine.Machine(crun_version=crun.version)
+    the_machine.phases_us = {"kernel": _process_start_us(), "agent": started_us}
+
+    from vmsandbox_agent import link, server, service
+
+    finished = threading.Event()
+    grpc_server = server.made()
+    service.register(grpc_server, sandbox, the_machine, lambda power_off: finished.set() if power_off else None)
+    server.serve(grpc_server, settings.socket)
+    relays: list[server.Relay] = []
+    port = settings.port
+    if settings.port_name:
+        port = devices.wait_for(
+            lambda: devices.port_named(settings.port_name), f"port '{settings.port_name}'", timeout=_PORT_TIMEOUT
+        )
+    if port is not None:
+        relays.append(link.PortRelay(port, settings.socket))
+    if settings.vsock_port:
+        relays.append(link.VsockRelay.listening(settings.vsock_port, settings.socket))
+    the_machine.phases_us["serving"] = machine.since_boot_us()
+    for relay in relays:
+        relay.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: finished.set())
+    print("vmsandbox-agent: serving", file=sys.stderr, flush=True)
+    finished.wait()
+    server.stop(grpc_server, relays)
+    return 0
+
+
+def _process_start_us() -> int:
+    """When the kernel started this process, in its ticks."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) * 1_000_000 // os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,377 @@
+"""The RPCs: each parses its request, calls one operation and maps what comes back.
+
+An error of ours becomes a gRPC status with its code in the trailing metadata, where the host looks for it; the
+status' text is for people.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from vmsandbox_agent import errors, machine, stdio
+from vmsandbox_agent.events import Event, Exited
+from vmsandbox_protocol import agent_pb2 as pb
+from vmsandbox_protocol import agent_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from vmsandbox_agent.process import Ending
+    from vmsandbox_agent.sandbox import Sandbox
+
+#: trailing metadata: what the host branches on
+CODE_KEY = "vmsandbox-code"
+SUBJECT_KEY = "vmsandbox-subject"
+STATE_KEY = "vmsandbox-state"
+WANTED_KEY = "vmsandbox-wanted"
+
+_STATUS = {
+    "not-found": grpc.StatusCode.NOT_FOUND,
+    "command-not-found": grpc.StatusCode.NOT_FOUND,
+    "already-exists": grpc.StatusCode.ALREADY_EXISTS,
+    "invalid-state": grpc.StatusCode.FAILED_PRECONDITION,
+    "invalid-argument": grpc.StatusCode.INVALID_ARGUMENT,
+    "command-not-executable": grpc.StatusCode.PERMISSION_DENIED,
+    "unsupported": grpc.StatusCode.UNIMPLEMENTED,
+    "exhausted": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "unavailable": grpc.StatusCode.ABORTED,
+    "timed-out": grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_MESSAGE_LIMIT = 4096
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _abort(context: grpc.ServicerContext, error: Exception) -> None:
+    """End the call with the status for an error; does not return."""
+    if isinstance(error, errors.AgentError):
+        code = error.code
+        message = str(error)
+    else:
+        traceback.print_exc()
+        code = "internal"
+        message = f"{type(error).__name__}: {error}"
+    metadata = [(CODE_KEY, code)]
+    if isinstance(error, errors.InvalidStateError):
+        metadata += [(SUBJECT_KEY, error.subject), (STATE_KEY, error.state), (WANTED_KEY, error.wanted)]
+    context.set_trailing_metadata([(key, _printable(value)) for key, value in metadata])
+    context.abort(_STATUS.get(code, grpc.StatusCode.INTERNAL), _printable(message))
+
+
+def _printable(text: str) -> str:
+    return text[:_MESSAGE_LIMIT].encode("ascii", "replace").decode()
+
+
+def _rpc(method: F) -> F:
+    """An RPC with one answer."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except Exception as error:
+            _abort(context, error)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _streaming(method: F) -> F:
+    """An RPC that answers with a stream."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from method(self, request, context)
+        except Exception as error:
+            _abort(context, error)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class SandboxService(pb_grpc.SandboxServicer):
+    """The pod and its machine."""
+
+    def __init__(self, sandbox: Sandbox, machine_: machine.Machine, end: Callable[[bool], None]) -> None:
+        """`end` is called when the sandbox was destroyed, with whether to switch off."""
+        self._sandbox = sandbox
+        self._machine = machine_
+        self._end = end
+
+    @_rpc
+    def CreateSandbox(
+        self, request: pb.CreateSandboxRequest, context: grpc.ServicerContext
+    ) -> pb.CreateSandboxResponse:
+        self._sandbox.create(request)
+        return pb.CreateSandboxResponse(details=self._details(quickly=True))
+
+    @_rpc
+    def DestroySandbox(
+        self, request: pb.DestroySandboxRequest, context: grpc.ServicerContext
+    ) -> pb.DestroySandboxResponse:
+        self._sandbox.destroy(request.grace_ms / 1000)
+        self._end(request.power_off)
+        return pb.DestroySandboxResponse()
+
+    @_rpc
+    def GetGuestDetails(self, request: pb.GetGuestDetailsRequest, context: grpc.ServicerContext) -> pb.GuestDetails:
+        return self._details()
+
+    @_rpc
+    def SetTime(self, request: pb.SetTimeRequest, context: grpc.ServicerContext) -> pb.SetTimeResponse:
+        self._sandbox.set_time(request.time_ns)
+        return pb.SetTimeResponse()
+
+    @_rpc
+    def Reseed(self, request: pb.ReseedRequest, context: grpc.ServicerContext) -> pb.ReseedResponse:
+        self._sandbox.reseed(request.entropy)
+        return pb.ReseedResponse()
+
+    @_rpc
+    def AddStorages(self, request: pb.AddStoragesRequest, context: grpc.ServicerContext) -> pb.AddStoragesResponse:
+        found = self._sandbox.storages.add(request.storages)
+        return pb.AddStoragesResponse(
+            addresses=[
+                pb.StorageAddress(mount_point=point, node=device.node, major=device.major, minor=device.minor)
+                for point, device in found.items()
+            ]
+        )
+
+    @_rpc
+    def RemoveStorages(
+        self, request: pb.RemoveStoragesRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveStoragesResponse:
+        self._sandbox.storages.remove(request.mount_points)
+        return pb.RemoveStoragesResponse()
+
+    @_streaming
+    def WatchEvents(self, request: pb.WatchEventsRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:
+        watcher = self._sandbox.watch()
+        if not context.add_callback(watcher.close):
+            watcher.close()
+        for event in watcher:
+            yield _event(event)
+
+    def _details(self, *, quickly: bool = False) -> pb.GuestDetails:
+        details = self._machine.details(identified=self._sandbox.identified, quickly=quickly)
+        return pb.GuestDetails(**details)
+
+
+class ContainerService(pb_grpc.ContainerServicer):
+    """Containers."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    @_rpc
+    def CreateContainer(
+        self, request: pb.CreateContainerRequest, context: grpc.ServicerContext
+    ) -> pb.CreateContainerResponse:
+        container = self._sandbox.create_container(request)
+        assert container.init is not None
+        return pb.CreateContainerResponse(guest_pid=container.init.child.pid, phases_us=container.phases_us)
+
+    @_rpc
+    def StartContainer(
+        self, request: pb.StartContainerRequest, context: grpc.ServicerContext
+    ) -> pb.StartContainerResponse:
+        self._sandbox.container(request.container_id).start()
+        return pb.StartContainerResponse()
+
+    @_rpc
+    def RemoveContainer(
+        self, request: pb.RemoveContainerRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveContainerResponse:
+        self._sandbox.remove_container(request.container_id, force=request.force)
+        return pb.RemoveContainerResponse()
+
+    @_rpc
+    def UpdateContainer(
+        self, request: pb.UpdateContainerRequest, context: grpc.ServicerContext
+    ) -> pb.UpdateContainerResponse:
+        self._sandbox.container(request.container_id).update(request.resources_json)
+        return pb.UpdateContainerResponse()
+
+    @_rpc
+    def PauseContainer(
+        self, request: pb.PauseContainerRequest, context: grpc.ServicerContext
+    ) -> pb.PauseContainerResponse:
+        self._sandbox.container(request.container_id).pause()
+        return pb.PauseContainerResponse()
+
+    @_rpc
+    def ResumeContainer(
+        self, request: pb.ResumeContainerRequest, context: grpc.ServicerContext
+    ) -> pb.ResumeContainerResponse:
+        self._sandbox.container(request.container_id).resume()
+        return pb.ResumeContainerResponse()
+
+    @_rpc
+    def StatsContainer(self, request: pb.StatsContainerRequest, context: grpc.ServicerContext) -> pb.ContainerStats:
+        stats = self._sandbox.container(request.container_id).stats()
+        return pb.ContainerStats(**vars(stats), time_ns=machine.now_ns())
+
+    @_rpc
+    def ListContainers(
+        self, request: pb.ListContainersRequest, context: grpc.ServicerContext
+    ) -> pb.ListContainersResponse:
+        rows = []
+        for container in self._sandbox.containers():
+            states = []
+            for process in self._sandbox.processes.of(container.id):
+                stdout, stderr, stdin = process.stdio.offsets()
+                state = pb.ProcessState(
+                    exec_id=process.key[1],
+                    started=process.started,
+                    stdout_offset=stdout,
+                    stderr_offset=stderr,
+                    stdin_offset=stdin,
+                )
+                if process.ending is not None:
+                    state.exit.CopyFrom(_exit_status(process.ending))
+                states.append(state)
+            rows.append(
+                pb.ContainerRow(
+                    container_id=container.id,
+                    status=container.status,
+                    processes=states,
+                    oom_kills=container.oom_kills(),
+                )
+            )
+        return pb.ListContainersResponse(containers=rows)
+
+
+class ProcessService(pb_grpc.ProcessServicer):
+    """Processes and their streams."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    @_rpc
+    def Exec(self, request: pb.ExecRequest, context: grpc.ServicerContext) -> pb.ExecResponse:
+        process = self._sandbox.exec(request)
+        return pb.ExecResponse(guest_pid=process.child.pid)
+
+    @_rpc
+    def Signal(self, request: pb.SignalRequest, context: grpc.ServicerContext) -> pb.SignalResponse:
+        container = self._sandbox.container(request.container_id)
+        container.signal(request.exec_id, request.signal, everybody=request.all)
+        return pb.SignalResponse()
+
+    @_rpc
+    def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.ExitStatus:
+        return _exit_status(self._sandbox.processes.get(request.container_id, request.exec_id).wait())
+
+    @_rpc
+    def Acknowledge(self, request: pb.AcknowledgeRequest, context: grpc.ServicerContext) -> pb.AcknowledgeResponse:
+        self._sandbox.acknowledge(request.container_id, request.exec_id)
+        return pb.AcknowledgeResponse()
+
+    @_rpc
+    def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeResponse:
+        self._resize(request)
+        return pb.ResizeResponse()
+
+    @_streaming
+    def Attach(
+        self, requests: Iterator[pb.AttachRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.AttachResponse]:
+        first = next(requests, None)
+        if first is None or first.WhichOneof("what") != "start":
+            raise errors.InvalidArgumentError("the first message of an attachment is its start")
+        start = first.start
+        table = self._sandbox.processes
+        left = threading.Event()
+
+        def gone() -> None:
+            left.set()
+            table.look_again()
+
+        if not context.add_callback(gone):
+            return
+        process = table.when_made(start.container_id, start.exec_id, left.is_set)
+        session = process.stdio.attach(start.stdout_offset, start.stderr_offset)
+        if not context.add_callback(session.leave):
+            return
+        failures: list[errors.AgentError] = []
+        reader = threading.Thread(
+            target=self._take_requests, args=(requests, session, failures), name="attach", daemon=True
+        )
+        reader.start()
+        for happening in session.events():
+            if isinstance(happening, stdio.Ended):
+                # Streams are told of the end after it was recorded.
+                assert process.ending is not None
+                yield pb.AttachResponse(exited=_exit_status(process.ending))
+            else:
+                yield _attach_response(happening)
+        if failures:
+            raise failures[0]
+        if session.displaced:
+            raise errors.UnavailableError("another attachment took over, or the process was removed")
+
+    def _take_requests(
+        self, requests: Iterator[pb.AttachRequest], session: stdio.Session, failures: list[errors.AgentError]
+    ) -> None:
+        try:
+            for request in requests:
+                what = request.WhichOneof("what")
+                if what == "input":
+                    session.receive(request.input.offset, request.input.data, eof=request.input.eof)
+                elif what == "ack":
+                    session.acknowledge(request.ack.stream, request.ack.offset)
+                elif what == "resize":
+                    self._resize(request.resize)
+                else:
+                    raise errors.InvalidArgumentError(f"an attachment does not take '{what}' here")
+        except errors.AgentError as error:
+            failures.append(error)
+            session.leave()
+        except Exception:  # gRPC raises a bare one when the call is over
+            session.leave()
+        else:
+            session.finish()
+
+    def _resize(self, request: pb.ResizeRequest) -> None:
+        process = self._sandbox.processes.get(request.container_id, request.exec_id)
+        process.stdio.resize(request.columns, request.rows)
+
+
+def _attach_response(happening: stdio.Happening) -> pb.AttachResponse:
+    if isinstance(happening, stdio.Data):
+        return pb.AttachResponse(
+            output=pb.Chunk(
+                stream=happening.stream,  # type: ignore[arg-type]
+                offset=happening.offset,
+                data=happening.data,
+                eof=happening.eof,
+            )
+        )
+    if isinstance(happening, stdio.Accepted):
+        return pb.AttachResponse(accepted=pb.Ack(stream=pb.STREAM_STDIN, offset=happening.offset))
+    return pb.AttachResponse(stdin_closed=True)
+
+
+def _exit_status(ending: Ending) -> pb.ExitStatus:
+    return pb.ExitStatus(
+        code=ending.exit.code,
+        signal=ending.exit.signal,
+        time_ns=ending.exit.time_ns,
+        oom_killed=ending.oom_killed,
+    )
+
+
+def _event(event: Event) -> pb.Event:
+    if isinstance(event, Exited):
+        return pb.Event(container_id=event.container_id, exec_id=event.exec_id, exited=_exit_status(event.ending))
+    return pb.Event(container_id=event.container_id, oom=pb.OomKill(count=event.count))
+
+
+def register(server: grpc.Server, sandbox: Sandbox, machine_: machine.Machine, end: Callable[[bool], None]) -> None:
+    """Serve everything on `server`."""
+    pb_grpc.add_SandboxServicer_to_server(SandboxService(sandbox, machine_, end), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_ContainerServicer_to_server(ContainerService(sandbox), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_ProcessServicer_to_server(ProcessService(sandbox), server)  # type: ignore[no-untyped-call]

@@ -1,0 +1,413 @@
+"""A process' streams: offsets, acknowledgement, replay and back-pressure.
+
+Output is read from its pipe only while somebody is attached and less than `WINDOW` bytes of it are
+unacknowledged; what is read stays in memory until it is acknowledged, and is given again to whoever attaches
+later and asks for it.  A process that writes faster is stopped by its full pipe.  Input that was received but does
+not fit into the pipe is kept too; a host that sends more than `INPUT_WINDOW` bytes beyond what was accepted is refused,
+because acknowledgements come by the same stream as input and may not wait behind it.
+
+One thread at a time moves the bytes: the one that iterates over `Session.events`.  A newer session makes the
+older one end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+import termios
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmsandbox_agent.errors import InvalidArgumentError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STDIN = 1
+STDOUT = 2
+STDERR = 3
+
+#: Unacknowledged bytes of one output stream.
+WINDOW = 2 * 1024 * 1024
+#: Bytes of input that may be under way beyond what was accepted.
+INPUT_WINDOW = 1024 * 1024
+#: At most this much in one event.
+CHUNK = 256 * 1024
+PIPE_SIZE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Data:
+    """Output at an offset; with `eof` nothing follows."""
+
+    stream: int
+    offset: int
+    data: bytes
+    eof: bool
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Input below `offset` reached the process' pipe."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class InputClosed:
+    """Nobody reads the process' input any more."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The process ended and all of its output was given."""
+
+
+Happening = Data | Accepted | InputClosed | Ended
+
+
+class Output:
+    """One stream that comes out of a process."""
+
+    def __init__(self, fd: int | None) -> None:
+        self.fd = fd
+        #: offset of the first byte that is kept
+        self.base = 0
+        self.kept = bytearray()
+        self.ended = fd is None
+
+    @property
+    def produced(self) -> int:
+        return self.base + len(self.kept)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether more is to be read now."""
+        return self.fd is not None and not self.ended and len(self.kept) <= WINDOW - CHUNK
+
+    def acknowledge(self, offset: int) -> None:
+        if offset > self.produced:
+            raise InvalidArgumentError(f"offset {offset} is acknowledged, but there are only {self.produced} bytes")
+        if offset > self.base:
+            del self.kept[: offset - self.base]
+            self.base = offset
+
+    def read(self, *, final: bool) -> bytes:
+        """Take what is there; with `final` nothing more is waited for."""
+        assert self.fd is not None
+        try:
+            data = os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            if final:
+                self.ended = True
+            return b""
+        except OSError:  # a terminal whose last user is gone
+            self.ended = True
+            return b""
+        if not data:
+            self.ended = True
+        self.kept += data
+        return data
+
+
+class Input:
+    """The stream into a process."""
+
+    def __init__(self, fd: int | None, *, terminal: bool) -> None:
+        self.fd = fd
+        self.terminal = terminal
+        self.accepted = 0
+        self.queue: deque[memoryview] = deque()
+        self.queued = 0
+        self.eof = False
+        self.closed = fd is None
+
+    @property
+    def received(self) -> int:
+        return self.accepted + self.queued
+
+    @property
+    def pending(self) -> bool:
+        return not self.closed and (bool(self.queue) or self.eof)
+
+    def receive(self, offset: int, data: bytes, *, eof: bool) -> None:
+        if self.closed:
+            return
+        if offset > self.received:
+            raise InvalidArgumentError(f"input at offset {offset} was sent, but {self.received} follows")
+        fresh = memoryview(data)[self.received - offset :]
+        if self.queued + len(fresh) > INPUT_WINDOW:
+            raise InvalidArgumentError(f"more than {INPUT_WINDOW} bytes of input beyond what was accepted")
+        if fresh:
+            self.queue.append(fresh)
+            self.queued += len(fresh)
+        if eof:
+            self.eof = True
+
+    def release(self) -> None:
+        """Close the descriptor of an input that is over; a terminal's belongs to its output."""
+        if self.fd is not None and not self.terminal:
+            os.close(self.fd)
+        self.fd = None
+        self.queue.clear()
+        self.queued = 0
+
+    def forget_queue(self) -> None:
+        """A new session sends again what was not accepted."""
+        self.queue.clear()
+        self.queued = 0
+        self.eof = False
+
+    def write(self) -> bool:
+        """Write what the pipe takes; True if anything was accepted."""
+        assert self.fd is not None
+        before = self.accepted
+        try:
+            while self.queue:
+                count = os.write(self.fd, self.queue[0])
+                self.accepted += count
+                self.queued -= count
+                if count < len(self.queue[0]):
+                    self.queue[0] = self.queue[0][count:]
+                else:
+                    self.queue.popleft()
+            if self.eof:
+                if self.terminal:
+                    os.write(self.fd, _end_of_file_character(self.fd))
+                    self.eof = False
+                else:
+                    self.closed = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        return self.accepted != before
+
+
+def _end_of_file_character(fd: int) -> bytes:
+    value = termios.tcgetattr(fd)[6][termios.VEOF]
+    return value if isinstance(value, bytes) else bytes([value])
+
+
+class Stdio:
+    """The streams of one process, from its creation until it is forgotten."""
+
+    def __init__(self, *, stdin: int | None, stdout: int | None, stderr: int | None, terminal: bool = False) -> None:
+        """Takes over the descriptors, which are set to non-blocking; a terminal's is both stdin and stdout."""
+        self.lock = threading.Lock()
+        self.terminal = terminal
+        for fd in (stdin, stdout, stderr):
+            if fd is not None:
+                os.set_blocking(fd, False)
+        self.input = Input(stdin, terminal=terminal)
+        self.outputs = {STDOUT: Output(stdout), STDERR: Output(stderr)}
+        self.has_ended = False
+        self._session: Session | None = None
+        self._forgotten = False
+
+    def attach(self, stdout_offset: int, stderr_offset: int) -> Session:
+        """Begin a session, ending the one before it; InvalidArgumentError for bytes that are not kept."""
+        with self.lock:
+            if self._forgotten:
+                raise UnavailableError("the process was removed")
+            positions = {STDOUT: stdout_offset, STDERR: stderr_offset}
+            for stream, position in positions.items():
+                output = self.outputs[stream]
+                if not output.base <= position <= output.produced:
+                    raise InvalidArgumentError(
+                        f"output is asked for from offset {position}, "
+                        f"but what is kept is from {output.base} to {output.produced}"
+                    )
+            if self._session is not None:
+                self._session.close()
+            self.input.forget_queue()
+            self._session = Session(self, positions)
+            return self._session
+
+    def process_ended(self) -> None:
+        """Called when the process has been reaped."""
+        with self.lock:
+            self.has_ended = True
+            if self._session is not None:
+                self._session.wake()
+
+    def forget(self) -> None:
+        """Close everything; sessions end."""
+        with self.lock:
+            self._forgotten = True
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+            self.input.release()
+            self.input.closed = True
+            for output in self.outputs.values():
+                if output.fd is not None:
+                    os.close(output.fd)
+                output.fd = None
+                output.ended = True
+                output.base, output.kept = output.produced, bytearray()
+
+    def offsets(self) -> tuple[int, int, int]:
+        """Bytes of stdout and stderr produced, and of stdin accepted, so far."""
+        with self.lock:
+            return self.outputs[STDOUT].produced, self.outputs[STDERR].produced, self.input.accepted
+
+    def resize(self, columns: int, rows: int) -> None:
+        with self.lock:
+            fd = self.outputs[STDOUT].fd
+            if not self.terminal or fd is None:
+                raise InvalidArgumentError("the process has no terminal")
+            fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+class Session:
+    """One attachment.  `events` is iterated over by one thread; the other methods may be called by any."""
+
+    def __init__(self, stdio: Stdio, positions: dict[int, int]) -> None:
+        self._stdio = stdio
+        self._positions = positions
+        self._eof_given: set[int] = set()
+        self._closed = False
+        self._finished = False
+        self._wakeup = -1
+
+    @property
+    def displaced(self) -> bool:
+        """A newer session took over, or the process was forgotten, or nobody takes the events any more."""
+        return self._closed
+
+    def close(self) -> None:
+        """Make `events` end.  Called with the lock of the streams held, or through `leave`."""
+        self._closed = True
+        self.wake()
+
+    def leave(self) -> None:
+        """Make `events` end, because nobody takes them any more."""
+        with self._stdio.lock:
+            self.close()
+
+    def wake(self) -> None:
+        if self._wakeup >= 0:
+            os.eventfd_write(self._wakeup, 1)
+
+    def receive(self, offset: int, data: bytes, *, eof: bool) -> None:
+        """Take input; raises InvalidArgumentError for a gap or too much."""
+        with self._stdio.lock:
+            if not self._closed:
+                self._stdio.input.receive(offset, data, eof=eof)
+                self.wake()
+
+    def acknowledge(self, stream: int, offset: int) -> None:
+        """Let go of output below `offset`."""
+        with self._stdio.lock:
+            if self._closed:
+                return
+            output = self._stdio.outputs.get(stream)
+            if output is None:
+                raise InvalidArgumentError(f"stream {stream} is not output")
+            was_waiting = not output.wanted
+            output.acknowledge(offset)
+            if was_waiting:
+                self.wake()
+
+    def finish(self) -> None:
+        """No request will follow: acknowledgements are not waited for when the process has ended."""
+        with self._stdio.lock:
+            self._finished = True
+            self.wake()
+
+    def events(self) -> Iterator[Happening]:
+        """What happens to the streams, in order; ends after `Ended` was given and everything acknowledged."""
+        with self._stdio.lock:
+            if self._closed:
+                return
+            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            yield Accepted(self._stdio.offsets()[2])
+            yield from self._pump()
+        finally:
+            with self._stdio.lock:
+                os.close(self._wakeup)
+                self._wakeup = -1
+
+    def _pump(self) -> Iterator[Happening]:
+        stdio = self._stdio
+        closed_input_given = stdio.input.fd is None
+        while True:
+            happenings: list[Happening] = []
+            with stdio.lock:
+                if self._closed:
+                    return
+                # Looked at before the pipes are: what the process wrote is in them when it has ended.
+                process_ended = stdio.has_ended
+                source = stdio.input
+                if source.pending and source.write():
+                    happenings.append(Accepted(source.accepted))
+                if source.closed:
+                    source.release()
+                    if not closed_input_given and not source.eof:
+                        happenings.append(InputClosed())
+                    closed_input_given = True
+                moved = self._move_output(happenings, final=process_ended)
+            yield from happenings
+            if moved:
+                continue
+            if process_ended and len(self._eof_given) == len(stdio.outputs):
+                break
+            self._wait()
+        yield Ended()
+        while self._is_owed_acknowledgements():
+            self._wait()
+
+    def _move_output(self, happenings: list[Happening], *, final: bool) -> bool:
+        """Collect a chunk of each stream; False if there was nothing."""
+        moved = False
+        for stream, output in self._stdio.outputs.items():
+            if stream in self._eof_given:
+                continue
+            position = self._positions[stream]
+            if position < output.produced:
+                start = position - output.base
+                data = bytes(memoryview(output.kept)[start : start + CHUNK])
+            else:
+                data = output.read(final=final) if output.wanted else b""
+            self._positions[stream] = position + len(data)
+            eof = output.ended and self._positions[stream] == output.produced
+            if eof:
+                self._eof_given.add(stream)
+            if data or eof:
+                moved = True
+                happenings.append(Data(stream, position, data, eof))
+        return moved
+
+    def _is_owed_acknowledgements(self) -> bool:
+        with self._stdio.lock:
+            return not self._closed and not self._finished and any(o.kept for o in self._stdio.outputs.values())
+
+    def _wait(self) -> None:
+        """Block until something may have changed."""
+        watched = {self._wakeup: select.POLLIN}
+        with self._stdio.lock:
+            source = self._stdio.input
+            if source.fd is not None:
+                watched[source.fd] = select.POLLOUT if source.pending else 0
+            for output in self._stdio.outputs.values():
+                if output.wanted and output.fd is not None:
+                    watched[output.fd] = watched.get(output.fd, 0) | select.POLLIN
+        poll = select.poll()
+        for fd, wanted in watched.items():
+            if wanted or not self._stdio.terminal:
+                poll.register(fd, wanted)
+        for fd, events in poll.poll():
+            if fd == self._wakeup:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(fd)
+            elif events & select.POLLERR and not self._stdio.terminal:
+                with self._stdio.lock:
+                    if source.fd == fd:
+                        source.closed = True

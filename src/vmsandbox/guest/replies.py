@@ -1,0 +1,95 @@
+"""What the agent answers, judged: sizes, texts, errors.
+
+The agent is not trusted.  An answer that an honest agent does not give becomes an UnavailableError, since nothing
+more can be expected from such a guest.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import (
+    ExhaustedError,
+    InvalidStateError,
+    SandboxError,
+    TimedOutError,
+    UnavailableError,
+    UnsupportedError,
+    from_code,
+)
+
+if TYPE_CHECKING:
+    from vmsandbox_protocol import agent_pb2 as pb
+
+_TEXT_LIMIT = 4096
+_ENTRIES_LIMIT = 65536
+_STRING_LIMIT = 65536
+
+
+def protocol() -> Any:
+    """The generated messages, imported when they are needed."""
+    from vmsandbox_protocol import agent_pb2
+
+    return agent_pb2
+
+
+def broken(how: str) -> UnavailableError:
+    return UnavailableError(f"the agent broke the protocol: {how}")
+
+
+def check_exit(status: pb.ExitStatus) -> None:
+    if status.code > 255 or status.signal > 64:
+        raise broken(f"exit code {status.code} with signal {status.signal}")
+
+
+def check_bounds(message: Any) -> None:
+    """Refuse answers with more entries or longer texts than an honest agent has."""
+    for field, value in message.ListFields():
+        repeated = field.is_repeated
+        entries = value if repeated else (value,)
+        if repeated and len(entries) > _ENTRIES_LIMIT:
+            raise broken(f"'{field.name}' has {len(entries)} entries")
+        if repeated and field.message_type is not None and field.message_type.GetOptions().map_entry:
+            entries = ()
+            for key in value:
+                if isinstance(key, str) and len(key) > _STRING_LIMIT:
+                    raise broken(f"a key of '{field.name}' is too long")
+        for entry in entries:
+            if isinstance(entry, str) and len(entry) > _STRING_LIMIT:
+                raise broken(f"'{field.name}' is too long")
+            if field.message_type is not None:
+                check_bounds(entry)
+
+
+def translated(error: Any) -> SandboxError:
+    return status_translated(error.code(), error.details(), error.trailing_metadata())
+
+
+def status_translated(status: Any, details: str | None, metadata: Any) -> SandboxError:
+    """The error of ours that a gRPC status stands for."""
+    import grpc
+
+    message = _clean(details or "")
+    table = {key: _clean(value) for key, value in metadata or () if isinstance(value, str)}
+    code = table.get("vmsandbox-code")
+    if code is not None:
+        error = from_code(code, message)
+        if isinstance(error, InvalidStateError):
+            error.subject = table.get("vmsandbox-subject", "")
+            error.state = table.get("vmsandbox-state", "")
+            error.wanted = table.get("vmsandbox-wanted", "")
+        return error
+    if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimedOutError("the agent has not answered in time")
+    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnavailableError(f"the connection to the agent is gone: {message}")
+    if status == grpc.StatusCode.UNIMPLEMENTED:
+        return UnsupportedError(f"the agent cannot do this: {message}")
+    if status == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ExhaustedError(f"a message of the agent is too large: {message}")
+    return SandboxError(f"the agent failed: {message}")
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^\x20-\x7e]", "?", text[:_TEXT_LIMIT])

@@ -1,0 +1,58 @@
+"""An agent on this machine, and helpers to read a process' streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmsandbox.guest.attachment import Attachment
+    from vmsandbox_protocol import agent_pb2 as pb
+
+
+@dataclass
+class Heard:
+    """Everything an attachment said."""
+
+    stdout: bytes = b""
+    stderr: bytes = b""
+    exit: pb.ExitStatus | None = None
+    accepted: int = 0
+    input_closed: bool = False
+    offsets: list[int] = field(default_factory=list)
+
+
+async def hear(attachment: Attachment, *, acknowledge: bool = True, until: bytes | None = None) -> Heard:
+    """Receive until the end, or until stdout contains something."""
+    heard = Heard()
+    while (answer := await attachment.receive()) is not None:
+        what = answer.WhichOneof("what")
+        if what == "output":
+            chunk = answer.output
+            if chunk.stream == 2:
+                heard.stdout += chunk.data
+            else:
+                heard.stderr += chunk.data
+            if acknowledge:
+                await attachment.ack(chunk.stream, chunk.offset + len(chunk.data))
+            if until is not None and until in heard.stdout:
+                return heard
+        elif what == "exited":
+            heard.exit = answer.exited
+            if not acknowledge:
+                return heard
+        elif what == "accepted":
+            heard.accepted = answer.accepted.offset
+        else:
+            heard.input_closed = True
+    return heard
+
+
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short path, for sockets below it."""
+    return tmp_path_factory.mktemp("a")
