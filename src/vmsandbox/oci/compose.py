@@ -76,7 +76,7 @@ class Composed:
     """A spec, and what goes beside it into CreateContainerRequest and the container's record."""
 
     spec: dict[str, Any]
-    #: for the agent to resolve; empty: root, as the spec says
+    #: for the agent to resolve; uid 0 if nobody says otherwise, which gives root the groups it has in the image
     user: str
     #: the environment has no HOME: the agent sets the user's
     default_home: bool
@@ -204,7 +204,7 @@ def compose(
         )
     return Composed(
         spec=spec,
-        user=options.user or image.user,
+        user=options.user or image.user or "0",
         default_home=not _has_home(environment),
         labels={**image.labels, **options.labels},
         stop_signal=options.stop_signal or (signals.parse(image.stop_signal) if image.stop_signal else SIGTERM),

@@ -11,10 +11,8 @@ if TYPE_CHECKING:
 
     from vmsandbox.oci.options import RunOptions
 
-#: where the agent offers the files of `CreateSandboxRequest.files`
-GUEST_FILES = "/run/vmsandbox/files"
-#: files of the pod that every container sees
-POD_FILES = {f"/etc/{name}": f"{GUEST_FILES}/{name}" for name in ("hosts", "hostname", "resolv.conf")}
+#: files of the pod that every container sees, where the agent keeps them in the guest
+POD_FILES = {f"/etc/{name}": f"/run/vmsandbox/etc/{name}" for name in ("hosts", "hostname", "resolv.conf")}
 
 
 def container_mounts(

@@ -89,7 +89,7 @@ def test_d4_files_of_the_pod_are_mounted() -> None:
         assert found[f"/etc/{name}"] == {
             "destination": f"/etc/{name}",
             "type": "bind",
-            "source": f"/run/vmsandbox/files/{name}",
+            "source": f"/run/vmsandbox/etc/{name}",
             "options": ["rbind", "rprivate", "rw"],
         }
     assert "size=67108864" in found["/dev/shm"]["options"]
@@ -191,7 +191,7 @@ def test_a_container_never_inherits_the_agents_protection_from_the_oom_killer() 
 
 
 def test_d8_user_of_the_request_else_of_the_image() -> None:
-    assert composed().user == ""
+    assert composed().user == "0", "so that the agent adds the groups root has in the image"
     assert composed({**IMAGE, "User": "app"}).user == "app"
     assert composed({**IMAGE, "User": "app"}, user="1000:5", groups=[7]).user == "1000:5"
     assert composed(groups=[7]).spec["process"]["user"]["additionalGids"] == [7]
