@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STDERR_MAX = 8 * 1024
-CONSOLE_LINES = 20
+CONSOLE_LINES = 40
 CONSOLE_LOG = "console.log"
 STDERR_LOG = "qemu.stderr"
+_PANIC = re.compile(r"Kernel panic - not syncing: .*")
 _PROGRAM = re.compile(r"^(?:qemu[-\w]*|setpriv): ")
 
 
@@ -43,6 +44,11 @@ class Evidence:
     def reason(self) -> str:
         """The line of stderr that most likely names the cause; empty if there is none."""
         return reason_in(self.stderr())
+
+    def panic(self) -> str:
+        """The line in which the guest's kernel says why it gave up; empty if it does not."""
+        found = _PANIC.findall(self.console.text())
+        return found[-1].strip() if found else ""
 
     def keep(self) -> None:
         """Remember the stderr: its file is about to go."""

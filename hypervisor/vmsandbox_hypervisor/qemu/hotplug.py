@@ -19,12 +19,12 @@ from vmsandbox_hypervisor.api import PrivateMemory
 from vmsandbox_hypervisor.errors import DeviceError, MonitorError, NoSlotError
 from vmsandbox_hypervisor.qemu.argv import (
     blockdev,
-    check_id,
     disk_device,
     hotplug_address,
     ninep_device,
     node_name,
 )
+from vmsandbox_hypervisor.qemu.hotplug_rules import check_slot_id
 from vmsandbox_hypervisor.qemu.monitor import CommandError, record, records
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Devices:
                 daemon.wanted = False
 
     async def attach_disk(self, disk: Disk) -> PciAddress:
-        _checked("disk", disk.id)
+        check_slot_id("disk", disk.id)
         if any(disk.id == there.id for there in self._config.disks):
             raise DeviceError(f"disk '{disk.id}' is attached already: it is there from the start")
         try:
@@ -107,7 +107,7 @@ class Devices:
         return hotplug_address(port)
 
     async def attach_nic(self, nic: Nic) -> PciAddress:
-        _checked("nic", nic.id)
+        check_slot_id("nic", nic.id)
         name = f"nic-{nic.id}"
         async with self._plugging(name) as port:
             await self._monitor.getfd(name, nic.tap_fd)
@@ -128,7 +128,7 @@ class Devices:
         return hotplug_address(port)
 
     async def attach_virtiofs(self, share: VirtiofsShare) -> PciAddress:
-        _checked("share", share.tag)
+        check_slot_id("share", share.tag)
         if isinstance(self._config.memory.backing, PrivateMemory):
             raise DeviceError(f"cannot attach share '{share.tag}': virtio-fs needs memory that is mapped shared")
         if not share.path.is_dir():
@@ -290,10 +290,3 @@ class Devices:
 
 def _about(event: Event, name: str) -> bool:
     return event.data.get("device") == name and event.name in ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
-
-
-def _checked(kind: str, identifier: str) -> None:
-    try:
-        check_id(kind, identifier)
-    except ValueError as error:
-        raise DeviceError(str(error)) from error

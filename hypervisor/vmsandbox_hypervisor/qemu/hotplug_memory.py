@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import MemoryState
-from vmsandbox_hypervisor.errors import DeviceError, NoSlotError
-from vmsandbox_hypervisor.qemu.argv import VIRTIO_MEM_BLOCK_MIB, check_id
+from vmsandbox_hypervisor.errors import DeviceError
+from vmsandbox_hypervisor.qemu.hotplug_rules import check_dimm, memory_target
 from vmsandbox_hypervisor.qemu.monitor import CommandError, Monitor, integer, record, records
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 VIRTIO_MEM_PATH = "/machine/peripheral/vmem0"
-#: a guest's memory block: pc-dimms come in multiples of it
-DIMM_UNIT_MIB = 128
-#: A page costs 64 bytes of description, 1/64: a dimm of 16 times what is there takes a quarter of it.
-DIMM_MAX_TIMES_PRESENT = 16
 #: seconds between looks, at first and at last
 LOOK_FIRST, LOOK_LAST = 0.004, 0.1
 OUTCOMES = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR")
@@ -60,11 +56,7 @@ class Memory:
         """
         async with self._changing:
             dimms = sum(integer(data, "size") for kind, data in await self._devices() if kind == "dimm") // MIB
-            wanted = max(0, total_mib - self._config.size_mib - dimms)
-            wanted += -wanted % VIRTIO_MEM_BLOCK_MIB
-            if wanted > self._config.hotplug_mib:
-                most = self._config.size_mib + dimms + self._config.hotplug_mib
-                raise NoSlotError(f"cannot have {total_mib} MiB of memory: this VM can have at most {most} MiB")
+            wanted = memory_target(self._config, total_mib, dimms_mib=dimms)
             if not self._config.hotplug_mib:
                 return await self.state()
             before = await self._virtio_mem()
@@ -119,32 +111,17 @@ class Memory:
         return [(str(one.get("type")), record(one.get("data"), "query-memory-devices")) for one in answer]
 
     async def attach_dimm(self, dimm_id: str, size_mib: int) -> None:
-        try:
-            check_id("dimm", dimm_id)
-        except ValueError as error:
-            raise DeviceError(str(error)) from error
-        if size_mib <= 0 or size_mib % DIMM_UNIT_MIB:
-            raise DeviceError(
-                f"cannot attach dimm '{dimm_id}' of {size_mib} MiB: the guest takes multiples of {DIMM_UNIT_MIB} MiB"
-            )
+        """`DeviceError` for a size the guest would suffer from, `NoSlotError` when there is no room."""
         async with self._changing:
             state = await self.state()
-            present = state.base_mib + state.plugged_mib
-            if size_mib > DIMM_MAX_TIMES_PRESENT * present:
-                raise DeviceError(
-                    f"cannot attach dimm '{dimm_id}' of {size_mib} MiB: a guest with {present} MiB has no room for "
-                    f"describing more than {DIMM_MAX_TIMES_PRESENT * present} MiB, attach a smaller one first"
-                )
             dimms = [data for kind, data in await self._devices() if kind == "dimm"]
-            names = [str(data.get("id")) for data in dimms]
-            if f"dimm-{dimm_id}" in names:
-                raise DeviceError(f"dimm '{dimm_id}' is attached already")
-            used = sum(integer(data, "size") for data in dimms) // MIB
-            if len(dimms) >= self._config.dimm_slots or used + size_mib > self._config.dimm_mib:
-                raise NoSlotError(
-                    f"cannot attach dimm '{dimm_id}' of {size_mib} MiB: {len(dimms)} of {self._config.dimm_slots} "
-                    f"slots and {used} of {self._config.dimm_mib} MiB are in use"
-                )
+            check_dimm(
+                self._config,
+                dimm_id,
+                size_mib,
+                present_mib=state.base_mib + state.plugged_mib,
+                dimms_mib={str(one.get("id")).removeprefix("dimm-"): integer(one, "size") // MIB for one in dimms},
+            )
             await self._plug_dimm(dimm_id, size_mib)
 
     async def _plug_dimm(self, dimm_id: str, size_mib: int) -> None:

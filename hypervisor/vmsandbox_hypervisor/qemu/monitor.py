@@ -7,7 +7,6 @@ spawned.  What QEMU answers is checked for its shape: a guest that took QEMU ove
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 import weakref
 from contextlib import asynccontextmanager, contextmanager
@@ -17,6 +16,7 @@ from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClien
 
 from vmsandbox_hypervisor.api import Event
 from vmsandbox_hypervisor.errors import MonitorError
+from vmsandbox_hypervisor.subscription import Subscription
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 #: seconds QEMU's main loop may take for one command
 COMMAND_TIMEOUT = 30.0
-#: events a slow reader may fall behind before the oldest are dropped
-BACKLOG = 256
 
 # Every failure becomes an error of ours, raised once; the library would print it as well.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -43,34 +41,6 @@ class CommandError(MonitorError):
 
 class LinkError(MonitorError):
     """The link broke or QEMU does not answer."""
-
-
-class Subscription:
-    """Events from the moment it is made, until the VM ends."""
-
-    def __init__(self) -> None:
-        self._events: collections.deque[Event] = collections.deque(maxlen=BACKLOG)
-        self._more = asyncio.Event()
-        self._ended = False
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-        self._more.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._more.set()
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        while not self._events:
-            if self._ended:
-                raise StopAsyncIteration
-            self._more.clear()
-            await self._more.wait()
-        return self._events.popleft()
 
 
 class Hub(EventListener):

@@ -79,15 +79,16 @@ class QemuVm:
         self._memory = Memory(config, link)
         self._end = asyncio.get_running_loop().create_future()
         self._asked_to_end = False
-        self._guest_powered_off = False
+        #: why QEMU ends, in its own word, once it said so
+        self._shutdown = ""
         self._failed_helper: str | None = None
         self._gone: ExitedError | None = None
 
     def observe(self, event: Event) -> None:
         """See every event before anybody else does."""
         self._devices.observe(event)
-        if event.name == "SHUTDOWN" and event.data.get("reason") == "guest-shutdown":
-            self._guest_powered_off = True
+        if event.name == "SHUTDOWN":
+            self._shutdown = str(event.data.get("reason"))
 
     async def watch(self) -> None:
         """Turn the end of the process into an error for everybody who waits for something."""
@@ -101,7 +102,13 @@ class QemuVm:
         self._evidence.console.drain()
         self._evidence.keep()
         message = f"virtual machine '{self.config.name}' {described(status)}"
-        cause = f"because {self._failed_helper}" if self._failed_helper else self._evidence.reason()
+        if self._failed_helper:
+            cause = f"because {self._failed_helper}"
+        elif self._shutdown == "guest-reset":
+            # Which QEMU takes for a power-off, so it does not complain.
+            cause = ": ".join(filter(None, ["its guest reset itself", self._evidence.panic()]))
+        else:
+            cause = self._evidence.reason()
         self._gone = ExitedError(f"{message}: {cause}" if cause else message, status=status, evidence=self.evidence())
         self._monitor.fail(self._gone)
         self._end.set_result(status)
@@ -141,7 +148,7 @@ class QemuVm:
         return self._evidence.text()
 
     def ended(self) -> ExitedError | None:
-        orderly = self._asked_to_end or (self._guest_powered_off and self._failed_helper is None)
+        orderly = self._asked_to_end or (self._shutdown == "guest-shutdown" and self._failed_helper is None)
         return None if orderly else self._gone
 
     def devices(self) -> Mapping[str, PciAddress]:

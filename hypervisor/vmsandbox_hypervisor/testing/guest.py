@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import secrets
+import shlex
 import shutil
 import struct
 import subprocess
@@ -133,11 +134,11 @@ class TestGuest:
 
     async def eventually(self, command: str, wanted: str, *, timeout: float = 20.0) -> str:
         """Run a command until its output is `wanted`: the guest takes a moment to notice a device."""
-        quoted = wanted.replace("'", "'\\''")
-        rounds = int(timeout * 50)
+        quoted = shlex.quote(wanted)
         script = (
-            f"i=0; while [ $i -lt {rounds} ]; do o=$({command}); [ \"$o\" = '{quoted}' ] && break; "
-            'i=$((i+1)); usleep 20000; done; echo "$o"'
+            f"i=0; while [ $i -lt {int(timeout * 50)} ]; do "
+            f'o=$({{ {command}; }} 2>/tmp/errors); [ "$o" = {quoted} ] && break; '
+            f'i=$((i+1)); usleep 20000; done; echo "$o"; [ "$o" = {quoted} ] || cat /tmp/errors'
         )
         output = await self.run(script, timeout=timeout + 10)
         if output != wanted:
