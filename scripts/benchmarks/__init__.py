@@ -1,0 +1,1 @@
+"""What `scripts/bench` measures, and how; docs/performance.md explains the method to readers of the figures."""

@@ -1,0 +1,1 @@
+"""Several pods at once."""

@@ -1,0 +1,137 @@
+"""What our own verbs cost: runs, execs, and a pod that does nothing."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks import memory, phases, processes
+from scripts.benchmarks.rows import Row, measurement
+from scripts.benchmarks.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scripts.benchmarks.processes import Reaped
+    from scripts.benchmarks.workplace import Workplace
+
+#: seconds over which an idle pod is observed
+IDLE_SECONDS = 5.0
+
+
+@measurement(
+    Row("run_cold", "s", "vmsandbox run --rm IMAGE true", against="cold_boot_floor", compared=True),
+    *(
+        Row(f"run_cold.{phase}", "s", text, against="run_cold")
+        for phase, text in zip(
+            phases.NAMES,
+            (
+                "of it the client, until it starts the supervisor",
+                "of it the supervisor, until QEMU is executed",
+                "of it QEMU's own start",
+                "of it the firmware",
+                "of it kernel and initramfs, until the agent is executed",
+                "of it the agent, until it has answered",
+                "of it the container: created, run, its end noticed",
+                "of it taking everything down",
+            ),
+            strict=True,
+        )
+    ),
+    Row(
+        "host_cpu_per_run",
+        "s",
+        "CPU time of client, supervisor and stand-in for that, without QEMU",
+        against="podman_cpu_per_run",
+        compared=True,
+    ),
+)
+def run_cold(place: Workplace) -> Mapping[str, float]:
+    image = place.image
+    sandboxes = place.directory / "r" / "s"
+    sandboxes.mkdir(mode=0o711, parents=True, exist_ok=True)
+    with Watch(sandboxes) as watch:
+        ended = place.vmsandbox("run", "--rm", image, "true", settle=True)
+    found = phases.split(
+        watch.seen,
+        started=ended.started,
+        ended=ended.started + ended.seconds,
+        qemu=place.notes.get("qemu"),
+    )
+    return {
+        "run_cold": ended.seconds,
+        **{f"run_cold.{phase}": seconds for phase, seconds in found.items()},
+        "host_cpu_per_run": ours(ended.reaped),
+    }
+
+
+def ours(reaped: list[Reaped]) -> float:
+    """CPU seconds of our own processes in a run.
+
+    QEMU is the child of the supervisor, which was left to us; what that waited for is QEMU's.  The client
+    waited for nothing but the stand-in.
+    """
+    client, *others = reaped
+    return client.total + sum(other.total - other.children for other in others)
+
+
+@measurement(Row("exec", "s", "vmsandbox exec CONTAINER true", against="podman_exec", compared=True))
+def exec_(place: Workplace) -> Mapping[str, float]:
+    name, _ = place.idle_pod
+    return {"exec": place.vmsandbox("exec", name, "true").seconds}
+
+
+@measurement(Row("client_ps", "s", "vmsandbox ps: a verb without a VM", against="python_start", compared=True))
+def client_ps(place: Workplace) -> Mapping[str, float]:
+    place.idle_pod  # noqa: B018 - there is something to list
+    return {"client_ps": place.vmsandbox("ps").seconds}
+
+
+@measurement(
+    Row("pss_pod", "MiB", "memory of everything of an idle pod", against="pss_podman"),
+    Row("pss_pod.qemu", "MiB", "of it QEMU, the guest's memory included", against="pss_pod"),
+    Row("pss_pod.supervisor", "MiB", "of it the supervisor", against="pss_pod"),
+    Row("pss_pod.standin", "MiB", "of it the container's stand-in", against="pss_pod"),
+    Row("pss_pod.unmapped", "MiB", "of it guest memory that is not mapped", against="pss_pod"),
+    most_runs=3,
+)
+def pss_pod(place: Workplace) -> Mapping[str, float]:
+    _, pids = place.idle_pod
+    found = memory.footprint(pids)
+    parts = {"pss_pod": found.total_mib, "pss_pod.unmapped": found.unmapped / 1024}
+    for pid, kib in found.pss.items():
+        part = role(processes.read_stat(pid).name)
+        if part is not None:
+            parts[f"pss_pod.{part}"] = parts.get(f"pss_pod.{part}", 0.0) + kib / 1024
+    return parts
+
+
+def role(name: str) -> str | None:
+    """Which part of a pod a process is, by its name in /proc."""
+    parts = {"qemu-system": "qemu", "vmsandbox-super": "supervisor", "vmsandbox-stand": "standin"}
+    return next((part for start, part in parts.items() if name.startswith(start)), None)
+
+
+@measurement(Row("idle_cpu", "%", "host CPU of an idle pod, in percent of a core"), most_runs=3, warm_up=False)
+def idle_cpu(place: Workplace) -> Mapping[str, float]:
+    _, pids = place.idle_pod
+    before = processes.cpu_seconds(pids)
+    time.sleep(IDLE_SECONDS)
+    return {"idle_cpu": 100 * (processes.cpu_seconds(pids) - before) / IDLE_SECONDS}
+
+
+@measurement(
+    Row("stop_and_delete", "s", "vmsandbox stop and rm of a container that obeys", against="cold_boot_floor"),
+    most_runs=5,
+)
+def stop_and_delete(place: Workplace) -> Mapping[str, float]:
+    name, _ = place.start_pod("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
+    with ExitStack() as stack:
+        stack.callback(place.remove, name)
+        began = time.monotonic()
+        place.vmsandbox("stop", name)
+        place.vmsandbox("rm", name)
+        seconds = time.monotonic() - began
+        stack.pop_all()
+    return {"stop_and_delete": seconds}

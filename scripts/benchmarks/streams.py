@@ -1,0 +1,1 @@
+"""Bandwidth of a container's stdio, against that of the device it all passes through."""

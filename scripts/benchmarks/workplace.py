@@ -1,0 +1,148 @@
+"""Where the benchmark works: roots of its own, a small image, and the pods and commands of one run of it.
+
+The guest is the one that is in use; everything else is made below a temporary directory, so nothing that belongs to the
+user is read or changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from scripts.benchmarks import processes
+from scripts.benchmarks.processes import CommandError, Ended
+from scripts.benchmarks.rows import MissingError
+from vmsandbox.errors import NotFoundError
+from vmsandbox.guestbuild import store
+from vmsandbox.paths import Roots
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
+APPLETS = ("sh", "true", "sleep", "cat", "dd", "head", "echo", "wc", "nproc", "df", "find", "stat", "mkdir", "rm")
+IMAGE = "bench"
+
+
+class Workplace:
+    """Temporary roots and what lives in them; everything is gone when the block is left."""
+
+    def __init__(self, *, data_root: str | None = None) -> None:
+        self.installed = Roots.chosen(data=data_root)
+        self._stack = ExitStack()
+        self._pods = 0
+        #: figures of one measurement that another one needs
+        self.notes: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        # Short: sockets are bound below it.
+        self.directory = Path(tempfile.mkdtemp(prefix="vb-", dir="/tmp"))
+        self.directory.chmod(0o711)
+        self._before = set(processes.children())
+        self.roots = Roots(str(self.directory / "r"), str(self.directory / "d"))
+        Path(self.roots.data_dir).mkdir(mode=0o711)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.close()
+        finally:
+            processes.end(set(processes.children()) - self._before)
+            processes.reap_zombies()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    # ------------------------------------------------------------ what is needed
+
+    @cached_property
+    def guest(self) -> store.Guest:
+        """The guest that pods boot; `MissingError` if none was built."""
+        try:
+            return store.current(self.installed)
+        except NotFoundError as error:
+            raise MissingError(str(error)) from error
+
+    @cached_property
+    def rootfs(self) -> Path:
+        """A root file system of busybox and nothing else, the same for every runtime that is measured."""
+        busybox = next((Path(path) for path in BUSYBOX if Path(path).exists()), None)
+        if busybox is None:
+            raise MissingError("no busybox: install busybox-static")
+        root = self.directory / "rootfs"
+        for name in ("bin", "dev", "etc", "proc", "sys", "tmp"):
+            (root / name).mkdir(parents=True)
+        shutil.copy2(busybox, root / "bin" / "busybox")
+        for applet in APPLETS:
+            (root / "bin" / applet).symlink_to("busybox")
+        return root
+
+    @cached_property
+    def image(self) -> str:
+        """The name of an image of `rootfs` in the temporary store, beside the guest in use."""
+        # Named, not copied: `guest` has verified that it is there.
+        key = self.guest.key
+        Path(self.roots.data_dir, "guest").symlink_to(self.installed.guests)
+        processes.note(f"guest {key[:12]}")
+        self.vmsandbox("image", "import", "--name", IMAGE, f"rootfs:{self.rootfs}")
+        return IMAGE
+
+    def tool(self, name: str) -> str:
+        """The path of a program, or `MissingError`."""
+        path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if path is None:
+            raise MissingError(f"no program '{name}': install it to have this row")
+        return path
+
+    # ------------------------------------------------------------ our own commands
+
+    def command(self, *words: str) -> list[str]:
+        """The command line of a verb of ours."""
+        program = Path(sys.executable).with_name("vmsandbox")
+        roots = ["--root", self.roots.run_dir, "--data-root", self.roots.data_dir]
+        return [str(program), *roots, *words]
+
+    def vmsandbox(self, *words: str, settle: bool = False) -> Ended:
+        """Run a verb of ours to its end."""
+        return processes.run(self.command(*words), settle=settle)
+
+    def start_pod(self, *command: str, options: tuple[str, ...] = ()) -> tuple[str, set[int]]:
+        """Start a detached container; its name, and the processes that are there because of it."""
+        self._pods += 1
+        name = f"bench-{self._pods}"
+        before = set(processes.children())
+        image = self.image
+        self.vmsandbox("run", "-d", "--name", name, *options, image, *command)
+        started = set(processes.children()) - before
+        return name, processes.descendants(started)
+
+    def remove(self, name: str) -> None:
+        """Remove a container whatever it does."""
+        self.vmsandbox("rm", "-f", name, settle=False)
+
+    def on_exit(self, name: str) -> None:
+        """Remove a container when the workplace is left."""
+        self._stack.callback(self._remove_quietly, name)
+
+    def _remove_quietly(self, name: str) -> None:
+        try:
+            self.remove(name)
+        except CommandError as error:
+            processes.note(f"bench: {error}")
+
+    def keep(self, stack: ExitStack) -> None:
+        """Unwind `stack` when the workplace is left."""
+        self._stack.push(stack.pop_all())
+
+    @cached_property
+    def idle_pod(self) -> tuple[str, set[int]]:
+        """A pod whose container sleeps, for all rows that need one; name and processes."""
+        name, pids = self.start_pod("sleep", "1000000")
+        self.on_exit(name)
+        return name, pids
