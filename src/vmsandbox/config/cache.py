@@ -53,10 +53,11 @@ def read(directory: Path, key: str) -> Settings | None:
             descriptor = os.open(_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=parent)
         except OSError:
             return None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not _private(status, 0o600):
+            os.close(descriptor)
+            return None
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or not _private(status, 0o600):
-                return None
             return _decoded(file.read(MOST_BYTES), key)
 
 

@@ -82,6 +82,15 @@ def test_a_fifo_does_not_block_the_reader(directory: Path) -> None:
     assert cache.read(directory, KEY) is None
 
 
+def test_a_directory_in_the_files_place_counts_as_absent(directory: Path) -> None:
+    path = entry(directory)
+    path.unlink()
+    path.mkdir(mode=0o600)
+    assert cache.read(directory, KEY) is None
+    cache.write(directory, KEY, SETTINGS)
+    assert path.is_dir()
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -1,0 +1,265 @@
+"""The ``linux`` section of config.json: namespaces, devices, resources, seccomp and the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vmsandbox.oci.document import (
+    MOST_ENTRIES,
+    AbsolutePath,
+    FileMode,
+    Int64,
+    Many,
+    Part,
+    Text,
+    TextMap,
+    Texts,
+    UInt16,
+    UInt32,
+    UInt64,
+    unique,
+)
+
+
+class IdMapping(Part):
+    """A range of ids of a user namespace."""
+
+    container_id: Annotated[UInt32, Field(alias="containerID")]
+    host_id: Annotated[UInt32, Field(alias="hostID")]
+    size: UInt32
+
+
+class Namespace(Part):
+    """A namespace to make, or with a path to join."""
+
+    type: Literal["pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time"]
+    path: Text = ""
+
+
+class Device(Part):
+    """A device node to make."""
+
+    type: Literal["c", "b", "u", "p"]
+    path: AbsolutePath
+    major: Int64 | None = None
+    minor: Int64 | None = None
+    file_mode: FileMode | None = None
+    uid: UInt32 | None = None
+    gid: UInt32 | None = None
+
+    @model_validator(mode="after")
+    def _has_numbers(self) -> Self:
+        if self.type != "p" and (self.major is None or self.minor is None):
+            raise ValueError(f"device '{self.path}' has no major or minor number")
+        return self
+
+
+class DeviceRule(Part):
+    """An entry of the device cgroup's list; absent numbers stand for all."""
+
+    allow: bool
+    type: Literal["a", "c", "b", ""] = ""
+    major: Int64 | None = None
+    minor: Int64 | None = None
+    access: Annotated[str, Field(pattern="^[rwm]{0,3}$")] = ""
+
+
+class Memory(Part):
+    """In bytes; -1 is no limit."""
+
+    limit: Int64 | None = None
+    reservation: Int64 | None = None
+    swap: Int64 | None = None
+    kernel: Int64 | None = None
+    kernel_tcp: Annotated[Int64 | None, Field(alias="kernelTCP")] = None
+    swappiness: UInt64 | None = None
+    disable_oom_killer: Annotated[bool, Field(alias="disableOOMKiller")] = False
+    use_hierarchy: bool = False
+    check_before_update: bool = False
+
+
+class Cpu(Part):
+    """Times are in microseconds."""
+
+    shares: UInt64 | None = None
+    quota: Int64 | None = None
+    burst: UInt64 | None = None
+    period: UInt64 | None = None
+    realtime_runtime: Int64 | None = None
+    realtime_period: UInt64 | None = None
+    cpus: Annotated[str, Field(max_length=65_536, pattern=r"^[0-9,\- ]*$")] = ""
+    mems: Annotated[str, Field(max_length=65_536, pattern=r"^[0-9,\- ]*$")] = ""
+    idle: Int64 | None = None
+
+
+class Pids(Part):
+    """-1 or 0 is no limit."""
+
+    limit: Int64
+
+
+class WeightDevice(Part):
+    """Weight of one block device."""
+
+    major: Int64
+    minor: Int64
+    weight: UInt16 | None = None
+    leaf_weight: UInt16 | None = None
+
+
+class ThrottleDevice(Part):
+    """Rate of one block device, in bytes or operations a second."""
+
+    major: Int64
+    minor: Int64
+    rate: UInt64
+
+
+WeightDevices = Many[WeightDevice]
+ThrottleDevices = Many[ThrottleDevice]
+
+
+class BlockIo(Part):
+    """Weights and rates of block devices."""
+
+    weight: UInt16 | None = None
+    leaf_weight: UInt16 | None = None
+    weight_device: WeightDevices = ()
+    throttle_read_bps_device: ThrottleDevices = ()
+    throttle_write_bps_device: ThrottleDevices = ()
+    throttle_read_iops_device: Annotated[ThrottleDevices, Field(alias="throttleReadIOPSDevice")] = ()
+    throttle_write_iops_device: Annotated[ThrottleDevices, Field(alias="throttleWriteIOPSDevice")] = ()
+
+
+class HugepageLimit(Part):
+    """In bytes, for pages of a size like ``2MB``."""
+
+    page_size: Annotated[str, Field(pattern="^[1-9][0-9]{0,9}[KMG]B$")]
+    limit: UInt64
+
+
+class InterfacePriority(Part):
+    """Priority of traffic by interface."""
+
+    name: Text
+    priority: UInt32
+
+
+class NetworkResources(Part):
+    """Of cgroup v1."""
+
+    class_id: Annotated[UInt32 | None, Field(alias="classID")] = None
+    priorities: Many[InterfacePriority] = ()
+
+
+class Rdma(Part):
+    """Limits of one RDMA device."""
+
+    hca_handles: UInt32 | None = None
+    hca_objects: UInt32 | None = None
+
+
+class Resources(Part):
+    """Limits enforced by cgroups; also the document of an update."""
+
+    devices: Many[DeviceRule] = ()
+    memory: Memory | None = None
+    cpu: Cpu | None = None
+    pids: Pids | None = None
+    block_io: Annotated[BlockIo | None, Field(alias="blockIO")] = None
+    hugepage_limits: Many[HugepageLimit] = ()
+    network: NetworkResources | None = None
+    rdma: dict[Text, Rdma] = Field(default_factory=dict, max_length=MOST_ENTRIES)
+    unified: TextMap = Field(default_factory=dict)
+
+
+class SeccompArgument(Part):
+    """A condition on one argument of a system call."""
+
+    index: Annotated[int, Field(ge=0, le=5)]
+    value: UInt64
+    value_two: UInt64 = 0
+    op: Annotated[str, Field(pattern="^SCMP_CMP_(NE|LT|LE|EQ|GE|GT|MASKED_EQ)$")]
+
+
+SeccompAction = Annotated[
+    str, Field(pattern="^SCMP_ACT_(KILL|KILL_PROCESS|KILL_THREAD|TRAP|ERRNO|TRACE|ALLOW|LOG|NOTIFY)$")
+]
+
+
+class SeccompRule(Part):
+    """What happens at some system calls, if all the conditions hold."""
+
+    names: Annotated[Many[Text], Field(min_length=1)]
+    action: SeccompAction
+    errno_ret: UInt32 | None = None
+    args: Many[SeccompArgument] = ()
+
+
+class Seccomp(Part):
+    """A filter of system calls."""
+
+    default_action: SeccompAction
+    default_errno_ret: UInt32 | None = None
+    architectures: Many[Annotated[str, Field(pattern="^SCMP_ARCH_[A-Z0-9_]{1,32}$")]] = ()
+    flags: Texts = ()
+    listener_path: Text = ""
+    listener_metadata: Text = ""
+    syscalls: Many[SeccompRule] = ()
+
+
+class IntelRdt(Part):
+    """Cache and bandwidth allocation of the host's CPU."""
+
+    clos_id: Annotated[Text, Field(alias="closID")] = ""
+    l3_cache_schema: Annotated[Text, Field(alias="l3CacheSchema")] = ""
+    mem_bw_schema: Text = ""
+    enable_cmt: Annotated[bool, Field(alias="enableCMT")] = False
+    enable_mbm: Annotated[bool, Field(alias="enableMBM")] = False
+
+
+class Personality(Part):
+    """As for personality(2)."""
+
+    domain: Literal["LINUX", "LINUX32"]
+    flags: Texts = ()
+
+
+class TimeOffset(Part):
+    """Of a clock in a time namespace."""
+
+    secs: Int64 = 0
+    nanosecs: UInt32 = 0
+
+
+class Linux(Part):
+    """Everything that only Linux has."""
+
+    uid_mappings: Many[IdMapping] = ()
+    gid_mappings: Many[IdMapping] = ()
+    sysctl: TextMap = Field(default_factory=dict)
+    resources: Resources | None = None
+    cgroups_path: Text = ""
+    namespaces: Many[Namespace] = ()
+    devices: Many[Device] = ()
+    seccomp: Seccomp | None = None
+    rootfs_propagation: Literal[
+        "", "private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"
+    ] = ""
+    masked_paths: Texts = ()
+    readonly_paths: Texts = ()
+    mount_label: Text = ""
+    intel_rdt: IntelRdt | None = None
+    personality: Personality | None = None
+    time_offsets: dict[Literal["monotonic", "boottime"], TimeOffset] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _namespaces_areunique(self) -> Self:
+        unique([namespace.type for namespace in self.namespaces], "namespaces", "type")
+        return self
+
+    def namespace(self, kind: str) -> Namespace | None:
+        """The entry for a type of namespace."""
+        return next((namespace for namespace in self.namespaces if namespace.type == kind), None)
