@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"vmsandbox.resources", "vmsandbox.guest", "vmsandbox.guestbuild"},
     {"vmsandbox_hypervisor", "vmsandbox_protocol", "vmsandbox.oci", "vmsandbox.config"},
     {"vmsandbox.records"},
-    {"vmsandbox.paths", "vmsandbox.wire", "vmsandbox.log"},
+    {"vmsandbox.cache", "vmsandbox.paths", "vmsandbox.wire", "vmsandbox.log"},
     {"vmsandbox.errors", "vmsandbox"},
 ]
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

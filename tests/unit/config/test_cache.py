@@ -71,7 +71,7 @@ def test_a_foreign_owners_directory_is_not_trusted(directory: Path) -> None:
 
 def test_a_symlink_is_not_followed(directory: Path, tmp_path: Path) -> None:
     target = entry(directory).rename(tmp_path / "elsewhere")
-    (directory / "config-00000000000000000000000000000000.json").symlink_to(target)
+    (directory / "config-00000000000000000000000000000000").symlink_to(target)
     assert cache.read(directory, KEY) is None
 
 
