@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError
-from vmsandbox.oci import capabilities, mounts, seccomp, signals, texts
+from vmsandbox.oci import bpf, capabilities, mounts, seccomp, signals, texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from vmsandbox.oci.options import Device, ExecOptions, RunOptions
 
@@ -121,6 +122,7 @@ def compose(
     pod_hostname: str = "",
     pod_files: Mapping[str, str] | None = None,
     cgroups_path: str = "",
+    cache: Path | None = None,
 ) -> Composed:
     """The spec of a container.
 
@@ -129,7 +131,8 @@ def compose(
     `shared_namespaces` maps a type (ipc, pid, uts) to the guest's path of the namespace to join, or to "" for the
     guest's own; with ipc shared, `shared_shm` is what becomes /dev/shm, with uts shared, `pod_hostname` is the name
     that $HOSTNAME tells.  `pod_files` maps paths in the container to
-    files of the guest (default `mounts.POD_FILES`).
+    files of the guest (default `mounts.POD_FILES`).  `cache` is a directory for compiled seccomp filters (`Roots.run /
+    "cache"`); without one each call compiles.
 
     Raises InvalidArgumentError or UnsupportedError naming the entry that cannot be honoured.
     """
@@ -178,8 +181,10 @@ def compose(
     if cgroups_path:
         linux["cgroupsPath"] = cgroups_path
     profile = options.seccomp or ("unconfined" if options.privileged else defaults.seccomp)
+    annotations: dict[str, str] = {}
     if profile != "unconfined":
         linux["seccomp"] = seccomp.section(profile, caps)
+        annotations = bpf.annotation(linux["seccomp"], directory=cache)
     container_mounts = mounts.container_mounts(
         options,
         shm_bytes=options.shm_bytes or defaults.shm_bytes,
@@ -193,6 +198,7 @@ def compose(
         "root": {"path": rootfs, "readonly": options.read_only},
         "mounts": container_mounts,
         "linux": linux,
+        **({"annotations": annotations} if annotations else {}),
     }
     if "uts" not in shared:
         spec["hostname"] = hostname

@@ -38,6 +38,7 @@ _ACTIONS = frozenset(
         "SCMP_ACT_TRAP",
     ]
 )
+_EPERM = 1
 _OPERATORS = frozenset(f"SCMP_CMP_{name}" for name in ["NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"])
 
 
@@ -112,8 +113,11 @@ def resolved(profile: object, capabilities: Sequence[str], *, name: str = "profi
         names = _names(rule, name, where)
         action = _action(rule.get("action"), name, f"{where}.action")
         errno = None if rule.get("errnoRet") is None else _errno(rule["errnoRet"], name, f"{where}.errnoRet")
-        if rule.get("args"):
-            entry: dict[str, Any] = {"names": names, "action": action, "args": _args(rule["args"], name, where)}
+        arguments = _args(rule["args"], name, where) if rule.get("args") else []
+        if _outcome(action, errno) == _outcome(document["defaultAction"], document.get("defaultErrnoRet")):
+            continue  # libseccomp refuses a rule that says what the default says anyway
+        if arguments:
+            entry: dict[str, Any] = {"names": names, "action": action, "args": arguments}
             conditional.append(entry if errno is None else {**entry, "errnoRet": errno})
         else:
             plain.setdefault((action, errno), {}).update(dict.fromkeys(names))
@@ -123,6 +127,10 @@ def resolved(profile: object, capabilities: Sequence[str], *, name: str = "profi
         if names
     ] + conditional
     return document
+
+
+def _outcome(action: str, errno: int | None) -> tuple[str, int | None]:
+    return action, _EPERM if errno is None and action == "SCMP_ACT_ERRNO" else errno
 
 
 def _applies(rule: dict[str, Any], capabilities: Sequence[str], name: str, where: str) -> bool:

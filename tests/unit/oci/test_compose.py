@@ -271,6 +271,11 @@ def test_no_new_privileges_and_seccomp_follow_the_configuration_unless_given() -
     assert "seccomp" in composed(privileged=True, seccomp="default").spec["linux"]
 
 
+def test_the_filter_goes_along_compiled() -> None:
+    assert set(composed().spec["annotations"]) == {"run.oci.seccomp_bpf_data"}
+    assert "annotations" not in composed(seccomp="unconfined").spec
+
+
 def test_a_profile_that_does_not_exist_is_named() -> None:
     with pytest.raises(NotFoundError, match="seccomp profile '/none' does not exist"):
         composed(seccomp="/none")
