@@ -95,10 +95,33 @@ def run(argv: Sequence[str], *, environment: Mapping[str, str] | None = None, se
             reaped += [reap(child)[0] for child in left]
         if status != 0:
             stderr.seek(0)
-            said = stderr.read().decode(errors="replace").strip().splitlines()
-            raise CommandError(f"'{' '.join(argv)}' {described(status)}: {said[-1] if said else 'it said nothing'}")
+            raise CommandError(f"'{' '.join(argv)}' {described(status)}: {last_line(stderr.read())}")
         stdout.seek(0)
         return Ended(started, seconds, stdout.read().decode(errors="replace"), reaped)
+
+
+def run_together(commands: Sequence[Sequence[str]]) -> float:
+    """Start all commands at once; seconds until the last has ended.  `CommandError` if one fails."""
+    pids: list[int] = []
+    with tempfile.TemporaryFile() as stderr:
+        began = time.monotonic()
+        try:
+            for argv in commands:
+                pids.append(spawn(argv, stderr=stderr.fileno()))
+        finally:
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        seconds = time.monotonic() - began
+        failed = [status for status in statuses if status != 0]
+        if failed:
+            stderr.seek(0)
+            raise CommandError(f"{len(failed)} of {len(commands)} commands failed: {last_line(stderr.read())}")
+    return seconds
+
+
+def last_line(output: bytes) -> str:
+    """What a command said last."""
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def described(status: int) -> str:

@@ -128,9 +128,10 @@ class Workplace:
 
     def on_exit(self, name: str) -> None:
         """Remove a container when the workplace is left."""
-        self._stack.callback(self._remove_quietly, name)
+        self._stack.callback(self.remove_quietly, name)
 
-    def _remove_quietly(self, name: str) -> None:
+    def remove_quietly(self, name: str) -> None:
+        """Remove a container; one that never came to be is fine."""
         try:
             self.remove(name)
         except CommandError as error:
