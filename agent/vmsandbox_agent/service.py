@@ -325,6 +325,8 @@ class ProcessService(pb_grpc.ProcessServicer):
                     session.acknowledge(request.ack.stream, request.ack.offset)
                 elif what == "resize":
                     self._resize(request.resize)
+                elif what == "close":
+                    session.abandon(request.close)
                 else:
                     raise errors.InvalidArgumentError(f"an attachment does not take '{what}' here")
         except errors.AgentError as error:

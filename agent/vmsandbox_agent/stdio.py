@@ -97,6 +97,14 @@ class Output:
             del self.kept[: offset - self.base]
             self.base = offset
 
+    def abandon(self) -> None:
+        """Close the reading end: the process gets SIGPIPE, or its terminal hangs up."""
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd = None
+        self.ended = True
+        self.base, self.kept = self.produced, bytearray()
+
     def read(self, *, final: bool) -> bytes:
         """Take what is there; with `final` nothing more is waited for."""
         assert self.fd is not None
@@ -246,11 +254,7 @@ class Stdio:
             self.input.release()
             self.input.closed = True
             for output in self.outputs.values():
-                if output.fd is not None:
-                    os.close(output.fd)
-                output.fd = None
-                output.ended = True
-                output.base, output.kept = output.produced, bytearray()
+                output.abandon()
 
     def offsets(self) -> tuple[int, int, int]:
         """Bytes of stdout and stderr produced, and of stdin accepted, so far."""
@@ -314,6 +318,21 @@ class Session:
             output.acknowledge(offset)
             if was_waiting:
                 self.wake()
+
+    def abandon(self, stream: int) -> None:
+        """Nobody will read this output any more."""
+        with self._stdio.lock:
+            output = self._stdio.outputs.get(stream)
+            if output is None:
+                raise InvalidArgumentError(f"stream {stream} is not output")
+            if self._closed:
+                return
+            if self._stdio.terminal:
+                self._stdio.input.release()
+                self._stdio.input.closed = True
+            output.abandon()
+            self._positions[stream] = output.produced
+            self.wake()
 
     def finish(self) -> None:
         """No request will follow: acknowledgements are not waited for when the process has ended."""

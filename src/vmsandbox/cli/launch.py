@@ -11,11 +11,14 @@ import fcntl
 import os
 import socket
 import sys
+from contextlib import contextmanager
 
 from vmsandbox.errors import AlreadyExistsError, UnavailableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmsandbox.paths import Roots, SandboxPaths
 
 #: The supervisor's end of the control socket.
@@ -44,6 +47,14 @@ def make_run_directory(roots: Roots, sandbox_id: str) -> SandboxPaths:
     except OSError as error:
         raise UnavailableError(f"cannot make '{sandbox.dir}': {error.strerror}; is '{roots.run_dir}' full?") from error
     return sandbox
+
+
+@contextmanager
+def locked(sandbox: SandboxPaths) -> Iterator[None]:
+    """Hold the pod's lock: one at a time starts its supervisor or removes what is left of it."""
+    with open(sandbox.lock_file, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def listen(sandbox: SandboxPaths) -> socket.socket:
@@ -117,8 +128,7 @@ def connect_or_take_over(roots: Roots, sandbox: SandboxPaths) -> socket.socket:
 
     Raises `FileNotFoundError` when the pod itself is gone.
     """
-    with open(sandbox.lock_file, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(sandbox):
         try:
             return connect(sandbox)
         except (ConnectionRefusedError, FileNotFoundError):

@@ -76,7 +76,7 @@ class SandboxSettings:
     #: vCPUs a pod can grow to; 0: as many as the host has
     max_cpus: Annotated[int, Between(0, MOST_CPUS)] = 0
     #: memory for the guest's kernel and agent
-    base_memory_mib: Annotated[int, Between(96, 1024 * 1024)] = 128
+    base_memory_mib: Annotated[int, Between(96, 1024 * 1024)] = 256
     #: memory the guest gets for each container that has no limit of its own
     default_container_memory_mib: Annotated[int, Between(16, 1024 * 1024)] = 512
     #: memory a pod can grow to; 0: as much as the host has

@@ -146,6 +146,10 @@ class Attachment:
         size = pb.ResizeRequest(container_id=self._container_id, exec_id=self._exec_id, columns=columns, rows=rows)
         await self._write(pb.AttachRequest(resize=size))
 
+    async def close_output(self, stream: int) -> None:
+        """Say that nobody reads this output any more."""
+        await self._write(protocol().AttachRequest(close=stream))
+
     async def _room_for(self, end: int) -> None:
         while self._accepted is None or end - self._accepted > INPUT_WINDOW:
             if self._over:

@@ -155,7 +155,7 @@ def test_hidden_files_in_conf_d_are_left_alone(roots: Roots, etc: Path) -> None:
         ),
         (
             "[sandbox]\nmax_memory_mib = 100\n",
-            "section 'sandbox': base_memory_mib '128' is more than max_memory_mib '100'",
+            "section 'sandbox': base_memory_mib '256' is more than max_memory_mib '100'",
         ),
         (
             "[log]\nlevel = 'debug'\n[log]\n",

@@ -1,0 +1,205 @@
+"""`vmsandbox gc`: find and remove what no container owns any more.
+
+Whatever was killed, at whatever point, the pod's directory tells what there was: a supervisor that does not answer, a
+virtual machine known by pid and start time or by its name, containers whose stand-ins are gone.
+A pod with a live stand-in is left alone: the stand-in takes it over itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from vmsandbox import records
+from vmsandbox.errors import NotFoundError, SandboxError
+from vmsandbox.paths import Roots, SandboxPaths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: seconds within which a directory without a lock or document may still be being made
+YOUNG = 10.0
+
+
+def main(argv: list[str], roots: Roots) -> int:
+    """Clean up and say what was removed, a line each."""
+    parser = argparse.ArgumentParser(prog="vmsandbox gc")
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not say what was removed")
+    arguments = parser.parse_args(argv)
+    say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else print
+    for directory in entries(roots.sandboxes_dir):
+        collect_sandbox(roots, SandboxPaths(f"{roots.sandboxes_dir}/{directory}"), say)
+    collect_containers(roots, say)
+    return 0
+
+
+def entries(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], None]) -> None:
+    """Remove a pod that nobody runs; one that is served, or can still take itself over, stays."""
+    if not os.path.exists(sandbox.lock_file) and is_young(sandbox.dir):
+        return
+    try:
+        lock = open(sandbox.lock_file, "ab")  # noqa: SIM115 - closed by the with below
+    except FileNotFoundError:
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_served(sandbox):
+            return
+        found = list(documents(sandbox))
+        if any(container.status() != "stopped" for container in found):
+            return
+        for pid in machines(sandbox):
+            end(pid)
+            say(f"ended virtual machine {pid} of pod '{os.path.basename(sandbox.dir)}'")
+        records.remove_tree(f"{sandbox.dir}/vm")
+        for container in found:
+            settle_container(roots, container, say)
+        if records.forget_sandbox_if_empty(sandbox):
+            say(f"removed pod '{os.path.basename(sandbox.dir)}'")
+
+
+def is_young(path: str) -> bool:
+    try:
+        return time.time() - os.stat(path).st_mtime < YOUNG
+    except FileNotFoundError:
+        return True
+
+
+def is_served(sandbox: SandboxPaths) -> bool:
+    """Whether a supervisor accepts connections on the pod's control socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(sandbox.control_file)
+        except OSError:
+            return False
+    return True
+
+
+def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
+    """The pod's containers; a damaged document is one whose container has stopped and is forgotten."""
+    for name in entries(sandbox.containers_dir):
+        container_id, dot, ending = name.rpartition(".")
+        path = f"{sandbox.containers_dir}/{name}"
+        if not dot or ending != "json":
+            os.unlink(path)
+            continue
+        try:
+            document = records.read_document(path)
+        except SandboxError:
+            document = {"id": container_id, "status": "stopped", "autoremove": True}
+        yield records.Container(container_id, sandbox, document)
+
+
+def settle_container(roots: Roots, container: records.Container, say: Callable[[str], None]) -> None:
+    """Mark a container stopped that nobody could mark any more, or forget it."""
+    document = container.document
+    if document.get("autoremove") or document.get("status") == "creating":
+        image = str((document.get("image") or {}).get("id") or "")
+        records.forget_container(roots, container.id, name=container.name, image_id=image)
+        records.remove_tree(container.sandbox.container_file(container.id))
+        say(f"removed container '{container.name or container.id[: records.SHOWN_ID]}'")
+    elif document.get("status") != "stopped":
+        exit_status = {"code": 137, "signal": 9, "time_ns": time.time_ns(), "reason": "its virtual machine is gone"}
+        document.update(status="stopped", finished=time.time())
+        document.setdefault("exit", exit_status)
+        records.write_document(container.sandbox.container_file(container.id), document)
+        say(f"container '{container.name or container.id[: records.SHOWN_ID]}' has stopped")
+
+
+def machines(sandbox: SandboxPaths) -> Iterator[int]:
+    """QEMU and virtiofsd processes of a pod: by its document, and by what their command lines name."""
+    found = set()
+    try:
+        vm = records.read_document(sandbox.document_file).get("vm") or {}
+        if records.is_alive(vm.get("pid"), vm.get("start_time")):
+            found.add(int(vm["pid"]))
+    except (NotFoundError, SandboxError):
+        pass
+    name = f"vmsandbox-{os.path.basename(sandbox.dir)}".encode()
+    place = os.fsencode(f"{sandbox.dir}/vm/")
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+        except OSError:
+            continue
+        helper = b"qemu" in words[0] or b"virtiofsd" in words[0]
+        if helper and any(word.startswith(name) or place in word for word in words):
+            found.add(int(entry))
+    yield from sorted(found)
+
+
+def end(pid: int) -> None:
+    """Kill a process and wait until it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        import select
+
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(5000)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)
+
+
+def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
+    """Remove ids, names and data that belong to no pod of this run root."""
+    for container_id in entries(roots.by_container_dir):
+        link = f"{roots.by_container_dir}/{container_id}"
+        if not os.path.exists(f"{link}/containers/{container_id}.json") and not is_young_link(link):
+            os.unlink(link)
+    known = set(entries(roots.by_container_dir))
+    for name in entries(roots.names_dir):
+        path = f"{roots.names_dir}/{name}"
+        if os.readlink(path) not in known and not is_young_link(path):
+            os.unlink(path)
+            say(f"released the name '{name}'")
+    for container_id in entries(roots.container_data_dir):
+        directory = f"{roots.container_data_dir}/{container_id}"
+        if container_id not in known and owner(directory) == roots.run_dir and not is_young(directory):
+            records.forget_container(roots, container_id, name="", image_id="")
+            say(f"removed data of container '{container_id[: records.SHOWN_ID]}'")
+    from vmsandbox.resources.images.store import ImageStore
+
+    store = ImageStore(roots)
+    data = set(entries(roots.container_data_dir))
+    for holders in store.references().values():
+        for holder in holders:
+            if holder not in data:
+                store.release(holder)
+
+
+def is_young_link(path: str) -> bool:
+    try:
+        return time.time() - os.lstat(path).st_mtime < YOUNG
+    except FileNotFoundError:
+        return True
+
+
+def owner(directory: str) -> str:
+    """The run root that a container's data belongs to."""
+    try:
+        with open(f"{directory}/owner", encoding="utf-8") as file:
+            return file.read(4096)
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,38 @@
+"""`vmsandbox run --dry-run`: what would be run, as JSON, and nothing is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from vmsandbox.config.load import load
+from vmsandbox.resources.images.store import ImageStore
+from vmsandbox.supervisor import composition
+from vmsandbox.supervisor.container import ROOTFS
+from vmsandbox.supervisor.sandbox import Surroundings, vm_config_for
+from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
+
+if TYPE_CHECKING:
+    from vmsandbox.paths import Roots
+
+
+def main(argv: list[str], roots: Roots) -> int:
+    """Print QEMU's command line and the container's spec for the request in `argv`."""
+    request = json.loads(argv[0])
+    settings = load(roots, config_file=os.environ.get("VMSANDBOX_CONFIG"))
+    spec = composition.sandbox_spec(request)
+    around = Surroundings(roots=roots, paths=roots.sandbox(spec.id), settings=settings, hypervisor=QemuHypervisor())
+    image = ImageStore(roots).resolve(request["image"])
+    options = composition.run_options(request)
+    result = composition.compose_spec(
+        settings, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}"
+    )
+    plan = {
+        "image": {"id": image.id, "path": str(image.erofs)},
+        "qemu": list(around.hypervisor.argv(vm_config_for(around, spec))),
+        "user": result.user,
+        "spec": result.spec,
+    }
+    print(json.dumps(plan, indent=2))
+    return 0

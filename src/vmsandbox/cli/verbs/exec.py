@@ -1,0 +1,88 @@
+"""`vmsandbox exec`: another process in a running container."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmsandbox import records
+from vmsandbox.cli import client, launch, standin, terminal
+from vmsandbox.cli.verbs.run import client_environment, end_standin, environment_files, fork_standin
+from vmsandbox.errors import InvalidStateError, SandboxError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmsandbox.cli.main import Options
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="vmsandbox exec", allow_abbrev=False)
+    add = made.add_argument
+    add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
+    add("-t", "--tty", action="store_true", help="give the process a terminal")
+    add("-d", "--detach", action="store_true", help="do not wait for the process")
+    add("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="set (or pass on) a variable")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read variables from a file")
+    add("-w", "--workdir", default="", metavar="DIR")
+    add("-u", "--user", default="", metavar="USER[:GROUP]")
+    add("--privileged", action="store_true", help="all capabilities in the guest")
+    add("container", metavar="CONTAINER")
+    add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    return made
+
+
+def main(options: Options, argv: list[str]) -> int:
+    """Run a command in a container; the exit code is the command's."""
+    made = parser()
+    arguments = made.parse_args(argv)
+    if not arguments.command:
+        made.error("a command is needed")
+    if arguments.tty and arguments.interactive and not arguments.detach:
+        terminal.require_terminal()
+    roots = options.roots()
+    container = records.load(roots, records.resolve(roots, arguments.container))
+    if container.status() not in ("running", "created", "paused"):
+        raise InvalidStateError(f"container '{arguments.container}'", state=container.status(), wanted="exec in")
+    exec_id = os.urandom(16).hex()
+    environment = [*environment_files(arguments.env_file), *arguments.env]
+    chosen = {
+        "args": arguments.command,
+        "env": environment,
+        "client_env": client_environment(environment),
+        "workdir": arguments.workdir,
+        "user": arguments.user,
+        "tty": arguments.tty,
+        "privileged": arguments.privileged,
+    }
+    request = {
+        "verb": "exec",
+        "container": container.id,
+        "exec": exec_id,
+        "options": {key: value for key, value in chosen.items() if value not in ("", [], {}, False)},
+        "tty": arguments.tty,
+        "stdin": arguments.interactive,
+    }
+    plan = standin.Plan(
+        container.id,
+        exec_id,
+        stdin=arguments.interactive and not arguments.detach,
+        stdout=not arguments.detach,
+        terminal=arguments.tty and not arguments.detach,
+        kill_with=None if arguments.detach else os.getpid(),
+    )
+    with (
+        launch.connect_or_take_over(roots, container.sandbox) as sock,
+        terminal.raw(wanted=plan.terminal and plan.stdin),
+    ):
+        pid = fork_standin(roots, container.sandbox, plan, detach=arguments.detach)
+        request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
+        with terminal.forwarding(pid):
+            try:
+                client.request(sock, request)
+            except SandboxError:
+                end_standin(pid)
+                raise
+            if arguments.detach:
+                return 0
+            _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)

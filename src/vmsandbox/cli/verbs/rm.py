@@ -1,0 +1,60 @@
+"""`vmsandbox rm`: forget containers, with all they own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmsandbox import records
+from vmsandbox.cli import client, launch
+from vmsandbox.cli.verbs._each import each
+from vmsandbox.errors import InvalidStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmsandbox.cli.main import Options
+    from vmsandbox.paths import Roots
+
+
+def main(options: Options, argv: list[str]) -> int:
+    made = argparse.ArgumentParser(prog="vmsandbox rm")
+    made.add_argument("-f", "--force", action="store_true", help="running ones as well: they are killed")
+    made.add_argument("containers", nargs="+", metavar="CONTAINER")
+    arguments = made.parse_args(argv)
+    roots = options.roots()
+
+    def remove(name: str) -> None:
+        container = records.load(roots, records.resolve(roots, name))
+        if container.status() != "stopped" and not arguments.force:
+            raise InvalidStateError(
+                f"container '{name}'", state=f"{container.status()}: stop it first or use '--force'", wanted="remove"
+            )
+        if not remove_by_supervisor(roots, container, force=arguments.force):
+            remove_from_disk(roots, container)
+
+    return each(arguments.containers, remove, debug=options.debug)
+
+
+def remove_by_supervisor(roots: Roots, container: records.Container, *, force: bool) -> bool:
+    """Have the pod's supervisor remove the container; False where none is left to do it."""
+    running = container.document.get("status") != "stopped"
+    try:
+        sock = (launch.connect_or_take_over(roots, container.sandbox)) if running else launch.connect(container.sandbox)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    with sock:
+        client.request(sock, {"verb": "delete", "container": container.id, "force": force})
+        client.wait_for_end(sock)
+    return True
+
+
+def remove_from_disk(roots: Roots, container: records.Container) -> None:
+    """Forget a container whose pod has ended."""
+    document = container.document
+    if os.path.isdir(container.sandbox.dir):
+        with launch.locked(container.sandbox):
+            image = str((document.get("image") or {}).get("id") or "")
+            records.forget_container(roots, container.id, name=container.name, image_id=image)
+            records.forget_sandbox_if_empty(container.sandbox)
+    else:
+        records.forget_container(roots, container.id, name=container.name, image_id="")

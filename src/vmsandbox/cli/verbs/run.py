@@ -1,0 +1,227 @@
+"""`vmsandbox run`: a new container in a virtual machine of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from vmsandbox import records
+from vmsandbox.cli import client, launch, standin, terminal
+from vmsandbox.errors import InvalidArgumentError, SandboxError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmsandbox.cli.main import Options
+    from vmsandbox.paths import Roots, SandboxPaths
+
+
+def parser(*, verb: str = "run") -> argparse.ArgumentParser:
+    """The options that `run` and `create` share."""
+    made = argparse.ArgumentParser(prog=f"vmsandbox {verb}", allow_abbrev=False)
+    add = made.add_argument
+    add("-i", "--interactive", action="store_true", help="pass stdin on to the container")
+    add("-t", "--tty", action="store_true", help="give the container a terminal")
+    add("-d", "--detach", action="store_true", help="print the id and leave the container running")
+    add("--rm", action="store_true", dest="autoremove", help="remove the container when it has ended")
+    add("--name", default="", help="a name for the container")
+    add("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="set (or pass on) a variable")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read variables from a file")
+    add("-w", "--workdir", default="", metavar="DIR", help="working directory in the container")
+    add("-u", "--user", default="", metavar="USER[:GROUP]", help="name or uid, group or gid")
+    add("--entrypoint", default=None, metavar="COMMAND", help="instead of the image's entrypoint")
+    add("--hostname", default="", metavar="NAME")
+    add("-l", "--label", action="append", default=[], metavar="KEY=VALUE")
+    add("--read-only", action="store_true", help="the container cannot write to its root file system")
+    add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs in the container")
+    add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
+    add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
+    add("--pids-limit", type=int, default=None, metavar="N")
+    add("--cpu-shares", type=int, default=None, metavar="N")
+    add("--cpuset-cpus", default="", metavar="LIST", help="vCPUs of the guest")
+    add("--shm-size", default=None, metavar="SIZE", help="size of /dev/shm")
+    add("--ulimit", action="append", default=[], metavar="NAME=SOFT[:HARD]")
+    add("--sysctl", action="append", default=[], metavar="KEY=VALUE")
+    add("--cap-add", action="append", default=[], metavar="CAP")
+    add("--cap-drop", action="append", default=[], metavar="CAP")
+    add("--privileged", action="store_true", help="all capabilities in the guest; the host stays out of reach")
+    add("--stop-signal", default=None, metavar="SIGNAL")
+    add("--scratch-size", default=None, metavar="SIZE", help="how much the container may write, as 10g")
+    add("--accel", choices=("auto", "kvm", "tcg"), default=None, help="acceleration of the virtual machine")
+    add("--dry-run", action="store_true", help="print what would be run, and do nothing")
+    add("image", metavar="IMAGE")
+    add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    return made
+
+
+def container_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as the supervisor takes them: what the user typed, under the names of `oci.options`."""
+    given: dict[str, Any] = {
+        "args": arguments.command,
+        "env": [*environment_files(arguments.env_file), *arguments.env],
+        "workdir": arguments.workdir,
+        "user": arguments.user,
+        "tty": arguments.tty,
+        "hostname": arguments.hostname,
+        "labels": arguments.label,
+        "read_only": arguments.read_only,
+        "tmpfs": arguments.tmpfs,
+        "cpus": arguments.cpus,
+        "memory": arguments.memory,
+        "pids_limit": arguments.pids_limit,
+        "cpu_shares": arguments.cpu_shares,
+        "cpuset_cpus": arguments.cpuset_cpus,
+        "shm_size": arguments.shm_size,
+        "ulimits": arguments.ulimit,
+        "sysctls": arguments.sysctl,
+        "cap_add": arguments.cap_add,
+        "cap_drop": arguments.cap_drop,
+        "privileged": arguments.privileged,
+        "stop_signal": arguments.stop_signal,
+    }
+    if arguments.entrypoint is not None:
+        given["entrypoint"] = [arguments.entrypoint]
+    given["client_env"] = client_environment(given["env"])
+    return {key: value for key, value in given.items() if value not in (None, "", [], {}, False)}
+
+
+def client_environment(entries: list[str]) -> dict[str, str]:
+    """The values of variables that are named without one."""
+    return {entry: os.environ[entry] for entry in entries if "=" not in entry and entry in os.environ}
+
+
+def environment_files(paths: list[str]) -> list[str]:
+    """The entries of `--env-file`: a line each, comments and blank lines left out."""
+    entries = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgumentError(f"cannot read environment file '{path}': {error}") from error
+        entries += [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    return entries
+
+
+def size_mib(text: str | None) -> int | None:
+    """Whole MiB of a size like `10g`."""
+    if text is None:
+        return None
+    units = {"m": 1, "g": 1024, "t": 1024 * 1024}
+    digits, unit = text[:-1], text[-1:].lower()
+    if unit not in units or not digits.isascii() or not digits.isdigit() or int(digits) == 0:
+        raise InvalidArgumentError(f"invalid size '{text}': a number with 'm', 'g' or 't' is wanted, as 10g")
+    return int(digits) * units[unit]
+
+
+def new_id() -> str:
+    return os.urandom(32).hex()
+
+
+def main(options: Options, argv: list[str]) -> int:
+    """Run a container; the exit code is its own, or docker's for what went wrong before."""
+    arguments = parser().parse_args(argv)
+    if arguments.dry_run:
+        return dry_run(options, arguments)
+    if arguments.tty and arguments.interactive and not arguments.detach:
+        terminal.require_terminal()
+    roots = options.roots()
+    container_id = new_id()
+    request = {
+        "verb": "run",
+        "id": container_id,
+        "name": arguments.name,
+        "image": arguments.image,
+        "options": container_options(arguments),
+        "cwd": os.getcwd(),
+        "autoremove": arguments.autoremove,
+        "stdin": arguments.interactive,
+        "scratch_mib": size_mib(arguments.scratch_size),
+        "sandbox": {"id": container_id, "implicit": True, "accel": arguments.accel},
+    }
+    if arguments.name:
+        records.reserve_name(roots, arguments.name, container_id)
+    try:
+        return start(options, roots, request, arguments)
+    except BaseException:
+        if arguments.name and not os.path.lexists(f"{roots.by_container_dir}/{container_id}"):
+            records.release_name(roots, arguments.name, container_id)
+        raise
+
+
+def start(options: Options, roots: Roots, request: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Start the pod's supervisor and the container's stand-in, and stay with it unless detached."""
+    sandbox = launch.make_run_directory(roots, request["sandbox"]["id"])
+    try:
+        with launch.locked(sandbox), launch.listen(sandbox) as listener:
+            launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments())
+    except BaseException:
+        records.remove_tree(sandbox.dir)
+        raise
+    plan = standin.Plan(
+        request["id"],
+        stdin=arguments.interactive and not arguments.detach,
+        stdout=not arguments.detach,
+        terminal=arguments.tty and not arguments.detach,
+        kill_with=os.getpid() if arguments.autoremove and not arguments.detach else None,
+    )
+    with launch.connect(sandbox) as sock, terminal.raw(wanted=plan.terminal and plan.stdin):
+        pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
+        request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
+        with terminal.forwarding(pid):
+            try:
+                client.request(sock, request)
+            except SandboxError:
+                end_standin(pid)
+                client.wait_for_end(sock)
+                raise
+            if arguments.detach:
+                print(request["id"])
+                return 0
+            _, status = os.waitpid(pid, 0)
+            client.wait_for_end(sock)
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def fork_standin(roots: Roots, sandbox: SandboxPaths, plan: standin.Plan, *, detach: bool) -> int:
+    """Fork the stand-in; a detached one has none of our stdio."""
+    if not detach:
+        return standin.fork(roots, sandbox, plan)
+    sys.stdout.flush()
+    saved = [os.dup(fd) for fd in range(3)]
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        for fd in range(3):
+            os.dup2(null, fd)
+        return standin.fork(roots, sandbox, plan)
+    finally:
+        for fd, old in enumerate(saved):
+            os.dup2(old, fd)
+            os.close(old)
+        os.close(null)
+
+
+def end_standin(pid: int) -> None:
+    """Reap the stand-in of a process that never came to be."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def dry_run(options: Options, arguments: argparse.Namespace) -> int:
+    """Hand over to the admin program, which may import what composing a pod needs."""
+    import json
+
+    from vmsandbox.cli.main import exec_admin
+
+    request = {
+        "id": new_id(),
+        "image": arguments.image,
+        "options": container_options(arguments),
+        "cwd": os.getcwd(),
+        "stdin": arguments.interactive,
+        "sandbox": {"id": "dry-run", "accel": arguments.accel},
+    }
+    return exec_admin(options, "plan", [json.dumps(request)])

@@ -1,0 +1,31 @@
+"""`vmsandbox stop`: the stop signal, a time to obey, then SIGKILL."""
+
+from __future__ import annotations
+
+import argparse
+
+from vmsandbox import records
+from vmsandbox.cli import client, launch
+from vmsandbox.cli.verbs._each import each
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmsandbox.cli.main import Options
+
+
+def main(options: Options, argv: list[str]) -> int:
+    made = argparse.ArgumentParser(prog="vmsandbox stop")
+    made.add_argument("-t", "--time", type=float, default=None, metavar="SECONDS", help="before SIGKILL")
+    made.add_argument("containers", nargs="+", metavar="CONTAINER")
+    arguments = made.parse_args(argv)
+    roots = options.roots()
+
+    def stop(name: str) -> None:
+        container = records.load(roots, records.resolve(roots, name))
+        if container.document.get("status") == "stopped":
+            return
+        with launch.connect_or_take_over(roots, container.sandbox) as sock:
+            client.request(sock, {"verb": "stop", "container": container.id, "timeout": arguments.time})
+            client.wait_for_end(sock)
+
+    return each(arguments.containers, stop, debug=options.debug)

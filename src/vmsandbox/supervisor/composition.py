@@ -1,0 +1,126 @@
+"""From a client's request to what the pod's parts need: pod, document, spec, exec.
+
+Requests are untrusted in form though not in intent: whatever is missing or of another type is an
+InvalidArgumentError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import InvalidArgumentError
+from vmsandbox.oci import compose, options
+from vmsandbox.supervisor.sandbox import SandboxSpec
+from vmsandbox_protocol import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from vmsandbox.config.model import Settings
+    from vmsandbox.oci.compose import Composed
+    from vmsandbox.oci.options import RunOptions
+    from vmsandbox.resources.images.store import Image
+
+ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.-")
+MAX_ID = 128
+
+
+def identifier(request: dict[str, Any], key: str) -> str:
+    """An id that is safe as a file name."""
+    value = request.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID or not set(value) <= ID_CHARACTERS:
+        raise InvalidArgumentError(f"'{key}' is not a valid id: '{str(value)[:MAX_ID]}'")
+    if not value[0].isalnum():
+        raise InvalidArgumentError(f"'{key}' has to start with a letter or digit: '{value}'")
+    return value
+
+
+def sandbox_spec(request: dict[str, Any]) -> SandboxSpec:
+    """The pod that a container's request brings up."""
+    pod = request.get("sandbox")
+    if not isinstance(pod, dict):
+        raise InvalidArgumentError("the request names no pod")
+    return SandboxSpec(
+        id=identifier(pod, "id"),
+        name=str(pod.get("name") or ""),
+        implicit=bool(pod.get("implicit", True)),
+        hostname=str(pod.get("hostname") or identifier(pod, "id")[:12]),
+        accel=pod.get("accel") or None,
+    )
+
+
+def container_document(request: dict[str, Any]) -> dict[str, Any]:
+    """The first state of a container's document."""
+    given = request.get("options")
+    if not isinstance(given, dict):
+        raise InvalidArgumentError("the request has no options")
+    return {
+        "id": identifier(request, "id"),
+        "name": str(request.get("name") or ""),
+        "sandbox": str((request.get("sandbox") or {}).get("id") or ""),
+        "status": "creating",
+        "created": time.time(),
+        "autoremove": bool(request.get("autoremove")),
+        "terminal": bool(given.get("tty")),
+        "stdin": bool(request.get("stdin")),
+        "size": request.get("size"),
+        "standin": request.get("standin"),
+        "options": given,
+        "image_name": str(request.get("image") or ""),
+        "scratch_mib": request.get("scratch_mib"),
+    }
+
+
+def run_options(request: dict[str, Any]) -> RunOptions:
+    """The checked options of a request, relative paths taken from the client's directory."""
+    return options.run_options(request["options"], cwd=str(request.get("cwd") or "/"))
+
+
+def compose_spec(settings: Settings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str) -> Composed:
+    """The container's OCI spec for use inside the guest."""
+    container = settings.container
+    defaults = compose.Defaults(
+        shm_bytes=container.shm_size_mib << 20,
+        pids_limit=container.pids_limit,
+        no_new_privileges=container.no_new_privileges,
+        seccomp=container.seccomp,
+    )
+    return compose.compose(image.config, chosen, rootfs=rootfs, container_id=container_id, defaults=defaults)
+
+
+def describe(document: dict[str, Any], image: Image, result: Composed, chosen: RunOptions) -> None:
+    """Note in a container's document what was made of its image and options."""
+    process = result.spec["process"]
+    document["image"] = {"id": image.id, "name": document.pop("image_name") or image.title}
+    document["args"] = process["args"]
+    document["process"] = {key: process[key] for key in ("args", "env", "cwd")}
+    document["labels"] = result.labels
+    document["stop_signal"] = result.stop_signal
+    document["resources"] = {"cpus": chosen.cpus or 0, "memory": chosen.memory_bytes or 0}
+
+
+def exec_request(request: dict[str, Any], document: dict[str, Any]) -> pb.ExecRequest:
+    """What the agent is asked for when a process is added to the container of `document`."""
+    given = request.get("options")
+    if not isinstance(given, dict):
+        raise InvalidArgumentError("the request has no options")
+    chosen = options.exec_options(given)
+    result = compose.compose_exec(chosen, document)
+    columns, rows = request.get("size") or (0, 0)
+    return pb.ExecRequest(
+        container_id=document["id"],
+        exec_id=identifier(request, "exec"),
+        process_json=json.dumps(result.process).encode(),
+        stdio=pb.Stdio(
+            terminal=chosen.tty,
+            columns=columns,
+            rows=rows,
+            stdin=bool(request.get("stdin")),
+            stdout=True,
+            stderr=not chosen.tty,
+        ),
+        user=result.user,
+        default_home=result.default_home,
+        inherit=True,
+    )

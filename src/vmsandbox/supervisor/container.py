@@ -1,0 +1,303 @@
+"""One container's life in the pod: what it was given, in which order, and how it is given back.
+
+Everything acquired for a container is pushed on its exit stack as it is acquired, so undoing a failed creation
+and deleting a finished container are the same code, in reverse order, every step attempted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox import records
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
+from vmsandbox.resources import scratch
+from vmsandbox.resources.images.store import ImageStore
+from vmsandbox.supervisor import store
+from vmsandbox.supervisor.lifecycle import Status, advance
+from vmsandbox.supervisor.process import Exit, Process
+from vmsandbox.supervisor.sandbox import Demand
+from vmsandbox_protocol import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from vmsandbox.oci.compose import Composed
+    from vmsandbox.oci.options import RunOptions
+    from vmsandbox.resources.images.store import Image
+    from vmsandbox.supervisor.sandbox import Sandbox, Surroundings
+
+log = logging.getLogger(__name__)
+
+STORAGE = "/run/vmsandbox/storage"
+ROOTFS = "/run/vmsandbox/rootfs"
+#: seconds the creation of a container may take in the guest
+CREATE_TIMEOUT = 120.0
+#: tmpfs that only takes mount points of a read-only root file system
+MOUNT_POINTS_BYTES = 1024 * 1024
+
+
+class Container:
+    """A container of this pod, from the request to create it until it is forgotten."""
+
+    def __init__(self, around: Surroundings, document: dict[str, Any]) -> None:
+        self.around = around
+        self.id: str = document["id"]
+        self.document = document
+        self.lock = asyncio.Lock()
+        self.init = Process(
+            self.id,
+            "",
+            terminal=bool(document.get("terminal")),
+            standin=document.get("standin"),
+        )
+        self.execs: dict[str, Process] = {}
+        self.stack = AsyncExitStack()
+
+    def __str__(self) -> str:
+        return f"container '{self.document.get('name') or self.id[:12]}'"
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def status(self) -> Status:
+        return self.document["status"]  # type: ignore[no-any-return]
+
+    @property
+    def autoremove(self) -> bool:
+        return bool(self.document.get("autoremove"))
+
+    def advance(self, verb: str) -> None:
+        """Change the state as `verb` does, or raise `InvalidStateError`; writes the document."""
+        self.document["status"] = advance(str(self), self.status, verb)
+        self.save()
+
+    def require(self, verb: str) -> None:
+        """Raise `InvalidStateError` unless `verb` makes sense now."""
+        advance(str(self), self.status, verb)
+
+    def save(self) -> None:
+        store.save_container(self.around.paths, self.id, self.document)
+
+    def add_exec(self, exec_id: str, *, terminal: bool = False, standin: dict[str, Any] | None = None) -> Process:
+        """Know another process; its stand-in is noted so that a later supervisor can judge by it."""
+        process = Process(self.id, exec_id, terminal=terminal, standin=standin)
+        self.execs[exec_id] = process
+        self.document.setdefault("execs", {})[exec_id] = {"terminal": terminal, "standin": standin}
+        self.save()
+        return process
+
+    def drop_exec(self, process: Process) -> None:
+        self.execs.pop(process.exec_id, None)
+        if self.document.get("execs", {}).pop(process.exec_id, None) is not None and self.status != "stopped":
+            self.save()
+
+    def restore_processes(self) -> None:
+        """Know again what an earlier supervisor noted."""
+        if "exit" in self.document:
+            self.init.finish(Exit.of(self.document["exit"]))
+            if not self.init.has_standin():
+                self.init.delivered.set()
+        for exec_id, noted in (self.document.get("execs") or {}).items():
+            process = Process(self.id, exec_id, terminal=bool(noted.get("terminal")), standin=noted.get("standin"))
+            process.settled.set()
+            self.execs[exec_id] = process
+
+    def process(self, exec_id: str) -> Process:
+        if not exec_id:
+            return self.init
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            raise NotFoundError(f"no such exec in {self}: '{exec_id}'") from None
+
+    def ended(self, status: Exit) -> None:
+        """Record that the init process has ended; its execs ended with it."""
+        if self.status == "stopped":
+            return
+        self.document["exit"] = status.document()
+        self.document["finished"] = time.time()
+        self.document["status"] = "stopped"
+        self.save()
+
+    # ------------------------------------------------------------ creation
+
+    async def create(
+        self,
+        sandbox_ready: asyncio.Future[Sandbox],
+        image: Image,
+        composed: Composed,
+        options: RunOptions,
+        *,
+        start: bool,
+    ) -> None:
+        """Give the container what it needs and create it in the guest; undone completely if it fails."""
+        try:
+            scratch_path = await self._prepare(image, options)
+            sandbox = await asyncio.shield(sandbox_ready)
+            await self._give(sandbox, image, scratch_path, composed, start=start)
+        except BaseException:
+            await self.release()
+            raise
+
+    async def _prepare(self, image: Image, options: RunOptions) -> Path | None:
+        """What needs no virtual machine, done while it boots."""
+        roots = self.around.roots
+        directory = roots.data / "containers" / self.id
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Several run roots may share a data root: what belongs to which is said beside it.
+        (directory / "owner").write_text(roots.run_dir)
+        ImageStore(roots).hold(image.id, self.id)
+        if options.read_only:
+            return None
+        path = directory / "scratch.img"
+        if not path.exists():
+            await asyncio.to_thread(
+                scratch.create,
+                path,
+                int(self.document.get("scratch_mib") or self.around.settings.container.scratch_size_mib),
+                roots.data / "cache",
+            )
+        return path
+
+    async def _give(
+        self, sandbox: Sandbox, image: Image, scratch_path: Path | None, composed: Composed, *, start: bool
+    ) -> None:
+        began = time.monotonic()
+        stack = self.stack
+        await sandbox.give(self.id, self.demand())
+        stack.push_async_callback(sandbox.take_back, self.id)
+        image_disk = f"image-{image.id.removeprefix('sha256:')[:12]}"
+        image_address = await sandbox.share_disk(image_disk, image.erofs, user=self.id)
+        stack.push_async_callback(sandbox.unshare_disk, image_disk, user=self.id)
+        self.document["disks"] = {"image": [image_disk, image_address]}
+        scratch_address = None
+        if scratch_path is not None:
+            scratch_disk = f"scratch-{self.id[:12]}"
+            scratch_address = await sandbox.attach_disk(scratch_disk, scratch_path, read_only=False)
+            stack.push_async_callback(sandbox.detach_disk, scratch_disk)
+            self.document["disks"]["scratch"] = [scratch_disk, scratch_address]
+        self.save()
+        request = pb.CreateContainerRequest(
+            container_id=self.id,
+            spec_json=json.dumps(composed.spec).encode(),
+            storages=self._storages(image_disk, image_address, scratch_address),
+            stdio=self.stdio(),
+            start=start,
+            user=composed.user,
+            default_home=composed.default_home,
+            make_cwd=composed.make_cwd,
+        )
+        attached = time.monotonic()
+        answer = await sandbox.agent.create_container(request, timeout=CREATE_TIMEOUT)
+        stack.push_async_callback(self._remove_in_guest, sandbox)
+        self.document["phases"] = {
+            "attach": round(attached - began, 4),
+            "create": round(time.monotonic() - attached, 4),
+            **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
+        }
+
+    def demand(self) -> Demand:
+        resources = self.document.get("resources") or {}
+        return Demand(cpus=float(resources.get("cpus") or 0), memory_mib=-(-int(resources.get("memory") or 0) >> 20))
+
+    def stdio(self) -> pb.Stdio:
+        size = self.document.get("size") or [0, 0]
+        return pb.Stdio(
+            terminal=self.init.terminal,
+            columns=size[0],
+            rows=size[1],
+            stdin=bool(self.document.get("stdin")),
+            stdout=True,
+            stderr=not self.init.terminal,
+        )
+
+    def _storages(self, image_disk: str, image_address: str, scratch_address: str | None) -> list[pb.Storage]:
+        """The image below, a writable layer above, both seen as one tree."""
+        lower = f"{STORAGE}/{image_disk}"
+        upper = f"{STORAGE}/{self.id[:12]}"
+        writable = (
+            pb.Storage(
+                driver=pb.Storage.DRIVER_BLOCK,
+                fstype="ext4",
+                options=["noatime"],
+                mount_point=upper,
+                pci_path=scratch_address,
+            )
+            if scratch_address
+            else pb.Storage(driver=pb.Storage.DRIVER_TMPFS, options=[f"size={MOUNT_POINTS_BYTES}"], mount_point=upper)
+        )
+        return [
+            pb.Storage(
+                driver=pb.Storage.DRIVER_BLOCK,
+                fstype="erofs",
+                options=["ro"],
+                mount_point=lower,
+                pci_path=image_address,
+            ),
+            writable,
+            pb.Storage(
+                driver=pb.Storage.DRIVER_OVERLAY,
+                mount_point=self.rootfs,
+                lower=[lower],
+                upper=f"{upper}/upper",
+                work=f"{upper}/work",
+            ),
+        ]
+
+    @property
+    def rootfs(self) -> str:
+        return f"{ROOTFS}/{self.id}"
+
+    # ------------------------------------------------------------ giving back
+
+    async def _remove_in_guest(self, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.agent.remove_container(self.id, force=True)
+        except NotFoundError:
+            return
+
+    async def release_in_guest(self, sandbox: Sandbox) -> None:
+        """Unmount what outlives the machine (the writable layer), just before the machine is ended."""
+        try:
+            await self._remove_in_guest(sandbox)
+        except SandboxError as error:
+            log.warning("%s: its writable layer was not unmounted: %s", self, error)
+
+    def adopt(self, sandbox: Sandbox) -> None:
+        """Rebuild the exit stack of a container that an earlier supervisor made."""
+        disks: Mapping[str, list[str]] = self.document.get("disks") or {}
+        self.stack.push_async_callback(sandbox.take_back, self.id)
+        sandbox.remember_demand(self.id, self.demand())
+        if "image" in disks:
+            disk_id, address = disks["image"]
+            sandbox.remember_shared_disk(disk_id, address, user=self.id)
+            self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
+        if "scratch" in disks:
+            self.stack.push_async_callback(sandbox.detach_disk, disks["scratch"][0])
+        self.stack.push_async_callback(self._remove_in_guest, sandbox)
+
+    async def release(self) -> None:
+        """Give everything in the VM back, in reverse order; every step is attempted, the first error is logged."""
+        try:
+            await self.stack.aclose()
+        except SandboxError as error:
+            log.warning("%s was not released cleanly: %s", self, error)
+
+    def forget(self) -> None:
+        """Remove what is on disk.  The virtual machine has given everything back, or is gone."""
+        records.forget_container(
+            self.around.roots,
+            self.id,
+            name=str(self.document.get("name") or ""),
+            image_id=str((self.document.get("image") or {}).get("id") or ""),
+        )
+
+    def require_running(self, verb: str) -> None:
+        if self.status != "running":
+            raise InvalidStateError(str(self), state=self.status, wanted=verb)

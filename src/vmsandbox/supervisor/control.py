@@ -1,0 +1,100 @@
+"""The control socket: one request a connection, or one stand-in's stdio.
+
+This is one of the three edges at which any error becomes an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox import log as logs
+from vmsandbox import wire
+from vmsandbox.errors import SandboxError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+    from vmsandbox.supervisor.service import Service
+
+log = logging.getLogger(__name__)
+
+#: Verbs whose caller wants the pod's resources released when the connection closes, not only the answer.
+UNTIL_RELEASED = {"run", "stop", "delete"}
+
+
+class Control:
+    """Serves connections on the pod's control socket until it is closed."""
+
+    def __init__(self, service: Service, tasks: asyncio.TaskGroup) -> None:
+        self.service = service
+        self.tasks = tasks
+        #: requests without an answer yet, and stand-ins that are not done: a pod does not go before they are
+        self._open = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        #: set when everything is released
+        self.released = asyncio.Event()
+
+    async def quiet(self) -> None:
+        """Wait until every request is answered and every stand-in has what it is owed."""
+        await self._quiet.wait()
+
+    @contextmanager
+    def _owed(self) -> Iterator[None]:
+        self._open += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._quiet.set()
+
+    async def listen(self, listener: socket.socket) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._accepted, sock=listener, limit=1 << 20)
+
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.tasks.create_task(self._serve(reader, writer), name="control connection")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with self._owed():
+                frame = await wire.read(reader)
+                if frame is None:
+                    return
+                request = frame.message()
+                logs.container_id.set(str(request.get("container") or request.get("id") or "-"))
+                if request.get("verb") == "attach":
+                    await self.service.attach(request, reader, writer)
+                    return
+                until_released = await self._answer(request, writer)
+            if until_released:
+                await self.released.wait()
+        except (wire.WireError, OSError) as error:
+            log.info("a connection broke: %s", error)
+        except SandboxError as error:
+            log.info("a connection ended: %s", error)
+        except Exception:
+            log.exception("a connection failed")
+        finally:
+            writer.close()
+
+    async def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        """Carry out a request; says whether its caller waits for the pod's end as well."""
+        verb = request.get("verb")
+        try:
+            answer = await self.service.dispatch(request)
+        except SandboxError as error:
+            answer = {"error": {"code": error.code, "message": str(error), "detail": error.detail}}
+        except Exception as error:
+            log.exception("request '%s' failed", verb)
+            answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
+        writer.write(wire.encode_message(answer))
+        await writer.drain()
+        if verb == "run" and "error" not in answer:
+            return self.service.implicit()
+        return verb in UNTIL_RELEASED and self.service.ending()

@@ -1,0 +1,342 @@
+"""Bring-up and take-down of a pod: one virtual machine, its agent, and what they have been given.
+
+`opened` boots a new one, `adopted` takes over one whose supervisor died.  Either way the block holds the pod; leaving
+it ends the machine and everything that belongs to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+import zlib
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
+from vmsandbox.guest.client import AgentClient
+from vmsandbox.guestbuild import store as guests
+from vmsandbox.supervisor import store
+from vmsandbox.supervisor.translation import translated, translating
+from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
+from vmsandbox_hypervisor.errors import HypervisorError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
+    from pathlib import Path
+
+    from vmsandbox.config.model import Settings
+    from vmsandbox.paths import Roots, SandboxPaths
+    from vmsandbox_hypervisor.api import Accel, Hypervisor, Vm
+    from vmsandbox_protocol import agent_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+AGENT_PORT = "vmsandbox.agent"
+ROOT_DISK = "guest-root"
+#: seconds an RPC may take that only touches the guest's kernel
+RPC_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What every part of a supervisor needs to know of the world outside the pod."""
+
+    roots: Roots
+    paths: SandboxPaths
+    settings: Settings
+    hypervisor: Hypervisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxSpec:
+    """What is asked of a pod.  An implicit one belongs to a single container and ends with it."""
+
+    id: str
+    name: str = ""
+    implicit: bool = True
+    hostname: str = ""
+    accel: Accel | None = None
+    created: float = field(default_factory=time.time)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "implicit": self.implicit,
+            "hostname": self.hostname,
+            "accel": self.accel,
+            "created": self.created,
+        }
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> SandboxSpec:
+        return cls(**{key: document[key] for key in ("id", "name", "implicit", "hostname", "accel", "created")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What one container asks of the machine; 0 is "no limit of its own"."""
+
+    cpus: float = 0.0
+    memory_mib: int = 0
+
+
+class Sandbox:
+    """The running pod.  Obtain one from `opened` or `adopted`; there is no half-built sandbox."""
+
+    def __init__(self, around: Surroundings, spec: SandboxSpec, vm: Vm, agent: AgentClient) -> None:
+        self.around = around
+        self.spec = spec
+        self.vm = vm
+        self.agent = agent
+        self.details: pb.GuestDetails | None = None
+        #: nobody needs the pod any more
+        self.ended = asyncio.Event()
+        self.phases: dict[str, float] = {}
+        self._demands: dict[str, Demand] = {}
+        self._sizing = asyncio.Lock()
+        #: shared disks (images): id -> (pci path, users)
+        self._shared_disks: dict[str, tuple[str, set[str]]] = {}
+        self._disks_lock = asyncio.Lock()
+
+    def document(self, status: str) -> dict[str, Any]:
+        return {
+            **self.spec.document(),
+            "status": status,
+            "supervisor": {"pid": os.getpid()},
+            "accel_used": {"accel": self.vm.accel.accel, "reason": self.vm.accel.reason},
+            "kernel": self.details.kernel_release if self.details else "",
+            "phases": {key: round(value, 4) for key, value in self.phases.items()},
+            "vm": store.vm_document(self.vm.config, pid=self.vm.pid, start_time=self.vm.start_time),
+        }
+
+    def save(self, status: str) -> None:
+        store.save_sandbox(self.around.paths, self.document(status))
+
+    async def watch_vm(self) -> None:
+        """Turn the VM's death, which nobody asked for, into an error for everybody."""
+        status = await self.vm.wait()
+        error = self.vm.ended()
+        if error is not None:
+            raise translated(error) from error
+        raise UnavailableError(f"the virtual machine ended (QEMU's exit status {status})", detail=self.vm.evidence())
+
+    # ------------------------------------------------------------ size
+
+    async def give(self, container_id: str, demand: Demand) -> None:
+        """Make the machine large enough for one more container, or for another demand of a known one."""
+        before = self._demands.get(container_id)
+        self._demands[container_id] = demand
+        try:
+            await self._resize()
+        except BaseException:
+            if before is None:
+                del self._demands[container_id]
+            else:
+                self._demands[container_id] = before
+            raise
+
+    async def take_back(self, container_id: str) -> None:
+        """Shrink after a container went; what the guest does not give back stays counted as the VM's."""
+        if self._demands.pop(container_id, None) is None:
+            return
+        try:
+            await self._resize()
+        except SandboxError as error:
+            log.warning("the machine could not be shrunk: %s", error)
+
+    def wanted_cpus(self) -> int:
+        settings = self.around.settings.sandbox
+        total = sum(demand.cpus or settings.base_cpus for demand in self._demands.values())
+        return min(max(settings.base_cpus, math.ceil(total)), settings.cpu_ceiling())
+
+    def wanted_memory_mib(self) -> int:
+        settings = self.around.settings.sandbox
+        total = settings.base_memory_mib + sum(
+            demand.memory_mib or settings.default_container_memory_mib for demand in self._demands.values()
+        )
+        return total + total % 2
+
+    async def _resize(self) -> None:
+        async with self._sizing:
+            memory, cpus = self.wanted_memory_mib(), self.wanted_cpus()
+            ceiling = self.around.settings.sandbox.memory_ceiling_mib()
+            if memory > ceiling:
+                raise ExhaustedError(
+                    f"the pod would need {memory} MiB of memory and can have {ceiling}: "
+                    "lower '--memory' or raise 'sandbox.max_memory_mib'"
+                )
+            with translating():
+                state = await self.vm.memory()
+                if state.base_mib + state.requested_mib != memory:
+                    await self.vm.set_memory(max(memory, state.base_mib))
+                if cpus != (await self.vm.cpus()).present:
+                    plugged = await self.vm.set_cpus(cpus)
+                    await self.agent.online_cpus(plugged.present - plugged.surplus, timeout=RPC_TIMEOUT)
+
+    # ------------------------------------------------------------ disks
+
+    async def attach_disk(self, disk_id: str, path: Path, *, read_only: bool) -> str:
+        """Hot-plug a disk of one container and return its address in the guest."""
+        with translating():
+            return (await self.vm.attach_disk(Disk(id=disk_id, path=path, read_only=read_only))).pci_path
+
+    async def detach_disk(self, disk_id: str) -> None:
+        with translating():
+            await self.vm.detach_disk(disk_id)
+
+    async def share_disk(self, disk_id: str, path: Path, *, user: str) -> str:
+        """Hot-plug a read-only disk once for all containers that use it."""
+        async with self._disks_lock:
+            known = self._shared_disks.get(disk_id)
+            if known is None:
+                known = (await self.attach_disk(disk_id, path, read_only=True), set())
+                self._shared_disks[disk_id] = known
+            known[1].add(user)
+            return known[0]
+
+    async def unshare_disk(self, disk_id: str, *, user: str) -> None:
+        """Unplug a shared disk with its last user."""
+        async with self._disks_lock:
+            known = self._shared_disks.get(disk_id)
+            if known is None:
+                return
+            known[1].discard(user)
+            if not known[1]:
+                del self._shared_disks[disk_id]
+                await self.detach_disk(disk_id)
+
+    def remember_demand(self, container_id: str, demand: Demand) -> None:
+        """Count a container that an earlier supervisor gave its share."""
+        self._demands[container_id] = demand
+
+    def remember_shared_disk(self, disk_id: str, pci_path: str, *, user: str) -> None:
+        """Take a shared disk over from the supervisor before this one."""
+        self._shared_disks.setdefault(disk_id, (pci_path, set()))[1].add(user)
+
+
+def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
+    """The machine a pod starts as; pure but for looking up the guest that is in use."""
+    settings = around.settings
+    guest = guest_for(around)
+    sandbox = settings.sandbox
+    base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
+    return VmConfig(
+        name=f"vmsandbox-{spec.id[:12]}",
+        directory=around.paths.vm,
+        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline),
+        memory=Memory(size_mib=base, hotplug_mib=max(0, sandbox.memory_ceiling_mib() - base) // 128 * 128),
+        cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
+        disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
+        ports=(Port(name=AGENT_PORT),),
+        root_ports=settings.hypervisor.root_ports,
+        accel=spec.accel or settings.hypervisor.accel,
+        confinement=confinement_for(around, spec),
+        binary=_path(settings.hypervisor.binary),
+        virtiofsd=_path(settings.hypervisor.virtiofsd),
+        boot_timeout=settings.hypervisor.boot_timeout,
+    )
+
+
+def _path(text: str) -> Path:
+    from pathlib import Path
+
+    return Path(text)
+
+
+def guest_for(around: Surroundings) -> guests.Guest:
+    """The guest the configuration names: a built flavour, or files of the user's own."""
+    wanted = around.settings.guest
+    flavour = wanted.kernel if wanted.kernel in guests.FLAVOURS else "packaged"
+    guest = guests.current(around.roots, flavour)
+    kernel = guest.kernel if wanted.kernel == flavour else _path(wanted.kernel)
+    image = _path(wanted.image) if wanted.image else guest.image
+    return guests.Guest(key=guest.key, kernel=kernel, initrd=guest.initrd, image=image, cmdline=guest.cmdline)
+
+
+def confinement_for(around: Surroundings, spec: SandboxSpec) -> Confinement | None:
+    """An identity of its own for each pod's QEMU, out of the configured range."""
+    settings = around.settings.hypervisor
+    if not settings.confine:
+        return None
+    identity = settings.uid_base + zlib.crc32(spec.id.encode()) % settings.uid_count
+    return Confinement(uid=identity, gid=identity)
+
+
+@asynccontextmanager
+async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    """Boot a pod's machine and hold it for the block.
+
+    Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
+    """
+    began = time.monotonic()
+    around.paths.vm.mkdir(mode=0o711, exist_ok=True)
+    config = vm_config_for(around, spec)
+    with translating():
+        async with around.hypervisor.running(config) as vm:
+            from vmsandbox_protocol import agent_pb2 as pb
+
+            async with AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent:
+                sandbox = Sandbox(around, spec, vm, agent)
+                sandbox.phases["vm"] = time.monotonic() - began
+                # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
+                sandbox.save("creating")
+                request = pb.CreateSandboxRequest(
+                    sandbox_id=spec.id,
+                    hostname=spec.hostname,
+                    time_ns=time.time_ns(),
+                    entropy=os.urandom(64),
+                    machine_id=spec.id[:32],
+                )
+                creating = agent.create_sandbox(request, timeout=config.boot_timeout)
+                sandbox.details = await _unless_vm_ends(sandbox, creating)
+                sandbox.phases["agent"] = time.monotonic() - began
+                for phase, micros in sandbox.details.boot_phases_us.items():
+                    sandbox.phases[f"guest_{phase}"] = micros / 1e6
+                sandbox.save("ready")
+                yield sandbox
+
+
+@asynccontextmanager
+async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterator[Sandbox]:
+    """Take over the machine of a supervisor that died; raises `UnavailableError` if the machine is gone too."""
+    spec = SandboxSpec.of(document)
+    known = document["vm"]
+    config = store.vm_config(known)
+    with translating():
+        async with (
+            around.hypervisor.adopted(config, pid=known["pid"], start_time=known["start_time"]) as vm,
+            AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent,
+        ):
+            sandbox = Sandbox(around, spec, vm, agent)
+            sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
+            sandbox.save("ready")
+            yield sandbox
+
+
+async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:
+    """Await the agent's first answer, or the VM's death, whichever comes first."""
+    answering = asyncio.ensure_future(call)
+    dying = asyncio.create_task(sandbox.watch_vm(), name="watch-vm during boot")
+    try:
+        await asyncio.wait({answering, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if dying.done():
+            await dying
+        return await answering
+    except TimedOutError as error:
+        raise TimedOutError(
+            f"the guest's agent did not answer within {sandbox.vm.config.boot_timeout:g} s; "
+            "'--debug' shows the console, 'hypervisor.boot_timeout' sets the limit",
+            detail=sandbox.vm.evidence(),
+        ) from error
+    finally:
+        for task in (answering, dying):
+            task.cancel()
+        await asyncio.gather(answering, dying, return_exceptions=True)
+
+
+__all__ = ["Demand", "HypervisorError", "Sandbox", "SandboxSpec", "Surroundings", "adopted", "opened", "vm_config_for"]

@@ -1,0 +1,31 @@
+"""The one place where the hypervisor library's errors become the product's."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError, UnsupportedError
+from vmsandbox_hypervisor.errors import AccelError, HypervisorError, NoSlotError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def translated(error: HypervisorError) -> SandboxError:
+    """The product's error for one of the library's, with the evidence it carries."""
+    message, detail = str(error), error.evidence
+    if isinstance(error, NoSlotError):
+        return ExhaustedError(message, detail=detail)
+    if isinstance(error, AccelError):
+        return UnsupportedError(message, detail=detail)
+    return UnavailableError(message, detail=detail)
+
+
+@contextmanager
+def translating() -> Iterator[None]:
+    """Raise the library's errors as the product's, `from` the original."""
+    try:
+        yield
+    except HypervisorError as error:
+        raise translated(error) from error

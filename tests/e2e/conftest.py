@@ -1,0 +1,74 @@
+"""Stages of the end-to-end tests: a guest, an image, the command, a running container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.boxes import make_rootfs
+from tests.harness.cli import Cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: where `scripts/setup` and `scripts/test` build the guest
+BUILT = Path(os.environ.get("VMSANDBOX_DATA_ROOT", "/var/lib/vmsandbox"))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Iterator[Path]:
+    """Images and containers of the tests alone, with the guest that the machine has."""
+    directory = Path(tempfile.mkdtemp(prefix="vmsandbox-data-"))
+    (directory / "guest").symlink_to(BUILT / "guest")
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def box(data_root: Path) -> str:
+    """The name of an image with busybox in it."""
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+        rootfs = make_rootfs(Path(scratch, "rootfs"))
+        cli = Cli(Path(scratch, "run"), data_root)
+        cli.ok("image", "import", f"rootfs:{rootfs}", "--name", "box", "--cmd", "/bin/sh")
+    return "box"
+
+
+@pytest.fixture
+def cli(data_root: Path, request: pytest.FixtureRequest) -> Iterator[Cli]:
+    """The command with a run root of its own; afterwards nothing of it may be left."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
+        made = Cli(Path(scratch), data_root)
+        yield made
+        made.remove_all()
+        made("gc", "-q")
+        assert made.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def pod(data_root: Path, box: str) -> Iterator[tuple[Cli, str]]:
+    """A running container that a module's tests share; they only exec in it."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
+        made = Cli(Path(scratch), data_root)
+        container = made.ok("run", "-d", "--name", "shared", box, "sleep", "100000").strip()
+        yield made, container
+        made.remove_all()
+        assert made.leftovers() == []
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep the evidence of a failed test: supervisor logs, QEMU's stderr, consoles."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    used = getattr(item, "funcargs", {})
+    found = used.get("cli") or (used.get("pod") or (None,))[0]
+    if report.when == "call" and report.failed and isinstance(found, Cli):
+        for path in sorted(found.run_root.rglob("*")):
+            if path.name in ("supervisor.log", "qemu.stderr", "console.log") and path.is_file():
+                report.sections.append((str(path), path.read_text(errors="replace")[-8000:]))

@@ -1,0 +1,97 @@
+"""Whatever is killed, nothing is lost and nothing is left."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+from tests.harness.cli import Cli, kill, wait_until_gone
+
+
+def supervisor_of(cli: Cli, name: str) -> int:
+    return int(cli.inspect(name)["pod"]["supervisor"]["pid"])
+
+
+def test_output_and_exit_code_survive_the_supervisors_death_without_any_verb(cli: Cli, box: str) -> None:
+    script = "i=0; while [ $i -lt 60 ]; do echo line $i; i=$((i+1)); sleep 0.1; done; exit 11"
+    with cli.popen("run", "--name", "count", box, "sh", "-c", script, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        for number in range(10):
+            assert client.stdout.readline() == f"line {number}\n".encode()
+        first = supervisor_of(cli, "count")
+        kill(first)
+        assert client.stdout.read() == b"".join(b"line %d\n" % number for number in range(10, 60))
+        assert client.wait(60) == 11
+    assert supervisor_of(cli, "count") != first
+    assert cli.inspect("count")["exit"]["code"] == 11
+    assert cli.ok("logs", "count") == "".join(f"line {number}\n" for number in range(60))
+
+
+def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    kill(supervisor_of(cli, "web"))
+    assert cli.ok("exec", "web", "echo", "still here") == "still here\n"
+    assert cli.ps()[0]["status"] == "running"
+    cli.ok("rm", "-f", "web")
+    assert cli.leftovers() == []
+
+
+def test_the_virtual_machines_death_stops_the_container_and_says_why(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    described = cli.inspect("web")
+    kill(described["pod"]["vm"]["pid"])
+    assert cli.ok("wait", "web") == "137\n"
+    wait_until_gone(described["pod"]["supervisor"]["pid"])
+    after = cli.inspect("web")
+    assert after["status"] == "stopped"
+    assert "virtual machine" in after["exit"]["reason"]
+    assert cli.processes() == []
+
+
+def test_the_death_of_both_is_noticed_by_the_stand_in(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    described = cli.inspect("web")
+    standin = described["standin"]["pid"]
+    kill(described["pod"]["supervisor"]["pid"])
+    kill(described["pod"]["vm"]["pid"])
+    wait_until_gone(standin)
+    assert cli.inspect("web")["exit"]["code"] == 137
+    cli.ok("rm", "web")
+    assert cli.leftovers() == []
+
+
+def test_killing_the_stand_in_kills_the_container(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    described = cli.inspect("web")
+    kill(described["standin"]["pid"])
+    wait_until_gone(described["pod"]["supervisor"]["pid"])
+    assert cli.inspect("web")["status"] == "stopped"
+    assert cli.processes() == []
+
+
+def test_killing_the_client_of_a_container_to_be_removed_ends_it(cli: Cli, box: str) -> None:
+    client = cli.popen("run", "--rm", "--name", "web", box, "sh", "-c", "echo up; sleep 1000", stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert client.stdout.readline() == b"up\n"
+    supervisor = supervisor_of(cli, "web")
+    client.kill()
+    client.wait()
+    client.stdout.close()
+    wait_until_gone(supervisor)
+    assert cli.leftovers() == []
+
+
+def test_gc_removes_what_was_killed_in_the_middle_of_its_start(cli: Cli, box: str) -> None:
+    client = cli.popen("run", "--rm", box, "true", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any("qemu" in process.name() for process in cli.processes()):
+        assert time.monotonic() < deadline
+    for process in [*cli.processes(), *[]]:
+        if "qemu" not in process.name():
+            process.kill()
+    client.kill()
+    client.wait()
+    cli("gc")
+    for process in cli.processes():
+        wait_until_gone(process.pid)
+    assert cli.ps() == []

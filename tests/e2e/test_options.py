@@ -1,0 +1,81 @@
+"""What options and the image's configuration make of a container."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.harness.cli import Cli
+
+
+def test_environment_directory_and_user_are_as_asked(cli: Cli, box: str) -> None:
+    script = 'echo "$A|$B|$HOME|$(pwd)|$(id -un):$(id -gn)|$(id -G)|$HOSTNAME|$(hostname)"'
+    output = cli.ok(
+        *("run", "--rm", "-e", "A=1=2", "-e", "B", "-w", "/made/here", "-u", "alice", "--hostname", "boxy"),
+        *(box, "sh", "-c", script),
+        env={"B": "from the client", "PATH": "/usr/bin:/bin"},
+    )
+    assert output == "1=2|from the client|/home/alice|/made/here|alice:users|1000 10|boxy|boxy\n"
+
+
+def test_a_read_only_container_cannot_write_but_to_its_tmpfs(cli: Cli, box: str) -> None:
+    script = "touch /x || echo refused; touch /t/x && echo written; mount | grep ' /t '"
+    result = cli("run", "--rm", "--read-only", "--tmpfs", "/t:size=1m", box, "sh", "-c", script)
+    assert result.code == 0, result
+    assert result.stdout.startswith("refused\nwritten\ntmpfs on /t")
+    assert "size=1024k" in result.stdout
+
+
+def test_the_entrypoint_is_replaced_and_the_command_with_it(cli: Cli, box: str) -> None:
+    assert cli.ok("run", "--rm", "--entrypoint", "echo", box, "a", "b") == "a b\n"
+
+
+def test_writes_go_to_the_containers_own_layer(cli: Cli, box: str) -> None:
+    assert cli.ok("run", "--rm", box, "sh", "-c", "echo x > /etc/mine; cat /etc/mine") == "x\n"
+    assert cli("run", "--rm", box, "cat", "/etc/mine").code == 1
+
+
+def test_cpus_are_what_nproc_shows_and_memory_what_can_be_had(cli: Cli, box: str) -> None:
+    script = "nproc; cat /sys/fs/cgroup/memory.max; grep MemTotal /proc/meminfo"
+    cpus, limit, total = cli.ok("run", "--rm", "--cpus", "2", "--memory", "300m", box, "sh", "-c", script).splitlines()
+    assert (cpus, limit) == ("2", str(300 << 20))
+    assert int(total.split()[1]) > 300 * 1024
+
+
+def test_more_memory_than_the_limit_is_killed_and_said(cli: Cli, box: str) -> None:
+    script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=60"
+    result = cli("run", "--name", "greedy", "-m", "24m", "--shm-size", "100m", box, "sh", "-c", script)
+    assert result.code == 137, result
+    assert cli.inspect("greedy")["exit"]["oom_killed"] is True
+
+
+def test_a_dry_run_prints_what_would_be_run_and_does_nothing(cli: Cli, box: str) -> None:
+    plan = json.loads(cli.ok("run", "--dry-run", box, "echo", "hi"))
+    assert plan["spec"]["process"]["args"] == ["echo", "hi"]
+    assert any("q35" in word for word in plan["qemu"])
+    assert cli.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-e", "=x"], "=x"),
+        (["--tmpfs", "relative"], "relative"),
+        (["--memory", "12q"], "12q"),
+        (["--memory", "900t"], "memory"),
+        (["--cap-add", "NO_SUCH"], "NO_SUCH"),
+        (["--ulimit", "nonsense"], "nonsense"),
+        (["--name", "a/b"], "a/b"),
+        (["--scratch-size", "lots"], "lots"),
+        (["--stop-signal", "NOSIG"], "NOSIG"),
+    ],
+)
+def test_a_bad_option_is_one_clear_line_and_leaves_nothing(cli: Cli, box: str, words: list[str], said: str) -> None:
+    result = cli("run", "--rm", *words, box, "true")
+    assert result.code == 125, result
+    assert said in result.stderr
+    assert result.stderr.startswith("vmsandbox: ")
+    assert cli.leftovers() == []

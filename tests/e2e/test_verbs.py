@@ -1,0 +1,113 @@
+"""The verbs on a running container."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.harness.cli import Cli
+
+
+def test_exec_has_its_own_output_code_input_and_environment(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    result = cli(
+        "exec",
+        "-i",
+        "-e",
+        "X=1",
+        "-w",
+        "/tmp",
+        "-u",
+        "alice",
+        container,
+        "sh",
+        "-c",
+        "cat; echo $X $(pwd) $(id -u); exit 5",
+        stdin=b"in\n",
+    )
+    assert (result.code, result.stdout) == (5, "in\n1 /tmp 1000\n"), result
+
+
+def test_exec_of_what_is_not_there_is_127_and_not_executable_126(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    assert cli("exec", container, "/no/such").code == 127
+    assert cli("exec", container, "/etc/not-executable").code == 126
+
+
+def test_many_execs_at_once_keep_their_own_output_and_code(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    clients = [
+        cli.popen("exec", container, "sh", "-c", f"echo {number}; exit {number}", stdout=subprocess.PIPE)
+        for number in range(10)
+    ]
+    ends = [(client.communicate(timeout=120)[0], client.returncode) for client in clients]
+    assert ends == [(f"{number}\n".encode(), number) for number in range(10)]
+
+
+def test_a_detached_container_is_listed_by_name_and_prefix(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    row = cli.ps()[0]
+    assert (row["id"], row["name"], row["status"], row["image"]) == (container, "shared", "running", "box")
+    assert cli.ok("ps", "-q").strip() == container[:12]
+    assert "shared" in cli.ok("ps")
+    assert cli.inspect(container[:6])["id"] == container
+    described = cli.inspect("shared")
+    assert described["pod"]["accel_used"]["accel"] in ("kvm", "tcg")
+    assert described["args"] == ["sleep", "100000"]
+
+
+def test_the_console_shows_what_the_guest_printed(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    assert isinstance(cli.ok("console", container), str)
+
+
+def test_stop_ends_in_order_and_kill_ends_at_once(cli: Cli, box: str) -> None:
+    script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done"
+    cli.ok("run", "-d", "--name", "a", box, "sh", "-c", script)
+    assert cli.ok("stop", "a") == "a\n"
+    assert cli.inspect("a")["exit"]["code"] == 4
+    assert cli.ok("logs", "a").endswith("bye\n")
+    cli.ok("run", "-d", "--name", "b", box, "sleep", "1000")
+    cli.ok("kill", "-s", "KILL", "b")
+    assert cli.ok("wait", "b") == "137\n"
+    assert cli.ok("stop", "b") == "b\n"
+    assert cli.processes() == []
+
+
+def test_a_container_that_ignores_the_stop_signal_is_killed(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "deaf", box, "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    cli.ok("stop", "-t", "0.5", "deaf")
+    assert cli.inspect("deaf")["exit"]["code"] == 137
+
+
+def test_removing_a_running_container_needs_force(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    refused = cli("rm", "web")
+    assert refused.code == 1
+    assert "--force" in refused.stderr
+    cli.ok("rm", "-f", "web")
+    assert cli.leftovers() == []
+
+
+def test_verbs_on_what_does_not_exist_say_so(cli: Cli) -> None:
+    for verb in ("stop", "kill", "rm", "inspect", "logs", "wait", "console"):
+        result = cli(verb, "nothing")
+        assert result.code == 1, verb
+        assert "no such container: 'nothing'" in result.stderr, verb
+    assert cli("exec", "nothing", "true").code == 125
+
+
+def test_a_stopped_container_cannot_be_killed_or_execed(cli: Cli, box: str) -> None:
+    cli.ok("run", "--name", "done", box, "true")
+    assert "it is stopped" in cli("kill", "done").stderr
+    assert "it is stopped" in cli("exec", "done", "true").stderr
+
+
+def test_an_image_in_use_is_not_removed(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    result = cli("image", "rm", "box")
+    assert result.code == 1
+    assert container[:12] in result.stderr
+    assert json.loads(cli.ok("image", "ls", "--format", "json"))

@@ -1,0 +1,105 @@
+"""The `vmsandbox` command as a test uses it, and proof that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+#: seconds a command may take under emulation on a busy machine
+TIMEOUT = 120.0
+COMMAND = (sys.executable, "-c", "import sys; from vmsandbox.cli.main import main; sys.exit(main())")
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
+        self.code = code
+        self.raw = stdout
+        self.stdout = stdout.decode(errors="replace")
+        self.stderr = stderr.decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"exit {self.code}\nstdout: {self.stdout[-2000:]}\nstderr: {self.stderr[-4000:]}"
+
+
+class Cli:
+    """Runs `vmsandbox` with its own run root and a data root that tests share."""
+
+    def __init__(self, run_root: Path, data_root: Path) -> None:
+        self.run_root = run_root
+        self.data_root = data_root
+        self.config: Path | None = None
+
+    def argv(self, *words: str) -> list[str]:
+        config = ("--config", str(self.config)) if self.config else ()
+        roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
+        return [*COMMAND, "--debug", *roots, *config, *words]
+
+    def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
+        given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+        done = subprocess.run(self.argv(*words), capture_output=True, timeout=timeout, check=False, **given, **more)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *words: str, stdin: bytes | None = None, **more: Any) -> str:
+        """Run a command that has to succeed, and return what it printed."""
+        result = self(*words, stdin=stdin, **more)
+        assert result.code == 0, result
+        return result.stdout
+
+    def popen(self, *words: str, **more: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.argv(*words), **more)
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(self.ok("inspect", name))
+        return found[0]
+
+    def ps(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.ok("ps", "-a", "--format", "json"))
+        return rows
+
+    # ------------------------------------------------------------ what is left
+
+    def remove_all(self) -> None:
+        ids = [row["id"] for row in self.ps()]
+        if ids:
+            self("rm", "-f", *ids)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of ours that belongs to this run root."""
+        names = {path.name for path in (self.run_root / "s").glob("*")} | {str(self.run_root)}
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            ours = "qemu-system" in line or "virtiofsd" in line or line.startswith("vmsandbox ")
+            if ours and any(name in line for name in names):
+                found.append(process)
+        return found
+
+    def leftovers(self) -> list[str]:
+        """Everything that should be gone when no container is left."""
+        left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
+        left += [f"file {path}" for directory in ("s", "c", "n") for path in (self.run_root / directory).glob("*")]
+        left += [f"data {path}" for path in (self.data_root / "containers").glob("*")]
+        left += [f"image in use {path}" for path in (self.data_root / "images" / "refs").glob("*/*")]
+        left += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.run_root) in line]
+        return left
+
+
+def wait_until_gone(pid: int, timeout: float = 30.0) -> None:
+    """Wait for the end of a process that is not our child."""
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=timeout)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, 9)
