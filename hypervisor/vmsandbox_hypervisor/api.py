@@ -232,7 +232,7 @@ class Vm(Protocol):
         ...
 
     def devices(self) -> Mapping[str, PciAddress]:
-        """What is attached now: ``disk-ID``, ``nic-ID``, ``fs-TAG`` or ``9p-TAG`` and where the guest has it."""
+        """What is attached now: ``disk-ID``, ``nic-ID``, ``fs-TAG`` or ``ninep-TAG`` and where the guest has it."""
         ...
 
     def helper_pids(self) -> Mapping[str, int]:

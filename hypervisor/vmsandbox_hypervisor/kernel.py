@@ -21,7 +21,7 @@ def host_khz(cpuinfo: Path = CPUINFO) -> int | None:
 def parameters(
     accel: Literal["kvm", "tcg"], *, hz: int = 250, khz: int | None = None, quiet: bool = True
 ) -> tuple[str, ...]:
-    """Console on the serial port, a panic that ends the VM, and no calibration that emulation makes slow.
+    """Console on the serial port, a panic that ends the VM, memory that is online when it arrives, no slow calibration.
 
     `hz` is the guest kernel's CONFIG_HZ; with `khz`, the clock, it saves the delay calibration of hot-plugged
     vCPUs under emulation.
@@ -29,6 +29,8 @@ def parameters(
     # Memory that could be hot-plugged above 4 GiB makes a kernel set 64 MiB aside for devices that reach no further;
     # there are none.
     found = ["console=ttyS0", "panic=-1", "noreplace-smp", "swiotlb=noforce"]
+    # Hot-plugged memory is usable at once, and virtio-mem goes on to plug more: it stops while much is offline.
+    found.append("memhp_default_state=online")
     if accel == "tcg":
         found.append("no_timer_check")
         if khz is not None:

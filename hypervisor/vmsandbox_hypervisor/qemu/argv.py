@@ -116,7 +116,7 @@ def disk_device(identifier: str, *, bus: str, addr: str) -> dict[str, object]:
 def ninep_device(tag: str, *, bus: str, addr: str) -> dict[str, object]:
     return {
         "driver": "virtio-9p-pci",
-        "id": f"9p-{tag}",
+        "id": f"ninep-{tag}",
         "fsdev": f"export-{tag}",
         "mount_tag": tag,
         "bus": bus,

@@ -172,7 +172,7 @@ class Devices:
             )
         if share.plugged:
             raise DeviceError(f"share '{share.tag}' is attached already: it is there from the start")
-        async with self._plugging(f"9p-{share.tag}") as port:
+        async with self._plugging(f"ninep-{share.tag}") as port:
             await self._monitor.execute("device_add", ninep_device(share.tag, bus=f"rp{port}", addr="0"))
         return hotplug_address(port)
 

@@ -190,7 +190,7 @@ class QemuVm:
 
     async def detach_9p(self, tag: str, *, timeout: float = 10.0) -> None:
         async with self._operation():
-            await self._devices.detach(f"9p-{tag}", timeout=timeout)
+            await self._devices.detach(f"ninep-{tag}", timeout=timeout)
 
     async def set_cpus(self, count: int, *, timeout: float = 10.0) -> CpuState:
         async with self._operation():

@@ -194,11 +194,11 @@ class FakeVm:
             raise DeviceError(f"cannot attach share '{share.tag}': declare it in the configuration")
         if share.plugged:
             raise DeviceError(f"share '{share.tag}' is attached already: it is there from the start")
-        return self._plug(f"9p-{share.tag}")
+        return self._plug(f"ninep-{share.tag}")
 
     async def detach_9p(self, tag: str, *, timeout: float = 10.0) -> None:
         self._did(f"detach 9p {tag}")
-        await self._unplug(f"9p-{tag}", timeout)
+        await self._unplug(f"ninep-{tag}", timeout)
 
     async def set_cpus(self, count: int, *, timeout: float = 10.0) -> CpuState:
         self._did(f"set cpus {count}")
