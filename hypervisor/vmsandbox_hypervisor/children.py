@@ -123,9 +123,10 @@ def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int
     program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if program is None:
         raise FileNotFoundError(f"no program '{argv[0]}'")
-    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int] | tuple[int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
     ]
+    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in fds]
     base = max(fds, default=2) + 1
     moved: list[int] = []
     try:
@@ -147,6 +148,17 @@ def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int
             os.close(fd)
     # An unreaped child keeps its pid, so nothing here can name another process.
     return Child(name, pid, read_start_time(pid), os.pidfd_open(pid))
+
+
+def _inheritable() -> list[int]:
+    """What this process would hand on: its own parent's descriptors.  A helper that outlives us must not hold them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        # One of them was the listing's own and is gone by now.
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 def described(status: int | None) -> str:

@@ -146,7 +146,7 @@ def validate(config: VmConfig) -> None:
         raise ValueError(f"{cpus.boot} vCPUs at boot, but at most {cpus.maximum}")
     if not 0 <= config.root_ports <= 64:
         raise ValueError(f"{config.root_ports} root ports: 0 to 64 are possible")
-    if config.vsock_cid is not None and config.vsock_cid not in (0, *range(3, 2**32 - 1)):
+    if config.vsock_cid is not None and config.vsock_cid != 0 and not 3 <= config.vsock_cid <= 2**32 - 2:
         raise ValueError(f"vsock context id {config.vsock_cid} is reserved")
 
 
