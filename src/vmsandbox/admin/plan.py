@@ -26,7 +26,7 @@ def main(argv: list[str], roots: Roots) -> int:
     image = ImageStore(roots).resolve(request["image"])
     options = composition.run_options(request)
     result = composition.compose_spec(
-        settings, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}"
+        around, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}"
     )
     plan = {
         "image": {"id": image.id, "path": str(image.erofs)},

@@ -17,10 +17,10 @@ from vmsandbox.supervisor.sandbox import SandboxSpec
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
-    from vmsandbox.config.model import Settings
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
     from vmsandbox.resources.images.store import Image
+    from vmsandbox.supervisor.sandbox import Surroundings
 
 ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.-")
 MAX_ID = 128
@@ -77,16 +77,23 @@ def run_options(request: dict[str, Any]) -> RunOptions:
     return options.run_options(request["options"], cwd=str(request.get("cwd") or "/"))
 
 
-def compose_spec(settings: Settings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str) -> Composed:
+def compose_spec(around: Surroundings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str) -> Composed:
     """The container's OCI spec for use inside the guest."""
-    container = settings.container
+    container = around.settings.container
     defaults = compose.Defaults(
         shm_bytes=container.shm_size_mib << 20,
         pids_limit=container.pids_limit,
         no_new_privileges=container.no_new_privileges,
         seccomp=container.seccomp,
     )
-    return compose.compose(image.config, chosen, rootfs=rootfs, container_id=container_id, defaults=defaults)
+    return compose.compose(
+        image.config,
+        chosen,
+        rootfs=rootfs,
+        container_id=container_id,
+        defaults=defaults,
+        cache=around.roots.run / "cache",
+    )
 
 
 def describe(document: dict[str, Any], image: Image, result: Composed, chosen: RunOptions) -> None:

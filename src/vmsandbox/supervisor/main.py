@@ -48,7 +48,14 @@ def main() -> None:
     config_file = rest[rest.index("--config") + 1] if "--config" in rest else None
     try:
         asyncio.run(
-            supervise(Roots(run_root, data_root), paths, listener, adopt="--adopt" in rest, config_file=config_file)
+            supervise(
+                Roots(run_root, data_root),
+                paths,
+                listener,
+                adopt="--adopt" in rest,
+                config_file=config_file,
+                debug="--debug" in rest,
+            )
         )
     except Exception:
         log.exception("the supervisor failed")
@@ -56,7 +63,7 @@ def main() -> None:
 
 
 async def supervise(
-    roots: Roots, paths: SandboxPaths, listener: socket.socket, *, adopt: bool, config_file: str | None
+    roots: Roots, paths: SandboxPaths, listener: socket.socket, *, adopt: bool, config_file: str | None, debug: bool
 ) -> None:
     """Serve the control socket, hold the pod, and leave nothing when it ends."""
     from vmsandbox.config.load import load
@@ -66,6 +73,8 @@ async def supervise(
     from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
     settings = load(roots, config_file=config_file)
+    if not debug:
+        logging.getLogger().setLevel(settings.log.level.upper())
     around = Surroundings(
         roots=roots, paths=paths, settings=settings, hypervisor=QemuHypervisor(accel_cache=roots.run / "accel")
     )

@@ -7,6 +7,7 @@ it ends the machine and everything that belongs to it.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import os
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 AGENT_PORT = "vmsandbox.agent"
 ROOT_DISK = "guest-root"
+#: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
+GUEST_SYSCTLS = {"kernel.pid_max": "4194304", "kernel.threads-max": "1000000"}
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
 
@@ -290,7 +293,8 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
                     hostname=spec.hostname,
                     time_ns=time.time_ns(),
                     entropy=os.urandom(64),
-                    machine_id=spec.id[:32],
+                    machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
+                    sysctls=GUEST_SYSCTLS,
                 )
                 creating = agent.create_sandbox(request, timeout=config.boot_timeout)
                 sandbox.details = await _unless_vm_ends(sandbox, creating)

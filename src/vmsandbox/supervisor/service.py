@@ -212,7 +212,7 @@ class Service:
             options = composition.run_options(request)
             container = Container(self.around, document)
             composed = composition.compose_spec(
-                self.around.settings, image, options, container_id=container_id, rootfs=container.rootfs
+                self.around, image, options, container_id=container_id, rootfs=container.rootfs
             )
             composition.describe(document, image, composed, options)
             if not self.wanted.done():

@@ -140,7 +140,12 @@ def main(options: Options, argv: list[str]) -> int:
         "autoremove": arguments.autoremove,
         "stdin": arguments.interactive,
         "scratch_mib": size_mib(arguments.scratch_size),
-        "sandbox": {"id": container_id, "implicit": True, "accel": arguments.accel},
+        "sandbox": {
+            "id": container_id,
+            "implicit": True,
+            "accel": arguments.accel,
+            "hostname": arguments.hostname or container_id[: records.SHOWN_ID],
+        },
     }
     if arguments.name:
         records.reserve_name(roots, arguments.name, container_id)
