@@ -33,36 +33,52 @@ _STALLED = 60
 class PortRelay:
     """Relays one port to one unix socket; a session per hello."""
 
-    def __init__(self, port: Path, target: Path) -> None:
+    def __init__(self, port: int, target: Path) -> None:
+        """Takes over the descriptor of a port, which has to be non-blocking."""
         self._target = str(target)
-        self._fd = os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        self._fd = port
+        self._stopped = False
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._buffer = bytearray(_PAGE * _PAGES)
         self._vector = [memoryview(self._buffer)[at : at + _PAGE] for at in range(0, len(self._buffer), _PAGE)]
         self._session: _Session | None = None
-        self._writer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._serve, name="port", daemon=True)
+
+    @classmethod
+    def opened(cls, port: Path, target: Path) -> PortRelay:
+        return cls(os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), target)
 
     def start(self) -> None:
         self._thread.start()
 
     def drain(self, timeout: float) -> None:
         """Wait until what gRPC answered last has been handed to the port."""
-        writer = self._writer
-        if writer is not None:
-            writer.join(timeout)
+        session = self._session
+        if session is not None:
+            session.thread.join(timeout)
+
+    def stop(self) -> None:
+        """End the session and both threads, and close the port."""
+        self._stopped = True
+        os.eventfd_write(self._wakeup, 1)
+        self._thread.join()
+        self._drop_session()
+        os.close(self._fd)
+        os.close(self._wakeup)
 
     def _serve(self) -> None:
         finder = link.HelloFinder(link.MARK)
         with select.epoll() as epoll:
             epoll.register(self._fd, select.EPOLLIN | select.EPOLLET)
-            while True:
+            epoll.register(self._wakeup, select.EPOLLIN)
+            while not self._stopped:
                 try:
                     count = os.readv(self._fd, self._vector)
                 except BlockingIOError:
                     count = 0
                 except OSError:
                     count = 0  # a terminal in a test whose other end is closed
-                if count == 0:  # nothing there, or no host
+                if count == 0:  # nothing is there, or no host
                     epoll.poll()
                     continue
                 self._take(finder, count)
@@ -75,24 +91,23 @@ class PortRelay:
             self._begin(digits)
             data = data[end:]
         if self._session is not None and not self._session.receive(data):
-            self._session.end()
-            self._session = None
+            self._drop_session()
 
     def _begin(self, digits: bytes) -> None:
         """Drop the old session, whole or not, and greet the new one."""
+        self._drop_session()
+        self._session = _Session(self._fd, self._target, digits)
+
+    def _drop_session(self) -> None:
         if self._session is not None:
             self._session.end()
-        if self._writer is not None:
-            self._writer.join()
-        self._session = session = _Session(self._fd, self._target)
-        self._writer = threading.Thread(target=session.send_answers, args=(digits,), name="port-out", daemon=True)
-        self._writer.start()
+            self._session = None
 
 
 class _Session:
-    """One host's use of the port."""
+    """One host's use of the port; its thread sends, whoever calls `receive` is the other direction."""
 
-    def __init__(self, port: int, target: str) -> None:
+    def __init__(self, port: int, target: str, digits: bytes) -> None:
         self._port = port
         self._over = False
         self._unframer = link.Unframer()
@@ -100,6 +115,8 @@ class _Session:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_STALLED))
         self._socket.connect(target)
+        self.thread = threading.Thread(target=self._send_answers, args=(digits,), name="port-out", daemon=True)
+        self.thread.start()
 
     def receive(self, data: memoryview) -> bool:
         """Pass the payload in `data` on; False if the session is over."""
@@ -113,13 +130,16 @@ class _Session:
         return not self._unframer.ended
 
     def end(self) -> None:
-        """Stop sending, even within a frame."""
+        """Stop sending, even within a frame, and close everything."""
         self._over = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         os.eventfd_write(self._wakeup, 1)
+        self.thread.join()
+        self._socket.close()
+        os.close(self._wakeup)
 
-    def send_answers(self, digits: bytes) -> None:
+    def _send_answers(self, digits: bytes) -> None:
         """Echo the hello, then send what gRPC answers until it closes or the session ends."""
         buffer = bytearray(link.HEAD + _SEND)
         view = memoryview(buffer)
@@ -136,9 +156,6 @@ class _Session:
                         return
         except OSError:
             return
-        finally:
-            self._socket.close()
-            os.close(self._wakeup)
 
     def _write(self, data: memoryview, epoll: select.epoll) -> None:
         while len(data) and not self._over:
@@ -173,9 +190,18 @@ class VsockRelay:
     def drain(self, timeout: float) -> None:
         """Nothing: the kernel sends what was written before a connection was closed."""
 
+    def stop(self) -> None:
+        """Accept no more."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
     def _serve(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
             target = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             try:
                 target.connect(self._target)

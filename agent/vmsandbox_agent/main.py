@@ -34,7 +34,8 @@ class Settings:
     calls: SystemCalls
     parent_group: str
     socket: Path
-    port: Path | None = None
+    #: an open port, -1 for none
+    port: int = -1
     port_name: str = ""
     vsock_port: int = 0
     #: what service mode must not touch
@@ -42,12 +43,12 @@ class Settings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run as PID 1, or with ``service --state DIR --socket PATH [--port DEVICE] [--group GROUP]``."""
+    """Run as PID 1, or with ``service --state DIR --socket PATH [--port-fd FD] [--group GROUP]``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if os.getpid() == 1 and not arguments:
         return _be_init()
     if not arguments or arguments[0] != "service":
-        print("usage: agent service --state DIR --socket PATH [--port DEVICE] [--group GROUP]", file=sys.stderr)
+        print("usage: agent service --state DIR --socket PATH [--port-fd FD] [--group GROUP]", file=sys.stderr)
         return 2
     options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     base = Path(options["--state"])
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         calls=SharedMachineCalls(),
         parent_group=options.get("--group", "/vmsandbox-agent"),
         socket=Path(options["--socket"]),
-        port=Path(options["--port"]) if "--port" in options else None,
+        port=int(options.get("--port-fd", "-1")),
         shm=base / "shm",
     )
     become_subreaper()
@@ -129,13 +130,15 @@ def _serve(settings: Settings) -> int:
     service.register(grpc_server, sandbox, the_machine, lambda power_off: finished.set() if power_off else None)
     server.serve(grpc_server, settings.socket)
     relays: list[server.Relay] = []
-    port = settings.port
     if settings.port_name:
-        port = devices.wait_for(
+        found = devices.wait_for(
             lambda: devices.port_named(settings.port_name), f"port '{settings.port_name}'", timeout=_PORT_TIMEOUT
         )
-    if port is not None:
-        relays.append(link.PortRelay(port, settings.socket))
+        relays.append(link.PortRelay.opened(found, settings.socket))
+    if settings.port >= 0:
+        os.set_blocking(settings.port, False)
+        os.set_inheritable(settings.port, False)
+        relays.append(link.PortRelay(settings.port, settings.socket))
     if settings.vsock_port:
         relays.append(link.VsockRelay.listening(settings.vsock_port, settings.socket))
     the_machine.phases_us["serving"] = machine.since_boot_us()

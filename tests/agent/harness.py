@@ -142,8 +142,13 @@ def through_socket(path: Path) -> Dial:
 
 
 @asynccontextmanager
-async def running(directory: Path, *arguments: str, dial: Dial | None = None) -> AsyncIterator[HostAgent]:
-    """Run the agent in its own namespaces; `directory` holds its state and its log."""
+async def running(
+    directory: Path, *arguments: str, dial: Dial | None = None, port_fd: int | None = None
+) -> AsyncIterator[HostAgent]:
+    """Run the agent in its own namespaces; `directory` holds its state and its log.
+
+    It serves a unix socket, and the port behind `port_fd` if that is given; `dial` is the client's way.
+    """
     base = directory / "guest"
     base.mkdir(parents=True)
     sock = directory / "guest.sock"
@@ -158,11 +163,12 @@ async def running(directory: Path, *arguments: str, dial: Dial | None = None) ->
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *argv,
-            "--group",
-            f"{CROWD}-{os.getpid()}",
+            *("--group", f"{CROWD}-{os.getpid()}"),
+            *(("--port-fd", str(port_fd)) if port_fd is not None else ()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            pass_fds=() if port_fd is None else (port_fd,),
         )
     try:
         async with AgentClient.dialled(dial or through_socket(sock), directory=directory) as client:

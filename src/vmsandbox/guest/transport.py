@@ -184,14 +184,29 @@ class PortLink:
 
 async def _accepted(listener: socket.socket) -> socket.socket:
     """The next connection of gRPC that it has not given up meanwhile."""
-    loop = asyncio.get_running_loop()
     while True:
-        connection, _ = await loop.sock_accept(listener)
+        try:
+            # Not the loop's own accept: cancelled at the wrong moment it loses a connection that it holds.
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            await _readable(listener)
+            continue
+        connection.setblocking(False)
         with suppress(BlockingIOError):
             if not connection.recv(1, socket.MSG_PEEK):
                 connection.close()
                 continue
         return connection
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _exchange(connected: Link, connection: socket.socket) -> None:

@@ -1,0 +1,224 @@
+"""The relay between gRPC's socket and the agent, against a port that keeps stale bytes and loses others."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.agent.fake_port import FakePort
+from vmsandbox.errors import InvalidArgumentError
+from vmsandbox.guest import transport
+from vmsandbox_agent.link import PortRelay, VsockRelay
+from vmsandbox_protocol import link
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from vmsandbox.guest.transport import Link
+
+
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("t")
+
+
+@asynccontextmanager
+async def echoing(path: Path) -> AsyncIterator[None]:
+    """Stands for gRPC in the guest: every connection gets its own bytes back."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_unix_server(echo, str(path))
+    try:
+        yield
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def guest(directory: Path, seed: int | None = None) -> AsyncIterator[FakePort]:
+    """A port with the agent's end of the relay on it."""
+    async with echoing(directory / "echo"), FakePort.opened(directory / "port", seed=seed) as port:
+        relay = PortRelay(port.guest_fd, directory / "echo")
+        relay.start()
+        try:
+            yield port
+        finally:
+            await asyncio.to_thread(relay.stop)
+
+
+async def converse(path: Path, data: bytes, cut_after: int | None = None) -> bytes:
+    """Send `data` and answer what comes back, leaving early after `cut_after` bytes of it."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    received = bytearray()
+
+    async def send() -> None:
+        with suppress(ConnectionError):
+            writer.write(data)
+            await writer.drain()
+
+    sending = asyncio.create_task(send())
+    try:
+        while len(received) < len(data) and (cut_after is None or len(received) < cut_after):
+            more = await reader.read(65536)
+            if not more:
+                break
+            received += more
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        writer.transport.abort()
+    return bytes(received)
+
+
+async def test_bytes_go_to_the_guest_and_back(directory: Path) -> None:
+    data = random.Random(1).randbytes(3_000_000)
+    async with guest(directory) as port, transport.relayed(transport.through_port(port.path), directory=directory) as r:
+        await r.ready()
+        assert await converse(r.path, data) == data
+
+
+async def test_the_mark_itself_may_be_in_the_bytes(directory: Path) -> None:
+    hello = link.MARK + b"0" * link.NONCE_DIGITS
+    data = b"x".join([hello, link.MARK, link.ECHO + b"1" * 32, hello * 3, link.MARK[:7]]) * 50
+    async with (
+        guest(directory, seed=3) as port,
+        transport.relayed(transport.through_port(port.path), directory=directory) as relay,
+    ):
+        assert await converse(relay.path, data) == data
+        assert port.connections == 1
+
+
+async def test_stale_bytes_of_any_kind_are_dropped(directory: Path) -> None:
+    stale = [
+        link.MARK,
+        link.MARK + b"abc",
+        link.MARK + b"0" * 32 + link.head(100) + b"half a frame",
+        link.head(5000),
+        bytes(range(256)) * 40,
+        link.MARK[:9],
+    ]
+    async with guest(directory) as port:
+        for each in stale:
+            port.write_stale(each)
+            async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+                assert await converse(relay.path, b"fresh bytes") == b"fresh bytes"
+
+
+@pytest.mark.deadline(100)
+@pytest.mark.parametrize("seed", [11, 12, 13])
+async def test_no_byte_of_one_session_is_seen_by_another(directory: Path, seed: int) -> None:
+    """Hundreds of sessions, most of which break with bytes under way in both directions."""
+    chance = random.Random(seed)
+    whole = 0
+    async with (
+        guest(directory, seed=seed) as port,
+        transport.relayed(transport.through_port(port.path), directory=directory) as relay,
+    ):
+        for session in range(150):
+            # Every session has bytes of its own, so that a foreign one is recognised.
+            data = b"".join(b"%05d:%07d;" % (session, n) for n in range(chance.choice((1, 50, 5000))))
+            how = chance.choice(("whole", "client leaves", "port breaks"))
+            breaking = asyncio.get_running_loop().call_later(chance.random() * 0.02, port.break_connection)
+            if how != "port breaks":
+                breaking.cancel()
+            cut = chance.randrange(len(data)) if how == "client leaves" else None
+            received = await converse(relay.path, data, cut)
+            breaking.cancel()
+            assert data.startswith(received)
+            if how == "whole":
+                assert received == data
+                whole += 1
+    assert whole > 25
+
+
+async def test_a_new_supervisor_takes_over_while_the_old_ones_bytes_are_under_way(directory: Path) -> None:
+    async with guest(directory, seed=5) as port:
+        for number in range(30):
+            async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+                abandoned = asyncio.create_task(converse(relay.path, b"old" * 100_000))
+                await asyncio.sleep(0.001 * (number % 5))
+            abandoned.cancel()
+            await asyncio.gather(abandoned, return_exceptions=True)
+            async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+                assert await converse(relay.path, b"new%d" % number) == b"new%d" % number
+
+
+async def test_the_relay_waits_for_a_vmm_and_a_guest_that_are_not_there_yet(directory: Path) -> None:
+    async with transport.relayed(transport.through_port(directory / "port"), directory=directory) as relay:
+        early = asyncio.create_task(converse(relay.path, b"early"))
+        async with guest(directory):
+            assert await early == b"early"
+            await relay.ready()
+
+
+async def test_a_socket_is_removed_and_a_long_directory_refused(directory: Path) -> None:
+    async with transport.relayed(transport.through_port(directory / "port"), directory=directory) as relay:
+        assert relay.path.is_socket()
+    assert not relay.path.exists()
+    long = directory / ("x" * 120)
+    with pytest.raises(InvalidArgumentError, match="too long"):
+        async with transport.relayed(transport.through_port(directory / "port"), directory=long):
+            pytest.fail("listened at a path that is too long")
+
+
+async def test_a_connection_that_the_kernel_keeps_needs_no_hello(directory: Path) -> None:
+    """The vsock variant, over a unix socket in place of AF_VSOCK, which not every kernel can loop back."""
+    data = random.Random(2).randbytes(1_000_000)
+    path = directory / "vsock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(4)
+
+    @asynccontextmanager
+    async def dial() -> AsyncIterator[Link]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, str(path))
+            yield transport.StreamLink(sock)
+
+    async with echoing(directory / "echo"):
+        guest_side = VsockRelay(listener, directory / "echo")
+        guest_side.start()
+        try:
+            async with transport.relayed(dial, directory=directory) as relay:
+                for _ in range(3):
+                    assert await converse(relay.path, data) == data
+        finally:
+            await asyncio.to_thread(guest_side.stop)
+
+
+async def test_an_agent_that_sends_nonsense_ends_the_session(directory: Path) -> None:
+    """A frame that is too long breaks the session, and the next one works."""
+    async with FakePort.opened(directory / "port") as port:
+        loop = asyncio.get_running_loop()
+        raw = socket.socket(fileno=port.guest_fd)
+
+        async def hello() -> bytes:
+            received = b""
+            while len(received) < link.HELLO:
+                received += await loop.sock_recv(raw, link.HELLO - len(received))
+            return received[len(link.MARK) :]
+
+        async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+            await loop.sock_sendall(raw, link.ECHO + await hello() + link.head(link.MAX_FRAME + 1) + b"zz")
+            reader, writer = await asyncio.open_unix_connection(str(relay.path))
+            assert await reader.read() == b""
+            writer.close()
+            await loop.sock_sendall(raw, link.ECHO + await hello() + link.head(2) + b"ok")
+            reader, writer = await asyncio.open_unix_connection(str(relay.path))
+            assert await reader.readexactly(2) == b"ok"
+            writer.close()
+        raw.close()
