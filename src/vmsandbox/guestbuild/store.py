@@ -49,7 +49,8 @@ _STAGING = ".staging-"
 class Guest:
     """What is needed to boot one guest.
 
-    `cmdline` is complete but for what depends on the machine it runs on: see docs/guest.md for what the caller adds.
+    `cmdline` is complete but for what depends on the machine it runs on: see docs/guest.md for what the caller adds;
+    `hz` is the kernel's tick rate, which ``lpj=`` depends on.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Guest:
     initrd: Path | None
     image: Path
     cmdline: tuple[str, ...]
+    hz: int = 250
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,7 @@ def remove(roots: Roots, key: str) -> None:
     for flavour in FLAVOURS:
         if _pointed(roots, flavour) == key:
             _pointer(roots, flavour).unlink()
-    doomed = Path(tempfile.mkdtemp(prefix=_STAGING, dir=roots.guests))
-    directory.rename(doomed / "guest")
-    _sync(roots.guests)
-    shutil.rmtree(doomed)
+    _discard(roots, directory)
 
 
 @contextmanager
@@ -211,8 +210,32 @@ def write_manifest(directory: Path, *, flavour: str, files: Mapping[str, str], *
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
+def part(roots: Roots, kind: str, key: str) -> Path:
+    """Where an intermediate result is kept; it is complete if it exists."""
+    return parts(roots) / f"{kind}-{key}"
+
+
 def parts(roots: Roots) -> Path:
     return roots.guests / "parts"
+
+
+def remove_unused(roots: Roots) -> list[str]:
+    """Remove guests that are not current, and parts and downloads that no current one is made of.
+
+    Answers the keys of the removed guests.  The caller holds the lock.
+    """
+    used = {name for entry in entries(roots) if entry.current_for for name in entry.manifest.get("parts", ())}
+    kept = {_pointed(roots, flavour) for flavour in FLAVOURS}
+    removed = [directory.name for directory in _directories(roots) if directory.name not in kept]
+    for key in removed:
+        remove(roots, key)
+    if parts(roots).exists():
+        for directory in parts(roots).iterdir():
+            if directory.name not in used:
+                _discard(roots, directory)
+    if (roots.guests / "cache").exists():
+        _discard(roots, roots.guests / "cache")
+    return removed
 
 
 def cache(roots: Roots) -> Path:
@@ -239,6 +262,7 @@ def _guest(directory: Path, *, advice: str) -> Guest:
         initrd=paths.get("initrd"),
         image=paths["image"],
         cmdline=tuple(manifest["cmdline"]),
+        hz=int(manifest.get("hz", 250)),
     )
 
 
@@ -282,6 +306,14 @@ def _advice(flavour: str) -> str:
     return "run 'vmsandbox guest build" + ("'" if flavour == "packaged" else f" --kernel {flavour}'")
 
 
+def _discard(roots: Roots, directory: Path) -> None:
+    """Remove a directory so that nobody ever sees half of it."""
+    doomed = Path(tempfile.mkdtemp(prefix=_STAGING, dir=roots.guests))
+    directory.rename(doomed / "discarded")
+    _sync(roots.guests)
+    shutil.rmtree(doomed)
+
+
 def _make_directory(directory: Path) -> None:
     """Like ``mkdir -p``, but readable by the unprivileged QEMU whatever the caller's umask."""
     for path in reversed([directory, *directory.parents]):
@@ -299,9 +331,13 @@ def _settle(directory: Path) -> None:
             path = Path(parent, name)
             if not path.is_symlink():
                 path.chmod(0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644)
-                _sync(path)
         os.chmod(parent, 0o755)
-        _sync(Path(parent))
+    # One call for all of them: a part may have thousands of files.
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _libc("syncfs", descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -313,10 +349,14 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
+    at_fdcwd, rename_exchange = -100, 2
+    _libc("renameat2", at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange)
+
+
+def _libc(function: str, *arguments: int | bytes) -> None:
+    """Call what the os module lacks; only building needs it, so its import does not burden readers of the store."""
     import ctypes
 
-    at_fdcwd, rename_exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) != 0:
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(other))
+        raise OSError(number, f"{function}: {os.strerror(number)}")

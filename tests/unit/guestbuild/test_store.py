@@ -17,7 +17,7 @@ from vmsandbox.guestbuild import store
 from vmsandbox.paths import Roots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 KEY = "0123456789abcdef" * 2
@@ -29,7 +29,9 @@ def roots(tmp_path: Path) -> Roots:
     return Roots(tmp_path / "run", tmp_path / "data")
 
 
-def publish(roots: Roots, key: str = KEY, *, kernel: bytes = b"kernel", initrd: bool = True) -> None:
+def publish(
+    roots: Roots, key: str = KEY, *, kernel: bytes = b"kernel", initrd: bool = True, parts: Sequence[str] = ()
+) -> None:
     with store.staging(roots.guests / key) as directory:
         (directory / "vmlinux").write_bytes(kernel)
         (directory / "root.erofs").write_bytes(b"image")
@@ -37,7 +39,7 @@ def publish(roots: Roots, key: str = KEY, *, kernel: bytes = b"kernel", initrd: 
         if initrd:
             (directory / "initrd.cpio").write_bytes(b"initrd")
             files["initrd"] = "initrd.cpio"
-        store.write_manifest(directory, flavour="packaged", files=files, cmdline=["quiet", "panic=-1"])
+        store.write_manifest(directory, flavour="packaged", files=files, cmdline=["quiet", "panic=-1"], parts=parts)
 
 
 def names(directory: Path) -> list[str]:
@@ -232,6 +234,23 @@ def test_removing_a_guest_removes_the_pointers_at_it(roots: Roots) -> None:
         store.remove(roots, KEY)
     assert names(roots.guests) == [OTHER, "current-tuned", "lock"]
     assert [(entry.key, entry.current_for) for entry in store.entries(roots)] == [(OTHER, ("tuned",))]
+
+
+def test_removing_what_is_unused_keeps_what_current_guests_are_made_of(roots: Roots) -> None:
+    with store.locked(roots):
+        for kind in ("kernel", "base"):
+            with store.staging(store.part(roots, kind, "used")) as directory:
+                (directory / "file").touch()
+            with store.staging(store.part(roots, kind, "unused")):
+                pass
+        publish(roots, parts=["kernel-used", "base-used"])
+        publish(roots, OTHER, parts=["kernel-unused", "base-used"])
+        (store.cache(roots) / "download").touch()
+        store.select(roots, "packaged", KEY)
+        assert store.remove_unused(roots) == [OTHER]
+    assert names(roots.guests) == [KEY, "current-packaged", "lock", "parts"]
+    assert names(store.parts(roots)) == ["base-used", "kernel-used"]
+    assert store.current(roots).key == KEY
 
 
 def test_the_key_changes_with_every_input_and_not_with_their_order() -> None:
