@@ -58,7 +58,7 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
         if is_served(sandbox):
             return
         found = list(documents(sandbox))
-        if any(container.status() != "stopped" for container in found):
+        if any(container.status() in ("created", "running", "paused") for container in found):
             return
         for pid in machines(sandbox):
             end(pid)

@@ -142,13 +142,19 @@ def nearest(verb: str) -> str:
     return f"; did you mean '{fits[0]}'?" if fits else ""
 
 
-def exec_admin(options: Options, verb: str, arguments: list[str]) -> int:
-    """Become the admin program: it may import what a client may not."""
+def admin_argv(options: Options, verb: str, arguments: list[str]) -> list[str]:
+    """The command line of the admin program, which may import what a client may not."""
     roots = options.roots()
     argv = [sys.executable, "-m", "vmsandbox.admin", "--root", roots.run_dir, "--data-root", roots.data_dir]
     if options.config:
         argv += ["--config", options.config]
     if options.debug:
         argv.append("--debug")
+    return [*argv, verb, *arguments]
+
+
+def exec_admin(options: Options, verb: str, arguments: list[str]) -> int:
+    """Become the admin program."""
+    argv = admin_argv(options, verb, arguments)
     sys.stdout.flush()
-    os.execv(sys.executable, [*argv, verb, *arguments])
+    os.execv(argv[0], argv)

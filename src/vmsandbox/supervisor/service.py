@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 KILL_TIMEOUT = 30.0
 #: seconds an exec may take to start in the guest
 EXEC_TIMEOUT = 60.0
+#: seconds between a broken event stream and the next try
+EVENTS_PAUSE = 0.2
 SIGKILL = 9
 
 
@@ -347,16 +349,25 @@ class Service:
         self._end_if_idle()
 
     async def watch_events(self, sandbox: Sandbox) -> None:
-        """Exits whose stand-in is gone, and OOM kills."""
-        async for event in sandbox.agent.events():
-            container = self.containers.get(event.container_id)
-            if container is None:
-                continue
-            if event.WhichOneof("what") == "oom":
-                container.document["oom_killed"] = True
-                container.save()
-            else:
-                await self._exit_event(container, event)
+        """Exits whose stand-in is gone, and OOM kills; the agent repeats what was missed in a broken connection."""
+        while True:
+            try:
+                async for event in sandbox.agent.events():
+                    await self._event(event)
+            except UnavailableError as error:
+                # The machine's own end, if that is what it is, is noticed beside this.
+                log.info("events of the guest are interrupted: %s", error)
+            await asyncio.sleep(EVENTS_PAUSE)
+
+    async def _event(self, event: pb.Event) -> None:
+        container = self.containers.get(event.container_id)
+        if container is None:
+            return
+        if event.WhichOneof("what") == "oom":
+            container.document["oom_killed"] = True
+            container.save()
+        else:
+            await self._exit_event(container, event)
 
     async def _exit_event(self, container: Container, event: pb.Event) -> None:
         """An exit that the agent reports; an attached stand-in hears it behind the last of its output."""

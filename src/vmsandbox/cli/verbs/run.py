@@ -182,6 +182,7 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
             except SandboxError:
                 end_standin(pid)
                 client.wait_for_end(sock)
+                clear_up(options, roots, request["id"])
                 raise
             if arguments.detach:
                 print(request["id"])
@@ -213,6 +214,18 @@ def end_standin(pid: int) -> None:
     """Reap the stand-in of a process that never came to be."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def clear_up(options: Options, roots: Roots, container_id: str) -> None:
+    """Remove what a supervisor that died could not remove any more."""
+    if not os.path.lexists(f"{roots.by_container_dir}/{container_id}") and not os.path.exists(
+        roots.sandbox(container_id).dir
+    ):
+        return
+    from vmsandbox.cli.main import admin_argv
+
+    argv = admin_argv(options, "gc", ["--quiet"])
+    os.waitpid(os.posix_spawn(argv[0], argv, os.environ), 0)
 
 
 def dry_run(options: Options, arguments: argparse.Namespace) -> int:
