@@ -49,7 +49,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "vmsandbox_protocol.",
     ),
     "google": ("vmsandbox.guest.", "vmsandbox_agent.service", "vmsandbox_protocol."),
-    "pyroute2": ("vmsandbox.resources.network",),
+    "pyroute2": ("vmsandbox.resources.network.rtnl",),
     "pydantic": ("vmsandbox.oci.", "vmsandbox.config."),
     "psutil": ("vmsandbox.supervisor.metrics",),
     "pytest": ("vmsandbox_hypervisor.testing",),

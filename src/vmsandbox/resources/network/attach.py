@@ -1,0 +1,227 @@
+"""What the supervisor calls: look into a network namespace, attach its interfaces to taps, detach them.
+
+Each call starts a process that enters the namespace and ends with its answer.  So no thread of ours is ever in a
+foreign namespace, pyroute2 is not imported here, and the work runs beside the start of the virtual machine.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import os
+import socket
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError, from_code
+from vmsandbox.resources.network import namespaces
+from vmsandbox.resources.network.helper import LIMIT, NAMESPACE_FD, REQUEST_FD
+from vmsandbox.resources.network.model import Endpoint
+from vmsandbox_hypervisor.aio import finish
+from vmsandbox_hypervisor.children import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from vmsandbox_hypervisor.children import Child
+
+#: seconds a helper may take on a busy machine
+TIMEOUT = 30.0
+_MOST_FDS = 128
+
+
+class Tap:
+    """The open tap of an interface, for a virtual machine; close it as soon as the machine has it.
+
+    The interface stays attached until the last copy of the descriptor is closed.
+    """
+
+    def __init__(self, endpoint: Endpoint, fd: int, vhost_fd: int | None = None) -> None:
+        self.endpoint = endpoint
+        self.fd = fd
+        #: of /dev/vhost-net, where the host has it
+        self.vhost_fd = vhost_fd
+
+    def close(self) -> None:
+        for fd in (self.fd, self.vhost_fd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self.fd, self.vhost_fd = -1, None
+
+
+async def scan(path: str) -> list[Endpoint]:
+    """The interfaces of the network namespace at `path`, in the order of their indices.
+
+    Raises InvalidArgumentError if there is no namespace, UnsupportedError if it is the host's.
+    """
+    with namespaces.opened(path) as fd:
+        answer, _ = await _ask({"job": "scan"}, fd)
+    return _endpoints(answer)
+
+
+async def attach(path: str, *, names: Sequence[str] | None = None, source_check: bool = True) -> list[Tap]:
+    """Give every interface (or the named ones) of the namespace at `path` a tap; all of them or none.
+
+    With `source_check` the guest can send with its own addresses only.  Filters that a pod before this one left are
+    replaced.  Raises AlreadyExistsError where an interface belongs to a pod that still runs, NotFoundError for an
+    unknown name, and what `scan` raises.
+    """
+    request = {"job": "attach", "names": list(names) if names is not None else None, "source_check": source_check}
+    with namespaces.opened(path) as fd:
+        answer, fds = await _ask(request, fd)
+    try:
+        endpoints = _endpoints(answer)
+        vhosts: list[int | None] = [*fds[len(endpoints) :]] if answer.get("vhost") else [None] * len(endpoints)
+        return [
+            Tap(endpoint, tap, vhost)
+            for endpoint, tap, vhost in zip(endpoints, fds[: len(endpoints)], vhosts, strict=True)
+        ]
+    except BaseException:
+        _close(fds)
+        raise
+
+
+async def detach(path: str, *, names: Iterable[str] | None = None) -> list[str]:
+    """Undo `attach`, by whomever and however incomplete, and say of which interfaces; safe to repeat.
+
+    A namespace that is gone is fine.
+    """
+    if not os.path.exists(path):
+        return []
+    request = {"job": "detach", "names": list(names) if names is not None else None}
+    with namespaces.opened(path) as fd:
+        answer, _ = await _ask(request, fd)
+    return [str(name) for name in answer.get("detached", ())]
+
+
+@asynccontextmanager
+async def attached(
+    path: str, *, names: Sequence[str] | None = None, source_check: bool = True
+) -> AsyncIterator[list[Tap]]:
+    """`attach` for the duration of the block."""
+    taps = await attach(path, names=names, source_check=source_check)
+    try:
+        yield taps
+    finally:
+        for tap in taps:
+            tap.close()
+        await finish(_detach_quietly(path, [tap.endpoint.name for tap in taps]), seconds=2 * TIMEOUT)
+
+
+async def _detach_quietly(path: str, names: list[str]) -> None:
+    await detach(path, names=names)
+
+
+async def create_namespace(path: str) -> None:
+    """Make a network namespace with its loopback up, kept at the new file `path` until `namespaces.remove`."""
+    await _ask({"job": "create", "path": path}, None)
+
+
+def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
+    return [Endpoint.of(document) for document in answer.get("endpoints", ())]
+
+
+# ---------------------------------------------------------------- the helper process
+
+
+async def _ask(request: dict[str, Any], namespace: int | None) -> tuple[dict[str, Any], list[int]]:
+    """Have a helper do a job; its answer and the descriptors that came with it, which are the caller's."""
+    ours, theirs = socket.socketpair()
+    messages = os.memfd_create("messages", os.MFD_CLOEXEC)
+    fds: list[int] = []
+    try:
+        with ours, theirs:
+            given = {REQUEST_FD: theirs.fileno()}
+            if namespace is not None:
+                given[NAMESPACE_FD] = namespace
+            child = spawn(f"network {request['job']}", _argv(), fds=given, stderr=messages)
+            theirs.close()
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    ours.setblocking(False)
+                    await asyncio.get_running_loop().sock_sendall(ours, json.dumps(request).encode())
+                    ours.shutdown(socket.SHUT_WR)
+                    data = await _received(ours, fds)
+                    await child.wait()
+            except TimeoutError:
+                raise TimedOutError(f"the network's '{request['job']}' took longer than {TIMEOUT:g} s") from None
+            finally:
+                if child.alive:
+                    await finish(_stopped(child))
+        return _answer(data, messages), fds
+    except BaseException:
+        _close(fds)
+        raise
+    finally:
+        os.close(messages)
+
+
+def _argv() -> list[str]:
+    """Python without its start-up work: the directories it would find are the ones we have."""
+    code = (
+        f"import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}; "
+        "from vmsandbox.resources.network.helper import main; main()"
+    )
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+async def _stopped(child: Child) -> None:
+    await child.stop()
+
+
+async def _received(sock: socket.socket, fds: list[int]) -> bytes:
+    """Everything up to the end; descriptors are put into `fds` as they come."""
+    loop = asyncio.get_running_loop()
+    size = array.array("i").itemsize
+    parts = bytearray()
+    while len(parts) < LIMIT:
+        readable = loop.create_future()
+        loop.add_reader(sock, _resolve, readable)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(sock)
+        try:
+            data, ancillary, _, _ = sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MOST_FDS * size))
+        except BlockingIOError:
+            continue
+        except ConnectionResetError:  # the helper died without reading its request
+            break
+        for level, kind, rights in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds += array.array("i", rights[: len(rights) - len(rights) % size])
+        if not data:
+            break
+        parts += data
+    return bytes(parts)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _answer(data: bytes, messages: int) -> dict[str, Any]:
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        printed = os.pread(messages, 64 * 1024, 0).decode(errors="replace")
+        raise UnavailableError("the network helper failed", detail=printed) from None
+    if not isinstance(answer, dict):
+        raise UnavailableError("the network helper gave no answer")
+    error = answer.get("error")
+    if error:
+        raise _error(error)
+    return answer
+
+
+def _error(error: dict[str, Any]) -> SandboxError:
+    return from_code(str(error.get("code")), str(error.get("message")))
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+    fds.clear()

@@ -1,0 +1,209 @@
+"""The process that enters a network namespace, does one job there, answers and ends.
+
+Descriptor 0 is a socket: the request is one JSON object up to the end of input, the answer one JSON object, with the
+descriptors of taps beside its first byte.  Descriptor 3 is the namespace.  An attachment that fails half way is taken
+back before the error is answered; the taps themselves vanish with their last descriptor, so a helper that is killed
+leaves only filters, which the next attachment or detachment removes.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    SandboxError,
+    UnavailableError,
+    UnsupportedError,
+)
+from vmsandbox.resources.network import guard, namespaces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmsandbox.resources.network.model import Endpoint
+    from vmsandbox.resources.network.rtnl import Kernel
+
+REQUEST_FD = 0
+NAMESPACE_FD = 3
+#: bytes of a request or an answer
+LIMIT = 32 * 1024 * 1024
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
+
+
+def main() -> None:
+    with socket.socket(fileno=REQUEST_FD) as sock:
+        fds: list[int] = []
+        try:
+            request = json.loads(_received(sock))
+            answer = _JOBS[request["job"]](request, fds)
+        except SandboxError as error:
+            answer = {"error": {"code": error.code, "message": str(error)}}
+        except guard.TooManyAddressesError as error:
+            answer = {"error": {"code": UnsupportedError.code, "message": str(error)}}
+        except OSError as error:
+            answer = {"error": _described(error)}
+        _send(sock, json.dumps(answer).encode(), fds)
+
+
+def _received(sock: socket.socket) -> bytes:
+    parts = bytearray()
+    while len(parts) < LIMIT and (part := sock.recv(1 << 16)):
+        parts += part
+    return bytes(parts)
+
+
+def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sent = sock.sendmsg([data], rights)
+    sock.sendall(data[sent:])
+
+
+def _described(error: OSError) -> dict[str, str]:
+    what = f" ('{error.filename}')" if error.filename else ""
+    if error.errno == errno.EPERM:
+        return {"code": UnsupportedError.code, "message": f"not permitted to change the network{what}: run as root"}
+    return {"code": UnavailableError.code, "message": f"the network cannot be set up{what}: {error.strerror}"}
+
+
+def _scan(_request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+    kernel = _entered()
+    return {"endpoints": [endpoint.document() for endpoint in kernel.endpoints()]}
+
+
+def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    kernel = _entered()
+    chosen = _chosen(kernel.endpoints(), request.get("names"))
+    taken = kernel.taps()
+    for endpoint in chosen:
+        if endpoint.name in taken:
+            raise AlreadyExistsError(
+                f"network interface '{endpoint.name}' is already the one of another pod: "
+                "a namespace can be given to one virtual machine only"
+            )
+    done: list[Endpoint] = []
+    try:
+        for endpoint in chosen:
+            done.append(endpoint)
+            fds.append(_attach_one(kernel, endpoint, checked=bool(request.get("source_check", True))))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        fds.clear()
+        for endpoint in done:
+            kernel.clear(endpoint.index)
+        raise
+    return {"endpoints": [endpoint.document() for endpoint in chosen], "vhost": _add_vhosts(fds)}
+
+
+def _chosen(found: list[Endpoint], names: list[str] | None) -> list[Endpoint]:
+    if names is None:
+        return found
+    table = {endpoint.name: endpoint for endpoint in found}
+    for name in names:
+        if name not in table:
+            raise NotFoundError(f"the network namespace has no interface '{name}'")
+    return [table[name] for name in names]
+
+
+def _attach_one(kernel: Kernel, endpoint: Endpoint, *, checked: bool) -> int:
+    """Make the tap of an interface and join the two; what is left on failure the caller clears."""
+    from vmsandbox.resources.network.rtnl import TAP_PREFIX
+
+    kernel.clear(endpoint.index)
+    name = f"{TAP_PREFIX}{endpoint.index}"
+    fd = _opened_tap(name)
+    try:
+        index = kernel.set_up_tap(name, mtu=endpoint.mtu, alias=endpoint.name)
+        if checked:
+            kernel.check(index, guard.program(endpoint))
+        kernel.redirect(index, endpoint.index)
+        kernel.redirect(endpoint.index, index)
+        kernel.set_up(index)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _opened_tap(name: str) -> int:
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UnsupportedError(f"cannot open '/dev/net/tun': {error.strerror}; is the module 'tun' loaded?") from error
+    try:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EBUSY:
+            raise AlreadyExistsError(f"the network namespace has a device '{name}' already") from error
+        raise
+    return fd
+
+
+def _add_vhosts(fds: list[int]) -> bool:
+    """One vhost-net descriptor for each tap, behind the taps', where the host has it."""
+    opened = []
+    for _ in range(len(fds)):
+        try:
+            opened.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            return False
+    fds += opened
+    return bool(opened)
+
+
+def _detach(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+    kernel = _entered()
+    names = request.get("names")
+    taps = kernel.taps()
+    removed = []
+    for link in kernel.links():
+        name = link.get_attr("IFLA_IFNAME")
+        if names is not None and name not in names:
+            continue
+        if kernel.clear(link["index"]):
+            removed.append(name)
+    for name, (_, index) in taps.items():
+        if names is None or name in names:
+            kernel.delete_link(index)
+            removed.append(name)
+    return {"detached": sorted(set(removed))}
+
+
+def _create(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+    path = request["path"]
+    namespaces.unshare()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
+    try:
+        namespaces.pin(path)
+    except FileExistsError:
+        raise AlreadyExistsError(f"network namespace '{path}' exists already") from None
+    return {}
+
+
+def _entered() -> Kernel:
+    namespaces.enter(NAMESPACE_FD)
+    try:
+        from vmsandbox.resources.network.rtnl import Kernel
+    except ImportError as error:
+        raise UnsupportedError(f"pyroute2 cannot be used: {error}") from error
+    return Kernel()
+
+
+_JOBS = {"scan": _scan, "attach": _attach, "detach": _detach, "create": _create}

@@ -1,0 +1,135 @@
+"""Network namespaces: checked before use, made and removed for pods that no engine made one for.
+
+A namespace of ours is kept by a bind mount, as iproute2 does it, so that it outlives every process of the pod and can
+still be taken apart after all of them were killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vmsandbox.errors import InvalidArgumentError, SandboxError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703
+_MS_BIND, _MNT_DETACH = 4096, 2
+_HOSTS = ("/proc/self/ns/net", "/proc/1/ns/net")
+
+
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of the network namespace at `path`.
+
+    Raises InvalidArgumentError if there is none, and UnsupportedError if it is the host's: nothing of ours may ever
+    be attached there.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot use network namespace '{path}': {error.strerror}") from error
+    try:
+        _check(fd, path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def check(path: str) -> None:
+    """Raise as `opened` does."""
+    with opened(path):
+        pass
+
+
+def _check(fd: int, path: str) -> None:
+    try:
+        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != _CLONE_NEWNET:
+        raise InvalidArgumentError(f"'{path}' is not a network namespace")
+    if is_hosts(fd):
+        raise UnsupportedError(
+            "a pod cannot join the host's network: its containers run in a virtual machine; "
+            "give it a network of its own and publish ports"
+        )
+
+
+def is_hosts(fd: int) -> bool:
+    """Whether a namespace is the one this process or the host's init is in."""
+    mine = os.fstat(fd)
+    for path in _HOSTS:
+        try:
+            other = os.stat(path)
+        except OSError:
+            continue  # an init that we may not look at is in another namespace of processes
+        if (mine.st_dev, mine.st_ino) == (other.st_dev, other.st_ino):
+            return True
+    return False
+
+
+def pin(path: str) -> None:
+    """Keep the namespace the calling process has just made, at a new file `path`; for `helper` only."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        _mount("/proc/self/ns/net", path)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def remove(path: str) -> bool:
+    """Let go of a pinned namespace; says whether there was one.  Safe to repeat."""
+    removed = False
+    while _umount(path):
+        removed = True
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return removed
+    except OSError as error:
+        raise SandboxError(f"cannot remove network namespace '{path}': {error.strerror}") from error
+    return True
+
+
+def enter(fd: int) -> None:
+    """Move the calling thread into a network namespace, for good; for `helper` only."""
+    if _libc().setns(fd, _CLONE_NEWNET):
+        raise _failed("setns")
+
+
+def unshare() -> None:
+    """Move the calling thread into a new network namespace, for good; for `helper` only."""
+    if _libc().unshare(_CLONE_NEWNET):
+        raise _failed("unshare")
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _failed(what: str) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), what)
+
+
+def _mount(source: str, target: str) -> None:
+    flags = ctypes.c_ulong(_MS_BIND)
+    if _libc().mount(os.fsencode(source), os.fsencode(target), b"none", flags, None):
+        raise _failed(target)
+
+
+def _umount(path: str) -> bool:
+    if _libc().umount2(os.fsencode(path), _MNT_DETACH) == 0:
+        return True
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOENT):
+        return False
+    raise SandboxError(f"cannot unmount '{path}': {os.strerror(ctypes.get_errno())}")
