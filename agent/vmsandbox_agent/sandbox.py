@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,9 @@ from vmsandbox_agent.process import Process, Processes
 from vmsandbox_agent.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, SystemCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
+    from vmsandbox_agent import listing
     from vmsandbox_agent.crun import Crun
     from vmsandbox_agent.reaper import Reaper
     from vmsandbox_agent.storage import Storages
@@ -221,6 +222,34 @@ class Sandbox:
         checked_id(request.exec_id, "exec")
         return self.container(request.container_id).exec(request, self._ended)
 
+    def list_processes(self, container_id: str) -> list[listing.Row]:
+        """What runs in a container."""
+        from vmsandbox_agent import listing
+
+        container = self.container(container_id)
+        execs = {process.child.pid: process.key[1] for process in self.processes.of(container_id)}
+        with opened(container.open_root()) as root:
+            return listing.rows(container.processes(), execs, root)
+
+    def copy_in(self, container_id: str, path: str, pieces: Iterable[bytes]) -> int:
+        """Unpack an archive into a directory of a container, or of the guest; answers its bytes."""
+        from vmsandbox_agent import copying  # tarfile is not for the start
+
+        with opened(self._root_of(container_id)) as root:
+            return copying.copy_in(root, path, pieces)
+
+    def copy_out(self, container_id: str, path: str, *, follow_link: bool) -> Iterator[bytes]:
+        """An archive of a file or directory of a container, or of the guest."""
+        from vmsandbox_agent import copying
+
+        with opened(self._root_of(container_id)) as root:
+            yield from copying.copy_out(root, path, follow_link=follow_link)
+
+    def _root_of(self, container_id: str) -> int:
+        if container_id:
+            return self.container(container_id).open_root()
+        return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
     def acknowledge(self, container_id: str, exec_id: str) -> None:
         """Forget an ended exec; InvalidStateError while it runs."""
         process = self.processes.get(container_id, exec_id)
@@ -282,6 +311,15 @@ class Sandbox:
             if container.init is not None:
                 with suppress(TimedOutError):
                     container.init.child.wait(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def opened(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _resolv_conf(dns: pb.Dns) -> str:

@@ -10,6 +10,7 @@ import functools
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -147,6 +148,35 @@ class SandboxService(pb_grpc.SandboxServicer):
         self._sandbox.storages.remove(request.mount_points)
         return pb.RemoveStoragesResponse()
 
+    @_rpc
+    def OnlineCpus(self, request: pb.OnlineCpusRequest, context: grpc.ServicerContext) -> pb.OnlineCpusResponse:
+        online, present = self._machine.online_cpus(request.count, request.timeout_ms / 1000)
+        return pb.OnlineCpusResponse(online=online, present=present)
+
+    @_rpc
+    def OnlineMemory(self, request: pb.OnlineMemoryRequest, context: grpc.ServicerContext) -> pb.OnlineMemoryResponse:
+        total, available = self._machine.online_memory(
+            request.total_kib, request.timeout_ms / 1000, shrink=request.shrink
+        )
+        return pb.OnlineMemoryResponse(total_kib=total, available_kib=available)
+
+    @_rpc
+    def GetMetrics(self, request: pb.GetMetricsRequest, context: grpc.ServicerContext) -> pb.Metrics:
+        return pb.Metrics(**self._machine.metrics())
+
+    @_rpc
+    def CopyIn(self, requests: Iterator[pb.CopyInRequest], context: grpc.ServicerContext) -> pb.CopyInResponse:
+        first = next(requests, None)
+        if first is None:
+            raise errors.InvalidArgumentError("the first message of a copy names its path")
+        pieces = (request.data for request in chain([first], requests))
+        return pb.CopyInResponse(bytes=self._sandbox.copy_in(first.container_id, first.path, pieces))
+
+    @_streaming
+    def CopyOut(self, request: pb.CopyOutRequest, context: grpc.ServicerContext) -> Iterator[pb.CopyOutResponse]:
+        for data in self._sandbox.copy_out(request.container_id, request.path, follow_link=request.follow_link):
+            yield pb.CopyOutResponse(data=data)
+
     @_streaming
     def WatchEvents(self, request: pb.WatchEventsRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:
         watcher = self._sandbox.watch()
@@ -213,6 +243,13 @@ class ContainerService(pb_grpc.ContainerServicer):
     def StatsContainer(self, request: pb.StatsContainerRequest, context: grpc.ServicerContext) -> pb.ContainerStats:
         stats = self._sandbox.container(request.container_id).stats()
         return pb.ContainerStats(**vars(stats), time_ns=machine.now_ns())
+
+    @_rpc
+    def ListProcesses(
+        self, request: pb.ListProcessesRequest, context: grpc.ServicerContext
+    ) -> pb.ListProcessesResponse:
+        rows = self._sandbox.list_processes(request.container_id)
+        return pb.ListProcessesResponse(processes=[pb.ProcessRow(**vars(row)) for row in rows])
 
     @_rpc
     def ListContainers(

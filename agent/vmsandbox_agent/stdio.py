@@ -80,6 +80,8 @@ class Output:
         self.base = 0
         self.kept = bytearray()
         self.ended = fd is None
+        #: nobody reads it any more: it has ended, wherever an attachment begins
+        self.abandoned = False
 
     @property
     def produced(self) -> int:
@@ -102,7 +104,7 @@ class Output:
         if self.fd is not None:
             os.close(self.fd)
         self.fd = None
-        self.ended = True
+        self.ended = self.abandoned = True
         self.base, self.kept = self.produced, bytearray()
 
     def read(self, *, final: bool) -> bytes:
@@ -226,7 +228,7 @@ class Stdio:
             positions = {STDOUT: stdout_offset, STDERR: stderr_offset}
             for stream, position in positions.items():
                 output = self.outputs[stream]
-                if not output.base <= position <= output.produced:
+                if not output.abandoned and not output.base <= position <= output.produced:
                     raise InvalidArgumentError(
                         f"output is asked for from offset {position}, "
                         f"but what is kept is from {output.base} to {output.produced}"
@@ -331,7 +333,6 @@ class Session:
                 self._stdio.input.release()
                 self._stdio.input.closed = True
             output.abandon()
-            self._positions[stream] = output.produced
             self.wake()
 
     def finish(self) -> None:
@@ -390,13 +391,15 @@ class Session:
             if stream in self._eof_given:
                 continue
             position = self._positions[stream]
-            if position < output.produced:
+            if output.abandoned:
+                data = b""
+            elif position < output.produced:
                 start = position - output.base
                 data = bytes(memoryview(output.kept)[start : start + CHUNK])
             else:
                 data = output.read(final=final) if output.wanted else b""
             self._positions[stream] = position + len(data)
-            eof = output.ended and self._positions[stream] == output.produced
+            eof = output.abandoned or (output.ended and self._positions[stream] == output.produced)
             if eof:
                 self._eof_given.add(stream)
             if data or eof:

@@ -45,11 +45,11 @@ CROWD = "/vmsandbox-agent-test"
 class HostAgent:
     """A running agent and a client of it."""
 
-    def __init__(self, base: Path, client: AgentClient, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, base: Path, socket: Path, client: AgentClient, process: asyncio.subprocess.Process) -> None:
         self.base = base
+        self.socket = socket
         self.client = client
         self.process = process
-        self.group = f"{CROWD}-{process.pid}"
 
     def rootfs(self, name: str = "root") -> Path:
         """A directory with busybox, below the agent's directory."""
@@ -172,7 +172,7 @@ async def running(
         )
     try:
         async with AgentClient.dialled(dial or through_socket(sock), directory=directory) as client:
-            yield HostAgent(base, client, process)
+            yield HostAgent(base, sock, client, process)
     finally:
         with suppress(ProcessLookupError):
             process.kill()

@@ -18,6 +18,7 @@ from vmsandbox.errors import (
     InvalidStateError,
     NotFoundError,
 )
+from vmsandbox.guest.client import AgentClient
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -142,3 +143,93 @@ async def test_destroying_with_power_off_ends_the_agent(directory: Path) -> None
         await agent.create("web", ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"])
         await agent.client.destroy_sandbox(power_off=True, grace=5, timeout=10)
         assert await agent.process.wait() == 0
+
+
+async def test_processes_are_listed_with_their_user_and_exec(directory: Path) -> None:
+    async with harness.running(directory) as agent:
+        await agent.create("web", ["sleep", "1000"], stdio=pb.Stdio())
+        request = pb.ExecRequest(
+            container_id="web", exec_id="one", process_json=b'{"args": ["sleep", "2000"]}', inherit=True, user="web"
+        )
+        await agent.client.exec(request, timeout=10)
+        rows = {row.command: row for row in await agent.client.processes("web")}
+        init, extra = rows["sleep 1000"], rows["sleep 2000"]
+        assert (init.pid, init.exec_id, init.user, init.uid) == (1, "", "root", 0)
+        assert (extra.exec_id, extra.user, extra.uid) == ("one", "web", 1000)
+        assert extra.rss_kib > 0
+        assert extra.start_time_ns >= init.start_time_ns > 0
+
+
+async def test_a_paused_container_stands_still_and_its_limits_can_change(directory: Path) -> None:
+    async with harness.running(directory) as agent:
+        await agent.create("web", ["sleep", "1000"], stdio=pb.Stdio())
+        await agent.client.pause("web")
+        assert [row.status for row in await agent.client.containers()] == ["paused"]
+        request = pb.ExecRequest(container_id="web", exec_id="one", process_json=b'{"args": ["true"]}', inherit=True)
+        with pytest.raises(InvalidStateError):
+            await agent.client.exec(request, timeout=10)
+        request.ignore_paused = True
+        await agent.client.exec(request, timeout=10)
+        assert [row.status for row in await agent.client.containers()] == ["paused"]
+        await agent.client.resume("web")
+        assert (await agent.client.wait("web", "one")).code == 0
+        await agent.client.update_container("web", json.dumps({"pids": {"limit": 33}}).encode())
+        assert (await agent.client.stats("web")).pids_limit == 33
+        await agent.client.pause("web")
+        await agent.client.remove_container("web", force=True)
+
+
+async def test_a_container_that_is_killed_for_memory_says_so(directory: Path) -> None:
+    async with harness.running(directory) as agent:
+        eat = "dd if=/dev/zero of=/dev/shm/x bs=1M count=200"
+        document = harness.spec(["sh", "-c", f"sleep 0.1; exec {eat}"], agent.rootfs())
+        document["mounts"].append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm"})
+        document["linux"]["resources"] = {"memory": {"limit": 16 << 20, "swap": 16 << 20}}
+        events = agent.client.events()
+        await agent.create("web", [], spec=document, stdio=pb.Stdio())
+        status = await agent.client.wait("web", "")
+        assert (status.code, status.signal, status.oom_killed) == (137, 9, True)
+        told = set()
+        async for event in events:
+            told.add(event.WhichOneof("what"))
+            if told == {"oom", "exited"}:
+                break
+        await events.aclose()
+        assert [row.oom_kills > 0 for row in await agent.client.containers()] == [True]
+
+
+async def test_containers_can_share_their_processes(directory: Path) -> None:
+    async with harness.running(directory) as agent:
+        request = pb.CreateSandboxRequest(sandbox_id="pod", shared_pid_namespace=True)
+        await agent.client.create_sandbox(request, timeout=10)
+        await agent.create("one", ["sleep", "1111"], stdio=pb.Stdio())
+        await agent.create("two", ["sh", "-c", "cat /proc/*/cmdline"])
+        async with agent.client.attach("two", "") as attachment:
+            heard = await hear(attachment)
+        assert b"sleep\x001111" in heard.stdout
+        # An init that goes takes its container's other processes along, but not the namespace's.
+        await agent.create("three", ["sh", "-c", "sleep 2222 & sleep 0.1"], stdio=pb.Stdio())
+        await agent.client.wait("three", "")
+        await agent.client.remove_container("three")
+        assert [row.status for row in await agent.client.containers()] == ["running", "stopped"]
+
+
+async def test_another_connection_sees_what_happened_before(directory: Path) -> None:
+    """What a supervisor needs that takes over."""
+    async with harness.running(directory) as agent:
+        await agent.create("web", ["sh", "-c", "echo text; exit 4"])
+        assert (await agent.client.wait("web", "")).code == 4
+        async with agent.client.attach("web", "") as attachment:
+            await hear(attachment, acknowledge=False)
+        second = directory / "second"
+        second.mkdir()
+        async with AgentClient.dialled(harness.through_socket(agent.socket), directory=second) as other:
+            (row,) = await other.containers()
+            (process,) = row.processes
+            assert (row.status, process.started, process.exit.code) == ("stopped", True, 4)
+            assert process.stdout_offset == len("text\n")
+            events = other.events()
+            assert (await anext(events)).exited.code == 4
+            await events.aclose()
+            async with other.attach("web", "") as attachment:
+                assert (await hear(attachment)).stdout == b"text\n"
