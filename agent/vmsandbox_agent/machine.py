@@ -70,7 +70,7 @@ class Machine:
             "boot_id": boot_id,
             "crun_version": self._crun_version,
             "time_ns": now_ns(),
-            "boot_phases_us": self.phases_us,
+            "boot_phases_us": {**self.phases_us, "answered": since_boot_us()},
             "filesystems": [line.split()[-1] for line in _text(self._proc / "filesystems").splitlines() if line],
         }
 

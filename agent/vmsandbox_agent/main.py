@@ -38,15 +38,20 @@ class Settings:
     port: int = -1
     port_name: str = ""
     vsock_port: int = 0
+    #: when the first line of ours was executed, since the kernel's start
+    began_us: int = 0
     #: what service mode must not touch
     shm: Path = Path("/dev/shm")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run as PID 1, or with ``service --state DIR --socket PATH [--port-fd FD] [--group GROUP]``."""
+def main(arguments: list[str] | None = None, *, began_us: int = 0) -> int:
+    """Run as PID 1, or with ``service --state DIR --socket PATH [--port-fd FD] [--group GROUP]``.
+
+    `began_us` is when the launcher began, in microseconds since the kernel's start.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if os.getpid() == 1 and not arguments:
-        return _be_init()
+        return _be_init(began_us)
     if not arguments or arguments[0] != "service":
         print("usage: agent service --state DIR --socket PATH [--port-fd FD] [--group GROUP]", file=sys.stderr)
         return 2
@@ -64,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     return _serve(settings)
 
 
-def _be_init() -> int:
+def _be_init(began_us: int) -> int:
     """Never returns: the kernel panics when PID 1 ends."""
     calls = LinuxCalls()
     try:
@@ -82,6 +87,7 @@ def _be_init() -> int:
                 socket=GUEST_BASE / "agent.sock",
                 port_name=PORT_NAME,
                 vsock_port=int(parameters.get("vsock", "0")),
+                began_us=began_us,
             )
         )
     except BaseException:
@@ -121,7 +127,7 @@ def _serve(settings: Settings) -> int:
         shm=settings.shm,
     )
     the_machine = machine.Machine(crun_version=crun.version)
-    the_machine.phases_us = {"kernel": _process_start_us(), "agent": started_us}
+    the_machine.phases_us = {"kernel": settings.began_us or started_us, "agent": started_us}
 
     from vmsandbox_agent import link, server, service
 
@@ -150,9 +156,3 @@ def _serve(settings: Settings) -> int:
     finished.wait()
     server.stop(grpc_server, relays)
     return 0
-
-
-def _process_start_us() -> int:
-    """When the kernel started this process, in its ticks."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return int(fields[19]) * 1_000_000 // os.sysconf("SC_CLK_TCK")

@@ -275,7 +275,9 @@ class GuestDetails(_message.Message):
     time_ns: _builtins.int
     @_builtins.property
     def boot_phases_us(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Milestones since the kernel's start, in microseconds: "kernel", "agent", "serving"."""
+        """Milestones since the kernel's start, in microseconds: "kernel" (the agent's first line), "agent" (it is
+        set up), "serving", "answered" (now).
+        """
 
     @_builtins.property
     def filesystems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
