@@ -25,9 +25,10 @@ HEADER = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 
 @dataclass(frozen=True)
 class Footprint:
-    """In KiB: PSS by process, and what of the memory files is allocated but mapped by none of them."""
+    """In KiB: PSS by process, what of that is memory files, and what of those is allocated but mapped by none."""
 
     pss: Mapping[int, int]
+    files: int
     unmapped: int
 
     @property
@@ -38,17 +39,19 @@ class Footprint:
 def footprint(pids: Iterable[int]) -> Footprint:
     """The memory of these processes together."""
     pss: dict[int, int] = {}
+    files = 0
     allocated: dict[int, int] = {}
     mapped: dict[int, int] = {}
     for pid in pids:
         with suppress(OSError):
             pss[pid] = parse_pss(Path(f"/proc/{pid}/smaps_rollup").read_text())
-            for inode, resident in parse_memfds(Path(f"/proc/{pid}/smaps").read_text()).items():
+            for inode, (resident, proportional) in parse_memfds(Path(f"/proc/{pid}/smaps").read_text()).items():
+                files += proportional
                 # Two processes of a pod (QEMU, virtiofsd) map the same pages: the larger share is what is mapped.
                 mapped[inode] = max(mapped.get(inode, 0), resident)
             allocated.update(memfds(pid))
     unmapped = sum(max(0, size - mapped.get(inode, 0)) for inode, size in allocated.items())
-    return Footprint(pss, unmapped)
+    return Footprint(pss, files, unmapped)
 
 
 def memfds(pid: int) -> dict[int, int]:
@@ -68,14 +71,16 @@ def parse_pss(text: str) -> int:
     return int(match[1]) if match else 0
 
 
-def parse_memfds(text: str) -> dict[int, int]:
-    """Resident KiB of each mapped memory file in smaps, by inode."""
-    found: dict[int, int] = {}
+def parse_memfds(text: str) -> dict[int, tuple[int, int]]:
+    """Resident and proportional KiB of each mapped memory file in smaps, by inode."""
+    found: dict[int, tuple[int, int]] = {}
     inode: int | None = None
     for line in text.splitlines():
         if HEADER.match(line):
             match = MAPPING.match(line)
             inode = int(match[1]) if match else None
-        elif inode is not None and line.startswith("Rss:"):
-            found[inode] = found.get(inode, 0) + int(line.split()[1])
+        elif inode is not None and line.startswith(("Rss:", "Pss:")):
+            size = int(line.split()[1])
+            resident, proportional = found.get(inode, (0, 0))
+            found[inode] = (resident + size, proportional) if line[0] == "R" else (resident, proportional + size)
     return found

@@ -39,7 +39,10 @@ class Seen:
 
 
 class Watch:
-    """Collects what happens below a directory for the duration of the block, in `seen`."""
+    """Collects what happens below a directory for the duration of the block, in `seen`.
+
+    What is there already when the block begins is left alone.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._top = str(directory)
@@ -52,7 +55,7 @@ class Watch:
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._add(self._top)
+        self._add(self._top, reporting=False)
         self._thread = threading.Thread(target=self._follow, name=f"watch {self._top}", daemon=True)
         self._thread.start()
         return self
@@ -65,8 +68,8 @@ class Watch:
         os.close(self._fd)
         os.close(self._stop)
 
-    def _add(self, directory: str) -> None:
-        """Watch a directory, and report what was there before that."""
+    def _add(self, directory: str, *, reporting: bool = True) -> None:
+        """Watch a directory, and report what came into it before that."""
         flags = IN_CREATE | IN_MOVED_TO | IN_ONLYDIR
         number = self._libc.inotify_add_watch(self._fd, os.fsencode(directory), flags)
         if number < 0:
@@ -76,7 +79,7 @@ class Watch:
             entries = list(os.scandir(directory))
         except OSError:
             return
-        for entry in entries:
+        for entry in entries if reporting else ():
             self._take(entry.path, is_directory=entry.is_dir(follow_symlinks=False))
 
     def _follow(self) -> None:

@@ -200,6 +200,7 @@ def test_a_run_of_which_nothing_was_seen_has_no_phases() -> None:
 
 
 def test_a_watch_sees_files_and_documents_below_new_directories(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
     with Watch(tmp_path) as watch:
         script = (
             "import os, sys; os.chdir(sys.argv[1]); os.makedirs('pod/vm'); open('pod/log', 'w').close();"
@@ -208,6 +209,7 @@ def test_a_watch_sees_files_and_documents_below_new_directories(tmp_path: Path) 
         subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     paths = [seen.path for seen in watch.seen]
     assert {"pod", "pod/vm", "pod/log", "pod/sandbox.json"} <= set(paths)
+    assert "before" not in paths
     assert any(seen.document == {"status": "ready"} for seen in watch.seen)
     assert [seen.time for seen in watch.seen] == sorted(seen.time for seen in watch.seen)
 
@@ -256,13 +258,14 @@ Rss:               40000 kB
 Pss:               40000 kB
 7f20-7f30 rw-s 00000000 00:01 1234                       /memfd:memory-backend-memfd (deleted)
 Rss:                 100 kB
+Pss:                  50 kB
 7f40-7f50 r--p 00000000 fe:00 99                         /usr/lib/libc.so.6
 Rss:                1000 kB
 """
 
 
 def test_resident_pages_of_memory_files_are_counted_by_file() -> None:
-    assert memory.parse_memfds(SMAPS) == {1234: 40100}
+    assert memory.parse_memfds(SMAPS) == {1234: (40100, 40050)}
 
 
 def test_blocks_of_a_memory_file_that_nobody_maps_are_counted() -> None:
