@@ -50,13 +50,15 @@ class PrivateMemory:
 class Memory:
     """Base memory, and how far virtio-mem can grow it (0: no virtio-mem device), in MiB.
 
-    `dimm_slots` pc-dimms can be attached beside that, together at most `dimm_mib`.
+    `dimm_slots` pc-dimms can be attached beside that, together at most `dimm_mib`.  With `free_page_reporting` the
+    guest's free pages go back to the host; not with private memory, whose template a discard would damage.
     """
 
     size_mib: int
     hotplug_mib: int = 0
     dimm_slots: int = 0
     dimm_mib: int = 0
+    free_page_reporting: bool = False
     backing: SharedMemory | PrivateMemory = field(default_factory=SharedMemory)
 
 
@@ -215,7 +217,7 @@ class Vm(Protocol):
     #: field 22 of /proc/PID/stat: with `pid` it identifies the process for `Hypervisor.adopted`
     start_time: int
     vsock_cid: int | None
-    #: seconds since exec, by phase: "spawned", "monitor", "running"
+    #: seconds since exec, by phase: "spawned", "monitor", with a template "restored", "running"
     phases: dict[str, float]
 
     def port_path(self, name: str) -> Path: ...
@@ -266,6 +268,10 @@ class Vm(Protocol):
         """Return when QEMU has ended, with its exit status (None if unknown, after an adoption)."""
         ...
 
+    async def save_state(self, fd: int) -> None:
+        """Stop the VM and write its device state, without memory, to `fd`; `MonitorError` if that fails."""
+        ...
+
     def release(self) -> None:
         """Leave the VM running when the block is left: somebody else will adopt it."""
 
@@ -275,6 +281,10 @@ class Hypervisor(Protocol):
 
     def running(self, config: VmConfig) -> AbstractAsyncContextManager[Vm]: ...
     def adopted(self, config: VmConfig, *, pid: int, start_time: int) -> AbstractAsyncContextManager[Vm]: ...
+    async def destroy(self, config: VmConfig, *, pid: int, start_time: int) -> None:
+        """End a machine that nobody holds, whether or not it answers, with its helpers and files; it may be gone."""
+        ...
+
     async def probe_accel(self, accel: Accel) -> AccelChoice: ...
     def argv(self, config: VmConfig) -> Sequence[str]:
         """The command line `running` would use, descriptors numbered as there; starts nothing."""

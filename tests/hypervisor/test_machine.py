@@ -417,6 +417,32 @@ async def test_adopting_a_dead_machine_says_why_it_died_and_clears_up(
     assert list(vm_config.directory.iterdir()) == []
 
 
+async def test_a_machine_without_its_sockets_cannot_be_adopted_but_destroyed(
+    hypervisor: Hypervisor, vm_config: VmConfig, tmp_path: Path
+) -> None:
+    async with hypervisor.running(vm_config) as machine:
+        await machine.attach_virtiofs(VirtiofsShare(tag="s", path=tmp_path))
+        machine.release()
+        helper = machine.helper_pids()["s"]
+    for name in ("qmp.sock", "console.sock"):
+        (vm_config.directory / name).unlink()
+        with pytest.raises(MonitorError, match="No such file"):
+            async with hypervisor.adopted(vm_config, pid=machine.pid, start_time=machine.start_time):
+                pytest.fail("adopted it")
+    await hypervisor.destroy(vm_config, pid=machine.pid, start_time=machine.start_time)
+    for pid in (machine.pid, helper):
+        assert not psutil.pid_exists(pid)
+    assert list(vm_config.directory.iterdir()) == []
+
+
+async def test_what_a_predecessor_left_behind_is_no_obstacle(hypervisor: Hypervisor, vm_config: VmConfig) -> None:
+    for name in ("console.sock", "qmp.sock", "qemu.stderr", "virtiofs-0123456789abcdef.json"):
+        (vm_config.directory / name).touch()
+    (vm_config.directory / "console.log").write_text("an older machine")
+    async with hypervisor.running(vm_config) as machine:
+        assert "older" not in machine.console()
+
+
 # ---------------------------------------------------------------- console and events
 
 

@@ -140,6 +140,8 @@ def validate(config: VmConfig) -> None:
         raise ValueError(f"memory of {memory.size_mib} MiB is too small for any guest")
     if memory.hotplug_mib < 0 or memory.hotplug_mib % VIRTIO_MEM_BLOCK_MIB:
         raise ValueError(f"hotplug_mib {memory.hotplug_mib} is not a multiple of {VIRTIO_MEM_BLOCK_MIB}")
+    if memory.free_page_reporting and isinstance(memory.backing, PrivateMemory):
+        raise ValueError("free_page_reporting needs memory that is mapped shared")
     if bool(memory.dimm_slots) != bool(memory.dimm_mib):
         raise ValueError("dimm_slots and dimm_mib go together")
     if not 1 <= cpus.boot <= cpus.maximum:
@@ -260,6 +262,8 @@ def _devices(
                 ),
             ]
         )
+    if config.memory.free_page_reporting:
+        found.append(["-device", f"virtio-balloon-pci,id=balloon,free-page-reporting=on,{place}"])
     if config.vsock_cid is not None:
         cid = vsock_cid or config.vsock_cid
         found.append(["-device", f"vhost-vsock-pci,id=vsock0,guest-cid={cid},vhostfd={fds['vsock']},{place}"])

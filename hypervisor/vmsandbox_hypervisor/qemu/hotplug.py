@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vmsandbox_hypervisor import virtiofsd
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import PrivateMemory
-from vmsandbox_hypervisor.errors import DeviceError, MonitorError, NoSlotError
+from vmsandbox_hypervisor.errors import DeviceError, ExitedError, MonitorError, NoSlotError
 from vmsandbox_hypervisor.qemu.argv import (
     blockdev,
     disk_device,
@@ -248,8 +248,8 @@ class Devices:
                     await self.detach(name, timeout=UNDO_TIMEOUT)
             else:
                 await self._settle(name)
-        except MonitorError:
-            # The link is gone, and so is the VM: its end is reported by whoever tried.
+        except (MonitorError, ExitedError):
+            # The VM is gone with all of it; whoever tried is told so, or was cancelled.
             self._ports.pop(name, None)
 
     async def _settle(self, name: str) -> None:

@@ -14,10 +14,10 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmsandbox_hypervisor import vsock
+from vmsandbox_hypervisor import virtiofsd, vsock
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.children import Child, confined, spawn
-from vmsandbox_hypervisor.errors import BootError, ExitedError
+from vmsandbox_hypervisor.errors import BootError, ExitedError, MonitorError
 from vmsandbox_hypervisor.evidence import CONSOLE_LOG, STDERR_LOG, Evidence
 from vmsandbox_hypervisor.qemu import probe
 from vmsandbox_hypervisor.qemu.argv import CONSOLE_SOCKET, MONITOR_SOCKET, argv, descriptors, port_socket
@@ -51,6 +51,8 @@ class QemuHypervisor:
         in `config.directory`; unless `Vm.release` was called: then everything goes on.
         """
         choice = await probe.chosen(config.accel, binary=config.binary, cache=self._accel_cache)
+        # Of a machine that ended together with its owner.
+        remove_files(config)
         evidence = Evidence(config.directory)
         launch = launched(config, choice, evidence)
         try:
@@ -92,11 +94,16 @@ class QemuHypervisor:
                 status=None,
                 evidence=evidence.text(),
             ) from error
-        stderr = os.open(config.directory / STDERR_LOG, STDERR_FLAGS, 0o600)
+        try:
+            evidence.console.open(config.directory / CONSOLE_SOCKET)
+            stderr = os.open(config.directory / STDERR_LOG, STDERR_FLAGS, 0o600)
+        except OSError as error:
+            child.forget()
+            evidence.console.close()
+            raise MonitorError(f"cannot adopt virtual machine '{config.name}': {_words(error)}") from error
         # A failed adoption leaves the machine to the next one who tries.
         launch = Launch(child=child, stderr=stderr, started=time.perf_counter(), spawned=0.0, vsock_cid=None, keep=True)
         try:
-            evidence.console.open(config.directory / CONSOLE_SOCKET)
             from vmsandbox_hypervisor.qemu.vm import opened
 
             async with opened(
@@ -108,6 +115,19 @@ class QemuHypervisor:
                     launch = launch._replace(keep=vm.released)
         finally:
             await finish(_over(config, launch, evidence))
+
+    async def destroy(self, config: VmConfig, *, pid: int, start_time: int) -> None:
+        """End a machine that nobody holds, whether or not it answers, with its helpers and files; it may be gone."""
+        daemons = virtiofsd.adopted(config.directory)
+        try:
+            child = Child.adopted(f"qemu {config.name}", pid, start_time)
+        except ProcessLookupError:
+            pass  # it ended by itself
+        else:
+            await finish(_stopped(child))
+        for daemon in daemons:
+            await finish(daemon.stop())
+        remove_files(config)
 
     async def probe_accel(self, accel: Accel) -> AccelChoice:
         """Which acceleration `accel` means on this machine, and why; `AccelError` if it cannot be had."""
@@ -139,21 +159,21 @@ def launched(config: VmConfig, choice: AccelChoice, evidence: Evidence) -> Launc
     """Open everything, execute QEMU, connect the console; on failure nothing is left and `BootError` says why."""
     try:
         with ExitStack() as stack:
-            (config.directory / STDERR_LOG).unlink(missing_ok=True)
             stderr = os.open(config.directory / STDERR_LOG, STDERR_FLAGS, 0o600)
             try:
                 line, fds, cid = _prepared(config, choice, stack)
+                # Its listening end exists already, so nothing that is printed can be missed.
+                evidence.console.open(config.directory / CONSOLE_SOCKET)
                 started = time.perf_counter()
                 child = spawn(f"qemu {config.name}", line, fds=fds, stderr=stderr)
             except BaseException:
+                evidence.console.close()
                 os.close(stderr)
                 raise
     except (OSError, ValueError) as error:
         remove_files(config)
         raise BootError(f"cannot start virtual machine '{config.name}': {_words(error)}", phase="prepared") from error
-    launch = Launch(child=child, stderr=stderr, started=started, spawned=time.perf_counter(), vsock_cid=cid)
-    evidence.console.open(config.directory / CONSOLE_SOCKET)
-    return launch
+    return Launch(child=child, stderr=stderr, started=started, spawned=time.perf_counter(), vsock_cid=cid)
 
 
 def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[list[str], dict[int, int], int | None]:
@@ -188,6 +208,9 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
         keep(f"disk-{disk.id}", fd)
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             block_devices.append(disk.id)
+    if config.restore is not None:
+        # QEMU gets it over the monitor; that it is missing is better known before QEMU runs.
+        os.close(_opened("template state", config.restore, os.O_RDONLY))
     line = argv(config, choice.accel, block_devices=block_devices, vsock_cid=cid)
     numbers = descriptors(config)
     return confined(line, config.confinement), {numbers[role]: fd for role, fd in opened.items()}, cid
@@ -240,6 +263,10 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"'{error.filename}': {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+async def _stopped(child: Child) -> None:
+    await child.stop()
 
 
 async def _over(config: VmConfig, launch: Launch, evidence: Evidence) -> None:

@@ -188,7 +188,8 @@ async def connected(path: Path, *, timeout: float) -> AsyncIterator[Monitor]:
     except TimeoutError as error:
         raise LinkError(f"no greeting from QEMU's monitor within {timeout:g} s") from error
     except (QMPError, OSError) as error:
-        raise LinkError(f"cannot connect to QEMU's monitor: {error}") from error
+        # qemu.qmp's own words name the stage only; the system's are behind them.
+        raise LinkError(f"cannot connect to QEMU's monitor: {error.__cause__ or error}") from error
     try:
         yield monitor
     finally:

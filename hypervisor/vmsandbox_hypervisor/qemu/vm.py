@@ -8,6 +8,7 @@ serves ends the VM too, because a guest never recovers from it.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 from vmsandbox_hypervisor.aio import background, finish
 from vmsandbox_hypervisor.api import AccelChoice
 from vmsandbox_hypervisor.children import described
-from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, MonitorError
-from vmsandbox_hypervisor.qemu import monitor
+from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError, MonitorError
+from vmsandbox_hypervisor.qemu import migration, monitor
 from vmsandbox_hypervisor.qemu.argv import MONITOR_SOCKET, port_socket
 from vmsandbox_hypervisor.qemu.hotplug import Devices
 from vmsandbox_hypervisor.qemu.hotplug_cpu import Cpus
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 #: seconds between the end of the link and the end of the process that explains it
 EXIT_TIMEOUT = 2.0
 CLOSE_TIMEOUT = 30.0
+#: the file of stderr is emptied when it is larger than this, looked at every so many seconds
+STDERR_FILE_MAX = 1024 * 1024
+STDERR_CHECK_INTERVAL = 10.0
 VSOCK_PATH = "/machine/peripheral/vsock0"
 
 
@@ -74,6 +78,7 @@ class QemuVm:
         self._child = child
         self._monitor = link
         self._evidence = evidence
+        self._stderr = stderr
         self._devices = Devices(config, link, stderr=stderr, helper_ended=self._helper_ended)
         self._cpus = Cpus(link, unpluggable=accel.accel == "kvm")
         self._memory = Memory(config, link)
@@ -92,7 +97,7 @@ class QemuVm:
 
     async def watch(self) -> None:
         """Turn the end of the process into an error for everybody who waits for something."""
-        status = await self._child.wait()
+        status = await self._child_s_end()
         try:
             # What QEMU said last, a SHUTDOWN event for example, is still on its way.
             async with asyncio.timeout(EXIT_TIMEOUT):
@@ -112,6 +117,15 @@ class QemuVm:
         self._gone = ExitedError(f"{message}: {cause}" if cause else message, status=status, evidence=self.evidence())
         self._monitor.fail(self._gone)
         self._end.set_result(status)
+
+    async def _child_s_end(self) -> int | None:
+        while True:
+            done, _ = await asyncio.wait({self._child.exited}, timeout=STDERR_CHECK_INTERVAL)
+            if done:
+                return self._child.exited.result()
+            # QEMU complains about some of what a hostile guest does, as often as it does it.
+            if os.fstat(self._stderr).st_size > STDERR_FILE_MAX:
+                os.ftruncate(self._stderr, 0)
 
     def _helper_ended(self, daemon: Daemon) -> None:
         status = daemon.child.exited.result()
@@ -261,6 +275,18 @@ class QemuVm:
     def release(self) -> None:
         self.released = True
 
+    async def save_state(self, fd: int) -> None:
+        async with self._operation():
+            await migration.saved(self._monitor, fd)
+
+    async def restore(self, state: Path) -> None:
+        """Go on from a template's device state instead of booting."""
+        fd = os.open(state, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            await migration.restored(self._monitor, fd)
+        finally:
+            os.close(fd)
+
     async def load(self, *, attached: bool) -> None:
         """Learn what an adopted (`attached`) or a new VM is like; its status must be a sound one."""
         if attached:
@@ -317,11 +343,15 @@ async def opened(
             vm = QemuVm(config, accel=accel, child=child, link=link, evidence=evidence, stderr=stderr, phases=phases)
             link.observe(vm.observe)
             await stack.enter_async_context(background(vm.watch(), f"watch {config.name}"))
+            if config.restore is not None and not adopting:
+                await vm.restore(config.restore)
+                phases["restored"] = time.perf_counter() - started
             await vm.load(attached=adopting)
             phases["running"] = time.perf_counter() - started
-        except (MonitorError, ExitedError) as error:
+        except (MonitorError, ExitedError, OSError) as error:
             if adopting:
-                error.evidence = error.evidence or evidence.text()
+                if isinstance(error, HypervisorError):
+                    error.evidence = error.evidence or evidence.text()
                 raise
             raise await _boot_error(config, child, evidence, phase=list(phases)[-1], cause=error) from error
         try:

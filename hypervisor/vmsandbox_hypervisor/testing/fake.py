@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -287,6 +288,11 @@ class FakeVm:
     async def wait(self) -> int | None:
         return await asyncio.shield(self._end)
 
+    async def save_state(self, fd: int) -> None:
+        self._did("save state")
+        self._status = "postmigrate"
+        os.write(fd, b"the state of a fake")
+
     def release(self) -> None:
         self.released = True
 
@@ -314,7 +320,7 @@ class FakeHypervisor:
         except ValueError as error:
             message = f"cannot start virtual machine '{config.name}': {error}"
             raise BootError(message, phase="prepared") from error
-        for path in (config.kernel.path, config.kernel.initrd, *(disk.path for disk in config.disks)):
+        for path in (config.kernel.path, config.kernel.initrd, config.restore, *(disk.path for disk in config.disks)):
             if path is not None and not path.exists():
                 message = f"cannot start virtual machine '{config.name}': cannot open '{path}'"
                 raise BootError(message, phase="prepared")
@@ -340,6 +346,12 @@ class FakeHypervisor:
         finally:
             vm.close()
             self.journal.append(f"{'release' if vm.released else 'end'} of {config.name}")
+
+    async def destroy(self, config: VmConfig, *, pid: int, start_time: int) -> None:
+        self.journal.append(f"destruction of {config.name}")
+        for vm in self.machines:
+            if (vm.pid, vm.start_time) == (pid, start_time):
+                vm.die()
 
     async def probe_accel(self, accel: Accel) -> AccelChoice:
         return AccelChoice(accel="kvm" if accel == "kvm" else "tcg", reason="it is a fake")

@@ -34,13 +34,14 @@ MODULES = (
     "virtio_blk",
     "virtio_net",
     "virtio_mem",
+    "virtio_balloon",
     "virtio-rng",
     "virtiofs",
     "9p",
     "9pnet_virtio",
 )
 #: built anew when this changes
-VERSION = "1"
+VERSION = "2"
 
 INIT = """#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /bin
