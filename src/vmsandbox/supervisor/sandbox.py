@@ -102,6 +102,8 @@ class Sandbox:
         self.phases: dict[str, float] = {}
         self._demands: dict[str, Demand] = {}
         self._sizing = asyncio.Lock()
+        #: vCPUs the guest was last told to use; None after a take-over, which does not know
+        self.cpus_online: int | None = None
         #: shared disks (images): id -> (pci path, users)
         self._shared_disks: dict[str, tuple[str, set[str]]] = {}
         self._disks_lock = asyncio.Lock()
@@ -177,9 +179,11 @@ class Sandbox:
                 state = await self.vm.memory()
                 if state.base_mib + state.requested_mib != memory:
                     await self.vm.set_memory(max(memory, state.base_mib))
-                if cpus != (await self.vm.cpus()).present:
+                # Under TCG vCPUs are taken offline instead of out, so what is present says too little.
+                if cpus != self.cpus_online:
                     plugged = await self.vm.set_cpus(cpus)
                     await self.agent.online_cpus(plugged.present - plugged.surplus, timeout=RPC_TIMEOUT)
+                    self.cpus_online = cpus
 
     # ------------------------------------------------------------ disks
 
@@ -285,6 +289,7 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
 
             async with AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent:
                 sandbox = Sandbox(around, spec, vm, agent)
+                sandbox.cpus_online = config.cpus.boot
                 sandbox.phases["vm"] = time.monotonic() - began
                 # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
                 sandbox.save("creating")

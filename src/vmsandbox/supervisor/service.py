@@ -23,7 +23,7 @@ from vmsandbox.errors import (
 )
 from vmsandbox.oci import signals
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, store
+from vmsandbox.supervisor import composition, regulation, store
 from vmsandbox.supervisor.container import Container
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
 from vmsandbox.supervisor.streams import Link, exit_of
@@ -402,6 +402,8 @@ class Service:
         timeout = request.get("timeout")
         grace = float(self.around.settings.sandbox.grace_seconds if timeout is None else timeout)
         await self._signal_quietly(sandbox, container, int(container.document.get("stop_signal") or 15))
+        if container.status == "paused":
+            await regulation.resume(container, sandbox, request)  # it cannot obey otherwise
         try:
             async with asyncio.timeout(grace):
                 await container.init.exited.wait()
@@ -485,12 +487,14 @@ class Service:
     async def dispatch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request from the control socket."""
         verb = str(request.get("verb"))
-        if verb not in self.VERBS:
+        if verb not in self.VERBS and verb not in regulation.VERBS:
             raise InvalidArgumentError(f"unknown request '{verb}'")
         if verb == "create":
             return await self.run(request, start=False)
         if self.reason is not None and verb not in ("inspect", "wait", "delete", "stop"):
             raise UnavailableError(f"the pod is gone: {self.reason}", detail=self.reason.detail)
+        if verb in regulation.VERBS:
+            return await regulation.VERBS[verb](self._container(request), await self._running_sandbox(), request)
         handler = getattr(self, verb)
         answer: dict[str, Any] = await handler(request)
         return answer

@@ -1,0 +1,91 @@
+"""The verbs that look at a running container, change it and copy to and from it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.harness.cli import Cli
+
+
+def inside(cli: Cli, container: str, script: str) -> list[str]:
+    return cli.ok("exec", container, "sh", "-c", script).split()
+
+
+def test_a_paused_container_stands_still_until_unpaused(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    assert cli.ok("pause", container) == f"{container}\n"
+    assert cli.inspect(container)["status"] == "paused"
+    refused = cli("exec", container, "true")
+    assert (refused.code, "it is paused" in refused.stderr) == (125, True), refused
+    assert "it is paused" in cli("pause", container).stderr
+    cli.ok("unpause", container)
+    assert cli.inspect(container)["status"] == "running"
+    assert "it is running" in cli("unpause", container).stderr
+    assert cli("exec", container, "true").code == 0
+
+
+def test_top_lists_processes_by_their_pids_inside(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    rows = json.loads(cli.ok("top", "--format", "json", container))
+    assert [(row["pid"], row["user"], row["command"]) for row in rows] == [(1, "root", "sleep 100000")]
+    head, line = cli.ok("top", container).splitlines()
+    assert head.split()[:3] == ["USER", "PID", "PPID"]
+    assert line.endswith("sleep 100000")
+
+
+def test_stats_shows_what_is_used_once_as_table_and_json(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    row = json.loads(cli.ok("stats", "--no-stream", "--format", "json", container))[0]
+    assert (row["id"], row["name"], row["pids"]) == (container, "shared", 1)
+    assert 0 < row["memory_used_bytes"] <= row["memory_bytes"] < row["pod_memory_bytes"]
+    assert container[:12] in cli.ok("stats", "--no-stream").splitlines()[1]
+
+
+def test_stats_streams_a_reading_a_second(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    streaming = cli.popen("stats", "--format", "json", container, stdout=-1)
+    assert streaming.stdout is not None
+    try:
+        times = [json.loads(streaming.stdout.readline())[0]["time_ns"] for _ in range(2)]
+    finally:
+        streaming.terminate()
+        streaming.communicate()
+    assert times[1] - times[0] >= 900_000_000
+
+
+def test_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo"
+    grown = cli("update", "--cpus", "2", "--memory", "512m", "--pids-limit", "50", container)
+    assert (grown.code, grown.stdout) == (0, f"{container}\n"), grown
+    *seen, large = inside(cli, container, limits)
+    assert seen == [str(512 << 20), "50", "200000", "100000", "2"]
+    shrunk = cli("update", "--cpus", "1", "--memory", "64m", container)
+    assert shrunk.code == 0, shrunk
+    *seen, small = inside(cli, container, limits)
+    assert seen == [str(64 << 20), "50", "100000", "100000", "1"]
+    # What the guest did not give back is answered, not hidden.
+    assert int(small) < int(large) - 256 * 1024 or "could not give back" in shrunk.stderr
+    cli.ok("update", "--cpus", "2", container)
+    assert inside(cli, container, "nproc") == ["2"]
+    assert cli.inspect(container)["resources"] == {"cpus": 2.0, "memory": 64 << 20}
+
+
+def test_a_limit_that_would_kill_or_cannot_be_had_is_refused_and_changes_nothing(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    cli.ok("update", "--memory", "256m", container)
+    cli.ok("exec", container, "sh", "-c", "dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null")
+    refused = cli("update", "--memory", "16m", container)
+    assert (refused.code, "would kill it" in refused.stderr) == (1, True), refused
+    refused = cli("update", "--memory", "90000g", container)
+    assert (refused.code, "sandbox.max_memory_mib" in refused.stderr) == (1, True), refused
+    assert inside(cli, container, "rm /dev/shm/held; cat /sys/fs/cgroup/memory.max") == [str(256 << 20)]
+
+
+def test_these_verbs_say_what_they_cannot_find(pod: tuple[Cli, str]) -> None:
+    cli, _ = pod
+    for words in (["pause"], ["unpause"], ["top"], ["stats"], ["update", "--cpus", "1"]):
+        result = cli(*words, "nothing")
+        assert (result.code, "no such container: 'nothing'" in result.stderr) == (1, True), result
