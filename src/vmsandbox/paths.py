@@ -72,6 +72,11 @@ class SandboxPaths:
         """Private to the VM: its sockets, console and stderr."""
         return _path(self.dir + "/vm")
 
+    @property
+    def shared_dir(self) -> str:
+        """What the pod shares with its machine; below it are mounts of other people's files."""
+        return self.dir + "/shared"
+
     def container_file(self, container_id: str) -> str:
         return f"{self.dir}/containers/{container_id}.json"
 

@@ -215,8 +215,63 @@ SHOWN_ID = 12
 # ---------------------------------------------------------------- forgetting
 
 
+def mounts_below(path: str) -> list[str]:
+    """What is mounted at or below `path` in this process' view, in the order in which it was mounted."""
+    top = os.path.realpath(path)
+    with open("/proc/self/mountinfo", "rb") as file:
+        lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        point = line.split(b" ", 5)[4]
+        if b"\\" in point:
+            for code, byte in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
+                point = point.replace(code, byte)
+        place = os.fsdecode(point)
+        if place == top or place.startswith(top + "/"):
+            found.append(place)
+    return found
+
+
+def unmount_below(path: str) -> None:
+    """Detach everything that is mounted at or below `path`, whoever still uses it."""
+    left = mounts_below(path)
+    if not left:
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    detach_nofollow = 2 | 8
+    while left:
+        # The one mounted first carries the others away with it, if it is the lowest.
+        place = min(left, key=len)
+        if libc.umount2(os.fsencode(place), detach_nofollow) != 0:
+            raise SandboxError(f"cannot unmount '{place}': {os.strerror(ctypes.get_errno())}")
+        left = mounts_below(path)
+
+
+def close_shared(sandbox: SandboxPaths) -> bool:
+    """Undo what a pod has shared with its machine, which must be gone; says whether there was anything."""
+    if not os.path.lexists(sandbox.shared_dir):
+        return False
+    unmount_below(sandbox.shared_dir)
+    remove_tree(sandbox.shared_dir)
+    return True
+
+
 def remove_tree(path: str) -> None:
-    """Remove a directory of ours with all that is in it; one that is already gone is fine."""
+    """Remove a directory of ours with all that is in it; one that is already gone is fine.
+
+    Refuses to touch anything while something is mounted below: that would be somebody else's files.
+    """
+    if not os.path.lexists(path):
+        return
+    mounted = mounts_below(path)
+    if mounted:
+        raise SandboxError(f"cannot remove '{path}': '{mounted[0]}' is still mounted; 'vmsandbox gc' unmounts it")
+    _remove(path)
+
+
+def _remove(path: str) -> None:
     try:
         entries = list(os.scandir(path))
     except FileNotFoundError:
@@ -226,7 +281,7 @@ def remove_tree(path: str) -> None:
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            remove_tree(entry.path)
+            _remove(entry.path)
         else:
             _unlink(entry.path)
     try:
@@ -268,5 +323,6 @@ def forget_sandbox_if_empty(sandbox: SandboxPaths) -> bool:
             return False
     except FileNotFoundError:
         pass
+    close_shared(sandbox)
     remove_tree(sandbox.dir)
     return True

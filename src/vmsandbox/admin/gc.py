@@ -64,6 +64,8 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
             end(pid)
             say(f"ended virtual machine {pid} of pod '{os.path.basename(sandbox.dir)}'")
         records.remove_tree(f"{sandbox.dir}/vm")
+        if records.close_shared(sandbox):
+            say(f"unmounted what pod '{os.path.basename(sandbox.dir)}' had shared")
         for container in found:
             settle_container(roots, container, say)
         if records.forget_sandbox_if_empty(sandbox):
@@ -128,7 +130,7 @@ def machines(sandbox: SandboxPaths) -> Iterator[int]:
     except (NotFoundError, SandboxError):
         pass
     name = f"vmsandbox-{os.path.basename(sandbox.dir)}".encode()
-    place = os.fsencode(f"{sandbox.dir}/vm/")
+    place = os.fsencode(f"{sandbox.dir}/")
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue

@@ -21,12 +21,13 @@ def main(argv: list[str], roots: Roots) -> int:
     """Print QEMU's command line and the container's spec for the request in `argv`."""
     request = json.loads(argv[0])
     settings = load(roots, config_file=os.environ.get("VMSANDBOX_CONFIG"))
-    spec = composition.sandbox_spec(request)
+    options = composition.run_options(request)
+    spec = composition.sandbox_spec(request, options)
     around = Surroundings(roots=roots, paths=roots.sandbox(spec.id), settings=settings, hypervisor=QemuHypervisor())
     image = ImageStore(roots).resolve(request["image"])
-    options = composition.run_options(request)
+    shared = composition.share_plan(around, spec, options, container_id=request["id"])
     result = composition.compose_spec(
-        around, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}"
+        around, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}", shared=shared
     )
     plan = {
         "image": {"id": image.id, "path": str(image.erofs)},

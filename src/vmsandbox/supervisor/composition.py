@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import compose, options
+from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.sandbox import SandboxSpec
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -36,18 +37,30 @@ def identifier(request: dict[str, Any], key: str) -> str:
     return value
 
 
-def sandbox_spec(request: dict[str, Any]) -> SandboxSpec:
-    """The pod that a container's request brings up."""
+def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None) -> SandboxSpec:
+    """The pod that a container's request brings up; `chosen` are the options of that container."""
     pod = request.get("sandbox")
     if not isinstance(pod, dict):
         raise InvalidArgumentError("the request names no pod")
+    implicit = bool(pod.get("implicit", True))
+    shared_fs = pod.get("shared_fs") or None
+    if shared_fs not in (None, shares.VIRTIO_FS, shares.NINEP, shares.NONE):
+        raise InvalidArgumentError(f"shared_fs '{shared_fs}' is unknown: choose 'virtio-fs', '9p' or 'none'")
     return SandboxSpec(
         id=identifier(pod, "id"),
         name=str(pod.get("name") or ""),
-        implicit=bool(pod.get("implicit", True)),
+        implicit=implicit,
         hostname=str(pod.get("hostname") or identifier(pod, "id")[:12]),
         accel=pod.get("accel") or None,
+        # Nobody knows yet what the later containers of an explicit pod will share.
+        shareable=not implicit or bool(chosen and chosen.volumes),
+        shared_fs=shared_fs,
     )
+
+
+def share_plan(around: Surroundings, spec: SandboxSpec, chosen: RunOptions, *, container_id: str) -> shares.Plan:
+    """What a container of the pod `spec` shares with the host.  Blocks: it looks at the sources."""
+    return shares.planned(container_id, chosen.volumes, spec.shared_fs or around.settings.sandbox.shared_fs)
 
 
 def container_document(request: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +90,9 @@ def run_options(request: dict[str, Any]) -> RunOptions:
     return options.run_options(request["options"], cwd=str(request.get("cwd") or "/"))
 
 
-def compose_spec(around: Surroundings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str) -> Composed:
+def compose_spec(
+    around: Surroundings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str, shared: shares.Plan
+) -> Composed:
     """The container's OCI spec for use inside the guest."""
     container = around.settings.container
     defaults = compose.Defaults(
@@ -92,6 +107,7 @@ def compose_spec(around: Surroundings, image: Image, chosen: RunOptions, *, cont
         rootfs=rootfs,
         container_id=container_id,
         defaults=defaults,
+        volume_sources=shared.sources(),
         cache=around.roots.run / "cache",
     )
 

@@ -17,7 +17,7 @@ from vmsandbox import records
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
 from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import store
+from vmsandbox.supervisor import shares, store
 from vmsandbox.supervisor.lifecycle import Status, advance
 from vmsandbox.supervisor.process import Exit, Process
 from vmsandbox.supervisor.sandbox import Demand
@@ -45,10 +45,14 @@ MOUNT_POINTS_BYTES = 1024 * 1024
 class Container:
     """A container of this pod, from the request to create it until it is forgotten."""
 
-    def __init__(self, around: Surroundings, document: dict[str, Any]) -> None:
+    def __init__(self, around: Surroundings, document: dict[str, Any], shared: shares.Plan | None = None) -> None:
         self.around = around
         self.id: str = document["id"]
         self.document = document
+        self.shared = shared or shares.Plan()
+        if self.shared:
+            # Noted before anything is mounted.
+            document["shares"] = self.shared.document()
         self.lock = asyncio.Lock()
         self.init = Process(
             self.id,
@@ -153,6 +157,10 @@ class Container:
         # Several run roots may share a data root: what belongs to which is said beside it.
         (directory / "owner").write_text(roots.run_dir)
         ImageStore(roots).hold(image.id, self.id)
+        if self.shared:
+            shared_dir = self.around.paths.shared_dir
+            await shares.bind(shared_dir, self.shared)
+            self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
         if options.read_only:
             return None
         path = directory / "scratch.img"
@@ -183,10 +191,13 @@ class Container:
             stack.push_async_callback(sandbox.detach_disk, scratch_disk)
             self.document["disks"]["scratch"] = [scratch_disk, scratch_address]
         self.save()
+        if self.shared:
+            await sandbox.shares.attach(self.shared.shared_fs, user=self.id)
+            stack.push_async_callback(sandbox.shares.detach, self.shared.shared_fs, user=self.id)
         request = pb.CreateContainerRequest(
             container_id=self.id,
             spec_json=json.dumps(composed.spec).encode(),
-            storages=self._storages(image_disk, image_address, scratch_address),
+            storages=[*self._storages(image_disk, image_address, scratch_address), *self.shared.storages()],
             stdio=self.stdio(),
             start=start,
             user=composed.user,
@@ -272,6 +283,9 @@ class Container:
     def adopt(self, sandbox: Sandbox) -> None:
         """Rebuild the exit stack of a container that an earlier supervisor made."""
         disks: Mapping[str, list[str]] = self.document.get("disks") or {}
+        shared = self.document.get("shares") or {}
+        if shared:
+            self.stack.push_async_callback(shares.unbind, self.around.paths.shared_dir, shared["names"])
         self.stack.push_async_callback(sandbox.take_back, self.id)
         sandbox.remember_demand(self.id, self.demand())
         if "image" in disks:
@@ -280,6 +294,9 @@ class Container:
             self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
         if "scratch" in disks:
             self.stack.push_async_callback(sandbox.detach_disk, disks["scratch"][0])
+        if shared:
+            sandbox.shares.remember(user=self.id)
+            self.stack.push_async_callback(sandbox.shares.detach, shared["fs"], user=self.id)
         self.stack.push_async_callback(self._remove_in_guest, sandbox)
 
     async def release(self) -> None:

@@ -15,12 +15,13 @@ import time
 import zlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store as guests
-from vmsandbox.supervisor import store
+from vmsandbox.resources import share
+from vmsandbox.supervisor import shares, store
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
 from vmsandbox_hypervisor.errors import HypervisorError
@@ -63,6 +64,10 @@ class SandboxSpec:
     implicit: bool = True
     hostname: str = ""
     accel: Accel | None = None
+    #: its containers may share directories with the host: known before the machine is started
+    shareable: bool = False
+    #: how, if not as configured: "virtio-fs", "9p" or "none"
+    shared_fs: str | None = None
     created: float = field(default_factory=time.time)
 
     def document(self) -> dict[str, Any]:
@@ -72,12 +77,16 @@ class SandboxSpec:
             "implicit": self.implicit,
             "hostname": self.hostname,
             "accel": self.accel,
+            "shareable": self.shareable,
+            "shared_fs": self.shared_fs,
             "created": self.created,
         }
 
+    KEYS: ClassVar = ("id", "name", "implicit", "hostname", "accel", "shareable", "shared_fs", "created")
+
     @classmethod
     def of(cls, document: dict[str, Any]) -> SandboxSpec:
-        return cls(**{key: document[key] for key in ("id", "name", "implicit", "hostname", "accel", "created")})
+        return cls(**{key: document[key] for key in cls.KEYS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +116,7 @@ class Sandbox:
         #: shared disks (images): id -> (pci path, users)
         self._shared_disks: dict[str, tuple[str, set[str]]] = {}
         self._disks_lock = asyncio.Lock()
+        self.shares = shares.Shares(vm, around.paths.shared_dir)
 
     def document(self, status: str) -> dict[str, Any]:
         return {
@@ -232,6 +242,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     guest = guest_for(around)
     sandbox = settings.sandbox
     base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
+    serves_9p = spec.shareable and (spec.shared_fs or sandbox.shared_fs) == shares.NINEP
     return VmConfig(
         name=f"vmsandbox-{spec.id[:12]}",
         directory=around.paths.vm,
@@ -240,9 +251,11 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
         disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
         ports=(Port(name=AGENT_PORT),),
+        shares=(shares.ninep_share(around.paths.shared_dir),) if serves_9p else (),
         root_ports=settings.hypervisor.root_ports,
         accel=spec.accel or settings.hypervisor.accel,
-        confinement=confinement_for(around, spec),
+        # Only root can serve files with their owners and modes.
+        confinement=None if serves_9p else confinement_for(around, spec),
         binary=_path(settings.hypervisor.binary),
         virtiofsd=_path(settings.hypervisor.virtiofsd),
         boot_timeout=settings.hypervisor.boot_timeout,
@@ -283,6 +296,9 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
     began = time.monotonic()
     around.paths.vm.mkdir(mode=0o711, exist_ok=True)
     config = vm_config_for(around, spec)
+    if config.shares:
+        # QEMU opens it at its start: what is mounted on it later would stay hidden.
+        await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
     with translating():
         async with around.hypervisor.running(config) as vm:
             from vmsandbox_protocol import agent_pb2 as pb

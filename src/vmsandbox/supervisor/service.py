@@ -179,6 +179,7 @@ class Service:
                 container.forget()
         paths = self.around.paths
         records.remove_tree(str(paths.vm))
+        records.close_shared(paths)
         if not records.forget_sandbox_if_empty(paths) and os.path.exists(paths.document_file):
             document = records.read_document(paths.document_file)
             document.pop("vm", None)
@@ -212,13 +213,18 @@ class Service:
         try:
             image = ImageStore(self.around.roots).resolve(str(request["image"]))
             options = composition.run_options(request)
-            container = Container(self.around, document)
+            spec = self.wanted.result() if self.wanted.done() else composition.sandbox_spec(request, options)
+            # In a thread, because the sources may lie on a file system that does not answer.
+            shared = await asyncio.to_thread(
+                composition.share_plan, self.around, spec, options, container_id=container_id
+            )
+            container = Container(self.around, document, shared)
             composed = composition.compose_spec(
-                self.around, image, options, container_id=container_id, rootfs=container.rootfs
+                self.around, image, options, container_id=container_id, rootfs=container.rootfs, shared=shared
             )
             composition.describe(document, image, composed, options)
             if not self.wanted.done():
-                self.wanted.set_result(composition.sandbox_spec(request))
+                self.wanted.set_result(spec)
             self.containers[container_id] = container
             self._notify()
             try:

@@ -37,6 +37,9 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("-l", "--label", action="append", default=[], metavar="KEY=VALUE")
     add("--read-only", action="store_true", help="the container cannot write to its root file system")
     add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs in the container")
+    add("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]", help="share a host file or directory")
+    add("--mount", action="append", default=[], metavar="type=bind|tmpfs,...", help="the same spelled out, or a tmpfs")
+    add("--shared-fs", choices=("virtio-fs", "9p", "none"), default=None, help="how files are shared with the host")
     add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
     add("--pids-limit", type=int, default=None, metavar="N")
@@ -69,6 +72,8 @@ def container_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "labels": arguments.label,
         "read_only": arguments.read_only,
         "tmpfs": arguments.tmpfs,
+        "volumes": arguments.volume,
+        "mounts": arguments.mount,
         "cpus": arguments.cpus,
         "memory": arguments.memory,
         "pids_limit": arguments.pids_limit,
@@ -144,6 +149,7 @@ def main(options: Options, argv: list[str]) -> int:
             "id": container_id,
             "implicit": True,
             "accel": arguments.accel,
+            "shared_fs": arguments.shared_fs,
             "hostname": arguments.hostname or container_id[: records.SHOWN_ID],
         },
     }
@@ -240,6 +246,6 @@ def dry_run(options: Options, arguments: argparse.Namespace) -> int:
         "options": container_options(arguments),
         "cwd": os.getcwd(),
         "stdin": arguments.interactive,
-        "sandbox": {"id": "dry-run", "accel": arguments.accel},
+        "sandbox": {"id": "dry-run", "accel": arguments.accel, "shared_fs": arguments.shared_fs},
     }
     return exec_admin(options, "plan", [json.dumps(request)])
