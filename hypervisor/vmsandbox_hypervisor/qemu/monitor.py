@@ -166,8 +166,8 @@ class Monitor:
     async def close(self) -> None:
         try:
             await self._client.disconnect()
-        except (QMPError, OSError, EOFError):
-            return  # it ended by itself, which is what was wanted
+        except (QMPError, OSError, EOFError, ValueError, RecursionError):
+            return  # it ended by itself, or over something that is no QMP: closed is what was wanted
 
 
 @asynccontextmanager
