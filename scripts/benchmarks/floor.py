@@ -40,6 +40,7 @@ CONSOLE_FD, MONITOR_FD = 3, 4
     Row("cold_boot_floor.qemu", "s", "of it QEMU's own start", against="cold_boot_floor"),
     Row("cold_boot_floor.boot", "s", "of it firmware and kernel, init's request included", against="cold_boot_floor"),
     Row("cold_boot_floor.power_off", "s", "of it switching off", against="cold_boot_floor"),
+    Row("cold_boot_floor.cpu", "s", "CPU time of QEMU for that", against="cold_boot_floor"),
 )
 def cold_boot_floor(place: Workplace) -> Mapping[str, float]:
     """Default firmware, default kernel parameters."""
@@ -97,12 +98,13 @@ def boot(place: Workplace, *, name: str, machine: list[str], cmdline: tuple[str,
             ended = time.monotonic()
         finally:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            accounts, _ = processes.reap(pid)
     return {
         name: ended - started,
         f"{name}.qemu": greeted - started,
         f"{name}.boot": marked - greeted,
         f"{name}.power_off": ended - marked,
+        f"{name}.cpu": accounts.total,
     }
 
 
