@@ -218,6 +218,9 @@ class OomWatcher:
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[str, str, list[int]]] = {}
         self._thread: threading.Thread | None = None
+        self._stopped = False
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wakeup, select.EPOLLIN)
 
     def add(self, container_id: str, group: str) -> None:
         try:
@@ -241,8 +244,21 @@ class OomWatcher:
                     for each in fds:
                         os.close(each)
 
+    def stop(self) -> None:
+        """Watch no more."""
+        with self._lock:
+            containers = {container_id for container_id, _, _ in self._watched.values()}
+        for container_id in containers:
+            self.remove(container_id)
+        self._stopped = True
+        os.eventfd_write(self._wakeup, 1)
+        if self._thread is not None:
+            self._thread.join()
+        self._epoll.close()
+        os.close(self._wakeup)
+
     def _watch(self) -> None:
-        while True:
+        while not self._stopped:
             for fd, _ in self._epoll.poll():
                 with self._lock:
                     entry = self._watched.get(fd)
