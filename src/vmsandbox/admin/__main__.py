@@ -16,6 +16,7 @@ VERBS = {
     "guest": "vmsandbox.admin.guest",
     "image": "vmsandbox.admin.image",
     "plan": "vmsandbox.admin.plan",
+    "template": "vmsandbox.admin.template",
 }
 
 

@@ -39,6 +39,7 @@ VERBS = {
 ADMIN_VERBS = {
     "image": "import, list, remove container images",
     "guest": "build, list, inspect the guest kernel and image",
+    "template": "make, list, remove the warmed machines that pods are cloned from",
     "check": "say what this machine lacks, and which acceleration is used",
     "gc": "remove what no container owns any more",
 }

@@ -55,6 +55,7 @@ def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None) -> S
         # Nobody knows yet what the later containers of an explicit pod will share.
         shareable=not implicit or bool(chosen and chosen.volumes),
         shared_fs=shared_fs,
+        template=str(pod.get("template") or ""),
     )
 
 

@@ -197,7 +197,10 @@ class Container:
         request = pb.CreateContainerRequest(
             container_id=self.id,
             spec_json=json.dumps(composed.spec).encode(),
-            storages=[*self._storages(image_disk, image_address, scratch_address), *self.shared.storages()],
+            storages=[
+                *overlay_storages(image_disk, image_address, self.id[:12], scratch_address, self.rootfs),
+                *self.shared.storages(),
+            ],
             stdio=self.stdio(),
             start=start,
             user=composed.user,
@@ -227,39 +230,6 @@ class Container:
             stdout=True,
             stderr=not self.init.terminal,
         )
-
-    def _storages(self, image_disk: str, image_address: str, scratch_address: str | None) -> list[pb.Storage]:
-        """The image below, a writable layer above, both seen as one tree."""
-        lower = f"{STORAGE}/{image_disk}"
-        upper = f"{STORAGE}/{self.id[:12]}"
-        writable = (
-            pb.Storage(
-                driver=pb.Storage.DRIVER_BLOCK,
-                fstype="ext4",
-                options=["noatime"],
-                mount_point=upper,
-                pci_path=scratch_address,
-            )
-            if scratch_address
-            else pb.Storage(driver=pb.Storage.DRIVER_TMPFS, options=[f"size={MOUNT_POINTS_BYTES}"], mount_point=upper)
-        )
-        return [
-            pb.Storage(
-                driver=pb.Storage.DRIVER_BLOCK,
-                fstype="erofs",
-                options=["ro"],
-                mount_point=lower,
-                pci_path=image_address,
-            ),
-            writable,
-            pb.Storage(
-                driver=pb.Storage.DRIVER_OVERLAY,
-                mount_point=self.rootfs,
-                lower=[lower],
-                upper=f"{upper}/upper",
-                work=f"{upper}/work",
-            ),
-        ]
 
     @property
     def rootfs(self) -> str:
@@ -318,3 +288,35 @@ class Container:
     def require_running(self, verb: str) -> None:
         if self.status != "running":
             raise InvalidStateError(str(self), state=self.status, wanted=verb)
+
+
+def overlay_storages(
+    image_name: str, image_address: str, name: str, scratch_address: str | None, rootfs: str
+) -> list[pb.Storage]:
+    """The image below, a writable layer above, both seen as one tree at `rootfs`.
+
+    Without a disk for it the layer is a small tmpfs that only takes the mount points of a read-only container.
+    """
+    lower = f"{STORAGE}/{image_name}"
+    upper = f"{STORAGE}/{name}"
+    if scratch_address:
+        writable = pb.Storage(
+            driver=pb.Storage.DRIVER_BLOCK,
+            fstype="ext4",
+            options=["noatime"],
+            mount_point=upper,
+            pci_path=scratch_address,
+        )
+    else:
+        writable = pb.Storage(driver=pb.Storage.DRIVER_TMPFS, options=[f"size={MOUNT_POINTS_BYTES}"], mount_point=upper)
+    image = pb.Storage(
+        driver=pb.Storage.DRIVER_BLOCK, fstype="erofs", options=["ro"], mount_point=lower, pci_path=image_address
+    )
+    overlay = pb.Storage(
+        driver=pb.Storage.DRIVER_OVERLAY,
+        mount_point=rootfs,
+        lower=[lower],
+        upper=f"{upper}/upper",
+        work=f"{upper}/work",
+    )
+    return [image, writable, overlay]

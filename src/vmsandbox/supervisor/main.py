@@ -76,7 +76,11 @@ async def supervise(
     if not debug:
         logging.getLogger().setLevel(settings.log.level.upper())
     around = Surroundings(
-        roots=roots, paths=paths, settings=settings, hypervisor=QemuHypervisor(accel_cache=roots.run / "accel")
+        roots=roots,
+        paths=paths,
+        settings=settings,
+        hypervisor=QemuHypervisor(accel_cache=roots.run / "accel"),
+        config_file=config_file,
     )
     async with asyncio.TaskGroup() as tasks:
         service = Service(around, tasks)

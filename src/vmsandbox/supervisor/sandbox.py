@@ -13,15 +13,15 @@ import math
 import os
 import time
 import zlib
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store as guests
 from vmsandbox.resources import share
-from vmsandbox.supervisor import shares, store
+from vmsandbox.supervisor import shares, store, template
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
 from vmsandbox_hypervisor.errors import HypervisorError
@@ -53,6 +53,8 @@ class Surroundings:
     paths: SandboxPaths
     settings: Settings
     hypervisor: Hypervisor
+    #: what the settings were read from, if not the usual places
+    config_file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,12 @@ class SandboxSpec:
     implicit: bool = True
     hostname: str = ""
     accel: Accel | None = None
-    #: its containers may share directories with the host: known before the machine is started
+    #: its containers may share directories with the host, so its memory must be its own: known before the start
     shareable: bool = False
     #: how, if not as configured: "virtio-fs", "9p" or "none"
     shared_fs: str | None = None
+    #: overrides the setting
+    template: str = ""
     created: float = field(default_factory=time.time)
 
     def document(self) -> dict[str, Any]:
@@ -79,14 +83,13 @@ class SandboxSpec:
             "accel": self.accel,
             "shareable": self.shareable,
             "shared_fs": self.shared_fs,
+            "template": self.template,
             "created": self.created,
         }
 
-    KEYS: ClassVar = ("id", "name", "implicit", "hostname", "accel", "shareable", "shared_fs", "created")
-
     @classmethod
     def of(cls, document: dict[str, Any]) -> SandboxSpec:
-        return cls(**{key: document[key] for key in cls.KEYS})
+        return cls(**{field.name: document[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,8 @@ class Sandbox:
         #: nobody needs the pod any more
         self.ended = asyncio.Event()
         self.phases: dict[str, float] = {}
+        #: of the template this pod is, or could have been, a clone of
+        self.template_key = ""
         self._demands: dict[str, Demand] = {}
         self._sizing = asyncio.Lock()
         #: vCPUs the guest was last told to use; None after a take-over, which does not know
@@ -125,6 +130,7 @@ class Sandbox:
             "supervisor": {"pid": os.getpid()},
             "accel_used": {"accel": self.vm.accel.accel, "reason": self.vm.accel.reason},
             "kernel": self.details.kernel_release if self.details else "",
+            "boot": "template" if self.vm.config.restore else "cold",
             "phases": {key: round(value, 4) for key, value in self.phases.items()},
             "vm": store.vm_document(self.vm.config, pid=self.vm.pid, start_time=self.vm.start_time),
         }
@@ -289,41 +295,63 @@ def confinement_for(around: Surroundings, spec: SandboxSpec) -> Confinement | No
 
 @asynccontextmanager
 async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-    """Boot a pod's machine and hold it for the block.
+    """Bring a pod's machine up, as a clone of its template where there is one, and hold it for the block.
 
     Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
     """
-    began = time.monotonic()
     around.paths.vm.mkdir(mode=0o711, exist_ok=True)
     config = vm_config_for(around, spec)
+    mode = spec.template or around.settings.sandbox.template
     if config.shares:
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
         await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
-    with translating():
-        async with around.hypervisor.running(config) as vm:
-            from vmsandbox_protocol import agent_pb2 as pb
+    async with AsyncExitStack() as stack:
+        # A 9p export is part of the command line and the pod's own: no two pods are alike.
+        chosen = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
+        clone, key = await stack.enter_async_context(chosen)
+        sandbox = None
+        if clone is not None:
+            sandbox = await _cloned(around, spec, clone, stack, required=mode == "require")
+        if sandbox is None:
+            sandbox = await _booted(around, spec, config, stack)
+        sandbox.template_key = key
+        yield sandbox
 
-            async with AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent:
-                sandbox = Sandbox(around, spec, vm, agent)
-                sandbox.cpus_online = config.cpus.boot
-                sandbox.phases["vm"] = time.monotonic() - began
-                # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
-                sandbox.save("creating")
-                request = pb.CreateSandboxRequest(
-                    sandbox_id=spec.id,
-                    hostname=spec.hostname,
-                    time_ns=time.time_ns(),
-                    entropy=os.urandom(64),
-                    machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
-                    sysctls=GUEST_SYSCTLS,
-                )
-                creating = agent.create_sandbox(request, timeout=config.boot_timeout)
-                sandbox.details = await _unless_vm_ends(sandbox, creating)
-                sandbox.phases["agent"] = time.monotonic() - began
-                for phase, micros in sandbox.details.boot_phases_us.items():
-                    sandbox.phases[f"guest_{phase}"] = micros / 1e6
-                sandbox.save("ready")
-                yield sandbox
+
+async def _cloned(
+    around: Surroundings, spec: SandboxSpec, config: VmConfig, stack: AsyncExitStack, *, required: bool
+) -> Sandbox | None:
+    """A pod out of a template; None, and a line in the log, where that fails and is not required."""
+    try:
+        async with AsyncExitStack() as attempt:
+            sandbox = await _booted(around, spec, config, attempt)
+            stack.push_async_exit(attempt.pop_all())
+            return sandbox
+    except SandboxError as error:
+        if required:
+            raise
+        log.warning("the template's clone failed, the pod boots cold: %s", error)
+        return None
+
+
+async def _booted(around: Surroundings, spec: SandboxSpec, config: VmConfig, stack: AsyncExitStack) -> Sandbox:
+    began = time.monotonic()
+    with translating():
+        vm = await stack.enter_async_context(around.hypervisor.running(config))
+        connecting = AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm)
+        agent = await stack.enter_async_context(connecting)
+        sandbox = Sandbox(around, spec, vm, agent)
+        sandbox.cpus_online = config.cpus.boot
+        sandbox.phases["vm"] = time.monotonic() - began
+        # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
+        sandbox.save("creating")
+        sandbox.details = await _unless_vm_ends(sandbox, _introduce(sandbox, timeout=config.boot_timeout))
+        sandbox.phases["agent"] = time.monotonic() - began
+        if config.restore is None:
+            for phase, micros in sandbox.details.boot_phases_us.items():
+                sandbox.phases[f"guest_{phase}"] = micros / 1e6
+        sandbox.save("ready")
+    return sandbox
 
 
 @asynccontextmanager
@@ -341,6 +369,23 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
             sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
             sandbox.save("ready")
             yield sandbox
+
+
+async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
+    """Wait for the agent and give the guest its identity, with a clock that is not older than the call."""
+    from vmsandbox_protocol import agent_pb2 as pb
+
+    spec = sandbox.spec
+    await sandbox.agent.details(timeout=timeout)
+    request = pb.CreateSandboxRequest(
+        sandbox_id=spec.id,
+        hostname=spec.hostname,
+        time_ns=time.time_ns(),
+        entropy=os.urandom(64),
+        machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
+        sysctls=GUEST_SYSCTLS,
+    )
+    return await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
 
 
 async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:

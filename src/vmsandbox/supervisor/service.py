@@ -250,8 +250,16 @@ class Service:
         if start:
             container.document["started"] = time.time()
         container.advance("run" if start else "create")
+        self._want_template()
         self._watch(container.init)
         container.init.settled.set()
+
+    def _want_template(self) -> None:
+        """A pod that booted cold for want of a template has it made for the next ones, once it runs itself."""
+        sandbox = self.sandbox.result()
+        mode = sandbox.spec.template or self.around.settings.sandbox.template
+        if mode == "auto" and sandbox.template_key and template.missing(self.around, sandbox.template_key):
+            template.build_in_background(self.around, self.around.config_file, sandbox.spec.accel)
 
     def _watch(self, process: Process) -> None:
         self._spawn(process.watch_standin(self._standin_died), name=f"watch stand-in of {process}")

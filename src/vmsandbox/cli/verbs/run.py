@@ -54,6 +54,7 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--stop-signal", default=None, metavar="SIGNAL")
     add("--scratch-size", default=None, metavar="SIZE", help="how much the container may write, as 10g")
     add("--accel", choices=("auto", "kvm", "tcg"), default=None, help="acceleration of the virtual machine")
+    add("--template", choices=("auto", "require", "off"), default=None, help="start as a clone of a warmed template")
     add("--dry-run", action="store_true", help="print what would be run, and do nothing")
     add("image", metavar="IMAGE")
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
@@ -150,6 +151,7 @@ def main(options: Options, argv: list[str]) -> int:
             "implicit": True,
             "accel": arguments.accel,
             "shared_fs": arguments.shared_fs,
+            "template": arguments.template,
             "hostname": arguments.hostname or container_id[: records.SHOWN_ID],
         },
     }

@@ -1,0 +1,322 @@
+"""Templates of pods: which one a pod can be cloned from, and how one is made.
+
+A template is found by a key over everything that a clone must have in common with it: the complete command line, QEMU,
+kernel, image, and this version.  It is made before any user data exists, by booting a machine exactly as a pod's,
+running one container in it on the same kinds of disk that pods get, taking everything away again and saving what is
+left: code is loaded, modules are in, nothing has an identity yet.
+
+    <templates>/<key>/state, memory, template.json     one template, complete
+    <templates>/<key>/holders/<pid>                    supervisors that have its memory at hand
+    <templates>/.<key>.lock                            held by whoever makes it
+    <templates>/.staging-*                             being made, or left by a maker that was killed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmsandbox import __version__, records
+from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox.guest.client import AgentClient
+from vmsandbox.resources import scratch
+from vmsandbox.supervisor.translation import translating
+from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
+from vmsandbox_hypervisor.qemu.template import SEALS, Template, copied_memory, empty_memory, save_template
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from vmsandbox.supervisor.sandbox import Surroundings
+    from vmsandbox_hypervisor.api import Hypervisor, VmConfig
+
+log = logging.getLogger(__name__)
+
+NAME = "vmsandbox-template"
+DOCUMENT = "template.json"
+STAGING = ".staging-"
+#: seconds the container that warms a template may take
+WARM_TIMEOUT = 120.0
+WARM_DISK_MIB = 16
+
+
+async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
+    """What a clone and its template must agree on, as a hash."""
+    choice = await hypervisor.probe_accel(config.accel)
+    shared = replace(config.memory, backing=SharedMemory())
+    canonical = replace(
+        config,
+        name=NAME,
+        directory=Path("/template"),
+        accel=choice.accel,
+        confinement=None,
+        memory=shared,
+        restore=None,
+    )
+    files = [config.binary, config.kernel.path, config.kernel.initrd, *(disk.path for disk in config.disks)]
+    facts = {
+        "version": __version__,
+        "argv": list(hypervisor.argv(canonical)),
+        "files": [_identity(path) for path in files if path is not None],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _identity(path: Path) -> list[object]:
+    found = path.stat()
+    return [str(path), found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+# ---------------------------------------------------------------- using one
+
+
+@contextmanager
+def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool) -> Iterator[VmConfig | None]:
+    """The configuration of a clone for the block, or None where there is no whole template with this key.
+
+    A private clone maps the template's memory copy-on-write; a shareable one gets a copy of its own.
+    """
+    directory = around.roots.templates / key
+    with translating():
+        if not (directory / DOCUMENT).exists():
+            yield None
+            return
+        template = Template.found(directory, size_mib=config.memory.size_mib)
+        fd = _held(directory, template)
+    try:
+        with _holding(directory, fd):
+            if shareable:
+                own = copied_memory(fd)
+                try:
+                    backing: PrivateMemory | SharedMemory = SharedMemory(fd=own)
+                    yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
+                finally:
+                    os.close(own)
+            else:
+                backing = PrivateMemory(fd=fd)
+                yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
+    finally:
+        os.close(fd)
+
+
+def _held(directory: Path, template: Template) -> int:
+    """The template's memory from a supervisor that has it, else loaded from its file."""
+    for holder in _entries(directory / "holders"):
+        try:
+            pid, started, number = (int(word) for word in holder.read_text().split())
+            if not records.is_alive(pid, started):
+                holder.unlink(missing_ok=True)
+                continue
+            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            continue
+        if _is_sealed(fd) and os.fstat(fd).st_size == template.size_mib << 20:
+            return fd
+        os.close(fd)
+    return template.loaded()
+
+
+def _is_sealed(fd: int) -> bool:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:
+        return False
+
+
+@contextmanager
+def _holding(directory: Path, fd: int) -> Iterator[None]:
+    """Let later supervisors find the memory here instead of loading it again."""
+    note = directory / "holders" / str(os.getpid())
+    try:
+        note.write_text(f"{os.getpid()} {records.start_time(os.getpid())} {fd}")
+    except OSError as error:
+        log.info("the template's memory is not offered to others: %s", error)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+# ---------------------------------------------------------------- making one
+
+
+def build_in_background(around: Surroundings, config_file: str | None, accel: str | None) -> None:
+    """Have a process of its own make the template that a pod lacked; the next pods use it."""
+    roots = around.roots
+    argv = [sys.executable, "-m", "vmsandbox.admin", "--root", roots.run_dir, "--data-root", roots.data_dir]
+    if config_file:
+        argv += ["--config", config_file]
+    argv += ["template", "build", "--quiet", *(("--accel", accel) if accel else ())]
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, fd) for fd in range(3)]
+        os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True)
+    finally:
+        os.close(null)
+
+
+async def build(
+    around: Surroundings, config: VmConfig, *, force: bool = False, waiting: bool = True
+) -> tuple[str, bool]:
+    """Make the template for `config` unless it exists; its key, and whether this call made it.
+
+    Two that want the same one make it once: the second waits, or without `waiting` leaves it to the first.  Raises a `SandboxError` when it cannot be made; nothing
+    is left then.
+    """
+    key = await key_of(around.hypervisor, config)
+    root = around.roots.templates
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(root, key, waiting=waiting) as ours:
+        if not ours:
+            return key, False
+        if not force and (root / key / DOCUMENT).exists():
+            return key, False
+        _sweep(root, key)
+        with tempfile.TemporaryDirectory(prefix=f"{STAGING}{key}-", dir=root) as staging:
+            saved = Path(staging, "template")
+            saved.mkdir(mode=0o700)
+            (saved / "holders").mkdir(mode=0o700)
+            # QEMU, under its own uid, passes through this one.
+            run = around.roots.run / f"t{os.getpid()}"
+            run.mkdir(mode=0o711, parents=True)
+            try:
+                await _make(around, config, run, saved)
+            finally:
+                records.remove_tree(str(run))
+            document = {"key": key, "size_mib": config.memory.size_mib, "kernel": str(config.kernel.path)}
+            records.write_document(str(saved / DOCUMENT), document)
+            old = root / key
+            records.remove_tree(str(old))
+            os.rename(saved, old)
+    return key, True
+
+
+@contextmanager
+def _locked(root: Path, key: str, *, waiting: bool) -> Iterator[bool]:
+    with open(root / f".{key}.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _sweep(root: Path, key: str) -> None:
+    """Remove what a maker of this template left when it was killed; the lock says it is not being made."""
+    for path in root.glob(f"{STAGING}{key}-*"):
+        records.remove_tree(str(path))
+
+
+async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) -> None:
+    memory = empty_memory(config.memory.size_mib)
+    try:
+        booted = replace(
+            config,
+            name=NAME,
+            directory=run,
+            memory=replace(config.memory, backing=SharedMemory(fd=memory)),
+        )
+        with translating():
+            async with around.hypervisor.running(booted) as vm:
+                port = vm.port_path(booted.ports[0].name)
+                async with AgentClient.connected(port, directory=run) as agent:
+                    await agent.details(timeout=config.boot_timeout)
+                    async with AsyncExitStack() as stack:
+                        disk = run / "warm.img"
+                        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, around.roots.data / "cache")
+                        image = await vm.attach_disk(Disk(id="warm-image", path=config.disks[0].path, read_only=True))
+                        stack.push_async_callback(vm.detach_disk, "warm-image")
+                        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
+                        stack.push_async_callback(vm.detach_disk, "warm-scratch")
+                        async with asyncio.timeout(WARM_TIMEOUT):
+                            await _warm(around, agent, image.pci_path, writable.pci_path)
+                await save_template(vm, saved)
+    except TimeoutError:
+        raise UnavailableError(f"the template's container did not end within {WARM_TIMEOUT:g} s") from None
+    finally:
+        os.close(memory)
+
+
+async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: str) -> None:
+    """Run one container the way pods run theirs, so that all code on that path is in memory."""
+    from vmsandbox.oci import compose, options
+    from vmsandbox.supervisor.container import ROOTFS, overlay_storages
+    from vmsandbox_protocol import agent_pb2 as pb
+
+    container_id = "warm"
+    rootfs = f"{ROOTFS}/{container_id}"
+    chosen = options.run_options({"args": ["/usr/bin/crun", "--version"]})
+    composed = compose.compose(
+        {},
+        chosen,
+        rootfs=rootfs,
+        container_id=container_id,
+        pod_files={},
+        cache=around.roots.run / "cache",
+    )
+    request = pb.CreateContainerRequest(
+        container_id=container_id,
+        spec_json=json.dumps(composed.spec).encode(),
+        storages=overlay_storages("warm-image", image, container_id, writable, rootfs),
+        stdio=pb.Stdio(stdin=True, stdout=True, stderr=True),
+        start=True,
+        user=composed.user,
+        default_home=composed.default_home,
+        make_cwd=composed.make_cwd,
+    )
+    await agent.create_container(request, timeout=WARM_TIMEOUT)
+    async with agent.attach(container_id, "") as attachment:
+        await attachment.receive()  # what was accepted so far; input may follow
+        await attachment.send_input(0, b"warm", eof=True)
+        while (answer := await attachment.receive()) is not None:
+            if answer.WhichOneof("what") == "exited":
+                break
+    await agent.remove_container(container_id, force=True)
+
+
+def missing(around: Surroundings, key: str) -> bool:
+    """Whether a template with this key is still to be made."""
+    return not (around.roots.templates / key / DOCUMENT).exists()
+
+
+@asynccontextmanager
+async def clone_of(
+    around: Surroundings, config: VmConfig, *, shareable: bool, mode: str
+) -> AsyncIterator[tuple[VmConfig | None, str]]:
+    """The clone's configuration (None: boot cold) and the template's key.
+
+    `mode` is that of the setting: with `require` a missing or damaged template is an error, with `auto` a cold boot.
+    """
+    if mode == "off":
+        yield None, ""
+        return
+    key = await key_of(around.hypervisor, config)
+    with ExitStack() as stack:
+        try:
+            clone = stack.enter_context(cloned(around, config, key, shareable=shareable))
+        except SandboxError as error:
+            if mode == "require":
+                raise
+            log.warning("the template cannot be used, the pod boots cold: %s", error)
+            clone = None
+        if clone is None and mode == "require":
+            raise UnavailableError("there is no template for this pod: 'vmsandbox template build' makes it")
+        yield clone, key
