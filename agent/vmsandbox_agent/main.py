@@ -42,6 +42,7 @@ class Settings:
     began_us: int = 0
     #: what service mode must not touch
     shm: Path = Path("/dev/shm")
+    owns_network: bool = False
 
 
 def main(arguments: list[str] | None = None, *, began_us: int = 0) -> int:
@@ -87,6 +88,7 @@ def _be_init(began_us: int) -> int:
                 socket=GUEST_BASE / "agent.sock",
                 port_name=PORT_NAME,
                 vsock_port=int(parameters.get("vsock", "0")),
+                owns_network=True,
                 began_us=began_us,
             )
         )
@@ -102,6 +104,7 @@ def _be_init(began_us: int) -> int:
 def _serve(settings: Settings) -> int:
     from vmsandbox_agent import cgroup, devices, machine
     from vmsandbox_agent.crun import Crun
+    from vmsandbox_agent.network import Network
     from vmsandbox_agent.reaper import Reaper
     from vmsandbox_agent.sandbox import Sandbox
     from vmsandbox_agent.storage import Storages
@@ -125,6 +128,7 @@ def _serve(settings: Settings) -> int:
         storages=Storages(layout.base, settings.calls),
         parent_group=settings.parent_group,
         shm=settings.shm,
+        network=Network() if settings.owns_network else None,
     )
     the_machine = machine.Machine(crun_version=crun.version)
     the_machine.phases_us = {"kernel": settings.began_us or started_us, "agent": started_us}

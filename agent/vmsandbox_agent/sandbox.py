@@ -24,6 +24,7 @@ from vmsandbox_agent.errors import (
     InvalidStateError,
     NotFoundError,
     TimedOutError,
+    UnsupportedError,
 )
 from vmsandbox_agent.events import Event, Events, Exited, OomKilled, Watcher
 from vmsandbox_agent.layout import Layout, checked_id
@@ -32,10 +33,11 @@ from vmsandbox_agent.process import Process, Processes
 from vmsandbox_agent.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, SystemCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from vmsandbox_agent import listing
     from vmsandbox_agent.crun import Crun
+    from vmsandbox_agent.network import Network
     from vmsandbox_agent.reaper import Reaper
     from vmsandbox_agent.storage import Storages
     from vmsandbox_protocol import agent_pb2 as pb
@@ -60,7 +62,7 @@ class Sandbox:
         parent_group: str = CONTAINERS_GROUP,
         shm: Path = Path("/dev/shm"),
         proc_sys: Path = _PROC_SYS,
-        configure_network: Callable[[pb.CreateSandboxRequest], None] | None = None,
+        network: Network | None = None,
     ) -> None:
         self.layout = layout
         self.storages = storages
@@ -74,7 +76,7 @@ class Sandbox:
         self._parent_group = parent_group
         self._shm = shm
         self._proc_sys = proc_sys
-        self._configure_network = configure_network
+        self._network = network
         self._lock = threading.Lock()
         self._containers: dict[str, Container | None] = {}
         self._storages_of: dict[str, list[str]] = {}
@@ -118,12 +120,18 @@ class Sandbox:
         (etc / "resolv.conf").write_text(_resolv_conf(request.dns))
         for path, content in request.files.items():
             self._write_file(path, content)
-        for name, value in request.sysctls.items():
+        if request.interfaces or request.routes or request.neighbours:
+            self.network.configure(request.interfaces, request.routes, request.neighbours)
+        for name, value in request.sysctls.items():  # some are an interface's
             self._set_sysctl(name, value)
         if request.shm_bytes:
             self._size_shm(request.shm_bytes)
-        if self._configure_network is not None:
-            self._configure_network(request)
+
+    @property
+    def network(self) -> Network:
+        if self._network is None:
+            raise UnsupportedError("the network belongs to the machine that this agent shares with others")
+        return self._network
 
     def reseed(self, entropy: bytes) -> None:
         """Renew the kernel's generator and Python's own."""

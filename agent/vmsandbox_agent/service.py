@@ -177,6 +177,38 @@ class SandboxService(pb_grpc.SandboxServicer):
         for data in self._sandbox.copy_out(request.container_id, request.path, follow_link=request.follow_link):
             yield pb.CopyOutResponse(data=data)
 
+    @_rpc
+    def UpdateInterface(self, request: pb.UpdateInterfaceRequest, context: grpc.ServicerContext) -> pb.Interface:
+        return self._sandbox.network.update_interface(request.interface, timeout=request.timeout_ms / 1000)
+
+    @_rpc
+    def RemoveInterface(
+        self, request: pb.RemoveInterfaceRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveInterfaceResponse:
+        self._sandbox.network.remove_interface(request.name)
+        return pb.RemoveInterfaceResponse()
+
+    @_rpc
+    def ListInterfaces(
+        self, request: pb.ListInterfacesRequest, context: grpc.ServicerContext
+    ) -> pb.ListInterfacesResponse:
+        return pb.ListInterfacesResponse(interfaces=self._sandbox.network.interfaces())
+
+    @_rpc
+    def UpdateRoutes(self, request: pb.UpdateRoutesRequest, context: grpc.ServicerContext) -> pb.ListRoutesResponse:
+        return pb.ListRoutesResponse(routes=self._sandbox.network.update_routes(request.routes))
+
+    @_rpc
+    def ListRoutes(self, request: pb.ListRoutesRequest, context: grpc.ServicerContext) -> pb.ListRoutesResponse:
+        return pb.ListRoutesResponse(routes=self._sandbox.network.routes())
+
+    @_rpc
+    def AddNeighbours(
+        self, request: pb.AddNeighboursRequest, context: grpc.ServicerContext
+    ) -> pb.AddNeighboursResponse:
+        self._sandbox.network.add_neighbours(request.neighbours)
+        return pb.AddNeighboursResponse()
+
     @_streaming
     def WatchEvents(self, request: pb.WatchEventsRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:
         watcher = self._sandbox.watch()

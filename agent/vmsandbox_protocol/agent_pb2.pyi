@@ -795,17 +795,25 @@ class IpAddress(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    NO_PREFIX_ROUTE_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     prefix: _builtins.int
+    peer: _builtins.str
+    """The other end of a point-to-point address."""
+    no_prefix_route: _builtins.bool
+    """Bring no route along: all routes are told."""
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         prefix: _builtins.int = ...,
+        peer: _builtins.str = ...,
+        no_prefix_route: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "prefix", b"prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "no_prefix_route", b"no_prefix_route", "peer", b"peer", "prefix", b"prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,12 +823,33 @@ Global___IpAddress: _TypeAlias = IpAddress  # noqa: Y015
 class Interface(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SysctlsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     MAC_FIELD_NUMBER: _builtins.int
     MTU_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     PCI_PATH_FIELD_NUMBER: _builtins.int
     UP_FIELD_NUMBER: _builtins.int
+    SYSCTLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     mac: _builtins.str
     """Identifies the device."""
@@ -829,6 +858,10 @@ class Interface(_message.Message):
     up: _builtins.bool
     @_builtins.property
     def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___IpAddress]: ...
+    @_builtins.property
+    def sysctls(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Below /proc/sys/net with the name of the interface left out, e.g. "ipv6/accept_ra"."""
+
     def __init__(
         self,
         *,
@@ -838,10 +871,11 @@ class Interface(_message.Message):
         addresses: _abc.Iterable[Global___IpAddress] | None = ...,
         pci_path: _builtins.str = ...,
         up: _builtins.bool = ...,
+        sysctls: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "mac", b"mac", "mtu", b"mtu", "name", b"name", "pci_path", b"pci_path", "up", b"up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "mac", b"mac", "mtu", b"mtu", "name", b"name", "pci_path", b"pci_path", "sysctls", b"sysctls", "up", b"up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -859,6 +893,9 @@ class Route(_message.Message):
     SCOPE_FIELD_NUMBER: _builtins.int
     ONLINK_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """CIDR; empty is the default route"""
     gateway: _builtins.str
@@ -870,6 +907,11 @@ class Route(_message.Message):
     onlink: _builtins.bool
     family: _builtins.int
     """4 or 6"""
+    mtu: _builtins.int
+    type: _builtins.str
+    """"unicast" (also empty), "blackhole", "unreachable", "prohibit" """
+    weight: _builtins.int
+    """Routes with a weight to one destination and with one metric are the next hops of one route."""
     def __init__(
         self,
         *,
@@ -881,10 +923,13 @@ class Route(_message.Message):
         scope: _builtins.str = ...,
         onlink: _builtins.bool = ...,
         family: _builtins.int = ...,
+        mtu: _builtins.int = ...,
+        type: _builtins.str = ...,
+        weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "family", b"family", "gateway", b"gateway", "interface", b"interface", "metric", b"metric", "onlink", b"onlink", "scope", b"scope", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "family", b"family", "gateway", b"gateway", "interface", b"interface", "metric", b"metric", "mtu", b"mtu", "onlink", b"onlink", "scope", b"scope", "source", b"source", "type", b"type", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,7 +107,6 @@ async def test_an_interface_is_seen_with_all_it_has(pair: tuple[Netns, Netns]) -
         Route(destination="10.60.0.0/16", type="blackhole"),
         Route(destination="::/0", gateway="fd09::1", metric=100),
         Route(destination="fd09::/64", metric=256),
-        Route(destination="fe80::/64", metric=256),
     }
     assert set(endpoint.neighbours) == {
         Neighbour(address="10.9.0.9", mac="02:00:00:00:00:09"),

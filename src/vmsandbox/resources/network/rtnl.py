@@ -68,7 +68,7 @@ _SOL_NETLINK, _NETLINK_EXT_ACK = 270, 11
 _ARPHRD_ETHER = 1
 _IFF_UP, _IFF_LOOPBACK, _IFF_NOARP = 0x1, 0x8, 0x80
 _TABLE_MAIN = 254
-_ROUTE_CLONED = 0x200
+_ROUTE_CLONED, _PROTO_KERNEL = 0x200, 2
 _NEXT_HOP_ONLINK, _NEXT_HOP_DEAD = 4, 1
 _SCOPES = {0: "universe", 200: "site", 253: "link", 254: "host"}
 _ROUTE_TYPES = {1: "unicast", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
@@ -430,6 +430,8 @@ def _next_hops(message: Any) -> Iterator[tuple[int, Route]]:
     kind = _ROUTE_TYPES.get(message["type"])
     if message["family"] not in (socket.AF_INET, socket.AF_INET6) or kind is None or message["flags"] & _ROUTE_CLONED:
         return
+    if (message.get_attr("RTA_DST") or "").startswith("fe80:") and message["proto"] == _PROTO_KERNEL:
+        return  # the guest makes its own
     any_address = "::" if message["family"] == socket.AF_INET6 else "0.0.0.0"
     metrics = message.get_attr("RTA_METRICS")
     common: dict[str, Any] = {
