@@ -23,7 +23,7 @@ from vmsandbox.errors import (
 )
 from vmsandbox.oci import signals
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, regulation, store
+from vmsandbox.supervisor import composition, regulation, store, template
 from vmsandbox.supervisor.container import Container
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
 from vmsandbox.supervisor.streams import Link, exit_of

@@ -177,8 +177,8 @@ async def build(
 ) -> tuple[str, bool]:
     """Make the template for `config` unless it exists; its key, and whether this call made it.
 
-    Two that want the same one make it once: the second waits, or without `waiting` leaves it to the first.  Raises a `SandboxError` when it cannot be made; nothing
-    is left then.
+    Two that want the same one make it once: the second waits, or without `waiting` leaves it to the first.  Raises
+    a `SandboxError` when it cannot be made; nothing is left then.
     """
     key = await key_of(around.hypervisor, config)
     root = around.roots.templates
