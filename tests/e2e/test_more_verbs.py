@@ -89,3 +89,27 @@ def test_these_verbs_say_what_they_cannot_find(pod: tuple[Cli, str]) -> None:
     for words in (["pause"], ["unpause"], ["top"], ["stats"], ["update", "--cpus", "1"]):
         result = cli(*words, "nothing")
         assert (result.code, "no such container: 'nothing'" in result.stderr) == (1, True), result
+
+
+def test_a_created_container_runs_when_started_and_its_log_is_followed_to_the_end(cli: Cli, box: str) -> None:
+    script = "echo old; until [ -e /tmp/go ]; do sleep 0.1; done; echo new; echo err >&2; exit 3"
+    container = cli.ok("create", "--name", "later", box, "sh", "-c", script).strip()
+    assert cli.inspect("later")["status"] == "created"
+    assert cli.ok("logs", "later") == ""
+    following = cli.popen("logs", "-f", "later", stdout=-1, stderr=-1)
+    assert following.stdout is not None
+    assert cli.ok("start", "later") == "later\n"
+    assert following.stdout.readline() == b"old\n"
+    assert "it is running" in cli("start", "later").stderr
+    cli.ok("exec", "later", "touch", "/tmp/go")
+    stdout, stderr = following.communicate(timeout=60)
+    assert (stdout, stderr, following.returncode) == (b"new\n", b"err\n", 0)
+    assert cli.ok("wait", container) == "3\n"
+    assert cli.ok("logs", "--since", "1h", "--tail", "1", "-f", "later") in ("new\n", "")
+    assert cli.ok("logs", "--since", "2200-01-01", "later") == ""
+
+
+def test_a_created_container_is_removed_without_force(cli: Cli, box: str) -> None:
+    cli.ok("create", "--name", "never", box, "true")
+    cli.ok("rm", "never")
+    assert cli.leftovers() == []

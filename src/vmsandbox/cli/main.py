@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: verb -> one line of help; the module is `cli.verbs.<verb>`
 VERBS = {
     "run": "run a command in a new container in its own virtual machine",
+    "create": "make a container that 'start' starts",
+    "start": "start containers that were created",
     "exec": "run another command in a running container",
     "ps": "list containers",
     "logs": "show what a container has printed",

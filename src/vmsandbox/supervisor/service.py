@@ -413,6 +413,9 @@ class Service:
         if container.status == "stopped":
             return {}
         sandbox = await self._running_sandbox()
+        if container.status == "created":
+            await self._kill_and_wait(sandbox, container)  # nothing of its own runs that could obey
+            return {}
         timeout = request.get("timeout")
         grace = float(self.around.settings.sandbox.grace_seconds if timeout is None else timeout)
         await self._signal_quietly(sandbox, container, int(container.document.get("stop_signal") or 15))

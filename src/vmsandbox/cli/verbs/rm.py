@@ -25,11 +25,12 @@ def main(options: Options, argv: list[str]) -> int:
 
     def remove(name: str) -> None:
         container = records.load(roots, records.resolve(roots, name))
-        if container.status() != "stopped" and not arguments.force:
+        force = arguments.force or container.status() == "created"
+        if container.status() != "stopped" and not force:
             raise InvalidStateError(
                 f"container '{name}'", state=f"{container.status()}: stop it first or use '--force'", wanted="remove"
             )
-        if not remove_by_supervisor(roots, container, force=arguments.force):
+        if not remove_by_supervisor(roots, container, force=force):
             remove_from_disk(roots, container)
 
     return each(arguments.containers, remove, debug=options.debug)

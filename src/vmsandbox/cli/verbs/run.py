@@ -25,7 +25,10 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add = made.add_argument
     add("-i", "--interactive", action="store_true", help="pass stdin on to the container")
     add("-t", "--tty", action="store_true", help="give the container a terminal")
-    add("-d", "--detach", action="store_true", help="print the id and leave the container running")
+    if verb == "run":
+        add("-d", "--detach", action="store_true", help="print the id and leave the container running")
+    else:
+        made.set_defaults(detach=True)
     add("--rm", action="store_true", dest="autoremove", help="remove the container when it has ended")
     add("--name", default="", help="a name for the container")
     add("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="set (or pass on) a variable")
@@ -127,9 +130,9 @@ def new_id() -> str:
     return os.urandom(32).hex()
 
 
-def main(options: Options, argv: list[str]) -> int:
+def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
     """Run a container; the exit code is its own, or docker's for what went wrong before."""
-    arguments = parser().parse_args(argv)
+    arguments = parser(verb=verb).parse_args(argv)
     if arguments.dry_run:
         return dry_run(options, arguments)
     if arguments.tty and arguments.interactive and not arguments.detach:
@@ -137,7 +140,7 @@ def main(options: Options, argv: list[str]) -> int:
     roots = options.roots()
     container_id = new_id()
     request = {
-        "verb": "run",
+        "verb": verb,
         "id": container_id,
         "name": arguments.name,
         "image": arguments.image,
