@@ -120,6 +120,11 @@ class Roots:
         return self.run_dir + "/s"
 
     @property
+    def builders_dir(self) -> str:
+        """``<pid>/``: machines that will become templates."""
+        return self.run_dir + "/t"
+
+    @property
     def by_container_dir(self) -> str:
         """``<container id>`` -> symlink to the sandbox directory."""
         return self.run_dir + "/c"

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vmsandbox import records
-from vmsandbox.errors import NotFoundError, SandboxError
+from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def main(argv: list[str], roots: Roots) -> int:
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else print
     for directory in entries(roots.sandboxes_dir):
         collect_sandbox(roots, SandboxPaths(f"{roots.sandboxes_dir}/{directory}"), say)
+    for directory in entries(roots.builders_dir):
+        collect_builder(f"{roots.builders_dir}/{directory}", say)
     collect_containers(roots, say)
     return 0
 
@@ -60,7 +62,7 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
         found = list(documents(sandbox))
         if any(container.status() in ("created", "running", "paused") for container in found):
             return
-        for pid in machines(sandbox):
+        for pid in machines(sandbox.dir, known=sandbox.document_file):
             end(pid)
             say(f"ended virtual machine {pid} of pod '{os.path.basename(sandbox.dir)}'")
         records.remove_tree(f"{sandbox.dir}/vm")
@@ -70,6 +72,26 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
             settle_container(roots, container, say)
         if records.forget_sandbox_if_empty(sandbox):
             say(f"removed pod '{os.path.basename(sandbox.dir)}'")
+
+
+def collect_builder(directory: str, say: Callable[[str], None]) -> None:
+    """Remove what a template's maker left that was killed; one that lives has its pid in the name."""
+    maker = os.path.basename(directory)
+    if maker.isdigit() and records.start_time(int(maker)) is not None and is_maker(int(maker)):
+        return
+    for pid in machines(directory):
+        end(pid)
+        say(f"ended virtual machine {pid} of a template that was not finished")
+    records.remove_tree(directory)
+
+
+def is_maker(pid: int) -> bool:
+    """Whether the process that has this pid now makes templates."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"template" in file.read().split(b"\0")
+    except OSError:
+        return False
 
 
 def is_young(path: str) -> bool:
@@ -120,17 +142,17 @@ def settle_container(roots: Roots, container: records.Container, say: Callable[[
         say(f"container '{container.name or container.id[: records.SHOWN_ID]}' has stopped")
 
 
-def machines(sandbox: SandboxPaths) -> Iterator[int]:
-    """QEMU and virtiofsd processes of a pod: by its document, and by what their command lines name."""
+def machines(directory: str, *, known: str = "") -> Iterator[int]:
+    """QEMU and virtiofsd processes of a run directory: by its document `known`, and by what command lines name."""
     found = set()
     try:
-        vm = records.read_document(sandbox.document_file).get("vm") or {}
+        vm = records.read_document(known).get("vm") or {}
         if records.is_alive(vm.get("pid"), vm.get("start_time")):
             found.add(int(vm["pid"]))
-    except (NotFoundError, SandboxError):
+    except SandboxError:
         pass
-    name = f"vmsandbox-{os.path.basename(sandbox.dir)}".encode()
-    place = os.fsencode(f"{sandbox.dir}/")
+    name = f"guest=vmsandbox-{os.path.basename(directory)},".encode()
+    place = os.fsencode(f"{directory}/")
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue

@@ -194,7 +194,7 @@ async def build(
             saved.mkdir(mode=0o700)
             (saved / "holders").mkdir(mode=0o700)
             # QEMU, under its own uid, passes through this one.
-            run = around.roots.run / f"t{os.getpid()}"
+            run = around.roots.run / "t" / str(os.getpid())
             run.mkdir(mode=0o711, parents=True)
             try:
                 await _make(around, config, run, saved)
@@ -230,7 +230,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
     try:
         booted = replace(
             config,
-            name=NAME,
+            name=f"vmsandbox-{run.name}",
             directory=run,
             memory=replace(config.memory, backing=SharedMemory(fd=memory)),
         )
