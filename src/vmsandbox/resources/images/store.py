@@ -35,7 +35,7 @@ from vmsandbox.errors import (
 from vmsandbox.resources.images.reference import digits_of_id, normalised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from vmsandbox.paths import Roots
@@ -128,8 +128,12 @@ class ImageStore:
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Who holds what: image id -> owners.  For `gc`, which knows which owners exist."""
-        found = {image_id: tuple(_entries(self.refs / image_id)) for image_id in _entries(self.refs)}
+        found = {image_id: self.users(image_id) for image_id in _entries(self.refs)}
         return {image_id: owners for image_id, owners in found.items() if owners}
+
+    def users(self, image_id: str) -> tuple[str, ...]:
+        """The owners that hold this image."""
+        return tuple(sorted(_entries(self.refs / image_id)))
 
     def _id_of(self, reference: str) -> str:
         digits = digits_of_id(reference)
@@ -259,16 +263,27 @@ class ImageStore:
         }
         data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
         with self._changing("publish image"):
+            names = [normalised(name) for name in names]
+            before = {name: self._target(name) for name in names}
             try:
                 os.rename(staged, image.erofs)
                 _sync(self.blobs)
                 _write(self.documents / f"{image.id}.json", data)
+                for name in names:
+                    self._point(name, image.id)
             except OSError:
-                self._sweep()
+                self._unpublish(image.id, before)
                 raise
-            for name in names:
-                self._point(name, image.id)
         return self._load(image.id)
+
+    def _unpublish(self, image_id: str, names: Mapping[str, str | None]) -> None:
+        """Take back what `publish` has done so far; `names` says where they pointed before."""
+        (self.documents / f"{image_id}.json").unlink(missing_ok=True)
+        for name, target in names.items():
+            if target is not None and self._target(name) != target:
+                with suppress(OSError):
+                    self._point(name, target)
+        self._sweep()
 
     def tag(self, image_id: str, names: Iterable[str]) -> Image:
         """Give an image more names; raises `NotFoundError`, `InvalidArgumentError`."""
@@ -291,7 +306,7 @@ class ImageStore:
             by_name = named in all_names and digits_of_id(reference) != image_id
             going = (named,) if by_name and named else all_names
             last = len(going) == len(all_names)
-            owners = sorted(_entries(self.refs / image_id))
+            owners = self.users(image_id)
             if owners and last and not force:
                 users = ", ".join(f"'{owner[:12]}'" for owner in owners)
                 raise InvalidStateError(f"image '{reference}'", state=f"in use by container {users}", wanted="remove")
