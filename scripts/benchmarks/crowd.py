@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from scripts.benchmarks import processes
+from scripts.benchmarks import memory, processes
 from scripts.benchmarks.rows import Row, measurement
+from scripts.benchmarks.workplace import IDLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from scripts.benchmarks.workplace import Workplace
 
@@ -17,21 +18,43 @@ PODS = 8
 
 
 @measurement(
-    Row("start_pod", "s", "vmsandbox run -d: one pod, until its container runs", against="cold_boot_floor"),
-    Row("start_8_pods", "s", "the same for 8 pods asked for at once, until all run", against="start_pod"),
+    Row("start_pod", "s", "vmsandbox run -d: one clone, until its container runs", against="cold_boot_floor"),
+    Row("start_8_pods", "s", f"the same for {PODS} asked for at once, until all run", against="start_pod"),
+    Row("pss_pod_block", "MiB", f"memory of an idle pod among {PODS} clones, private", against="pss_podman"),
     most_runs=3,
     warm_up=False,
 )
 def start_8_pods(place: Workplace) -> Mapping[str, float]:
-    return {"start_pod": _start(place, 1), "start_8_pods": _start(place, PODS)}
+    with _running(place, 1) as (one, _):
+        pass
+    with _running(place, PODS) as (all_of_them, pids):
+        found = memory.footprint(pids).total_mib / PODS
+    return {"start_pod": one, "start_8_pods": all_of_them, "pss_pod_block": found}
 
 
-def _start(place: Workplace, pods: int) -> float:
-    """Seconds from the first request until all of them are answered."""
+@measurement(
+    Row("pss_pod_virtiofs", "MiB", f"memory of an idle pod among {PODS} clones that share", against="pss_podman"),
+    most_runs=1,
+    warm_up=False,
+)
+def pss_pod_virtiofs(place: Workplace) -> Mapping[str, float]:
+    directory = place.directory / "shared"
+    directory.mkdir(exist_ok=True)
+    with _running(place, PODS, "-v", f"{directory}:/mnt") as (_, pids):
+        return {"pss_pod_virtiofs": memory.footprint(pids).total_mib / PODS}
+
+
+@contextmanager
+def _running(place: Workplace, pods: int, *options: str) -> Iterator[tuple[float, set[int]]]:
+    """Seconds from the first request until all pods run, and their processes."""
+    options = (place.template, *options)
     image = place.image
     names = [f"crowd-{number}" for number in range(pods)]
+    before = set(processes.children())
     with ExitStack() as stack:
         for name in names:
             stack.callback(place.remove_quietly, name)
-        commands = [place.command("run", "-d", "--name", name, image, "sleep", "1000000") for name in names]
-        return processes.run_together(commands)
+        seconds = processes.run_together(
+            [place.command("run", "-d", "--name", name, *options, image, *IDLE) for name in names]
+        )
+        yield seconds, processes.descendants(set(processes.children()) - before)

@@ -45,10 +45,10 @@ def footprint(pids: Iterable[int]) -> Footprint:
     for pid in pids:
         with suppress(OSError):
             pss[pid] = parse_pss(Path(f"/proc/{pid}/smaps_rollup").read_text())
-            for inode, (resident, proportional) in parse_memfds(Path(f"/proc/{pid}/smaps").read_text()).items():
+            for inode, (shared, proportional) in parse_memfds(Path(f"/proc/{pid}/smaps").read_text()).items():
                 files += proportional
-                # Two processes of a pod (QEMU, virtiofsd) map the same pages: the larger share is what is mapped.
-                mapped[inode] = max(mapped.get(inode, 0), resident)
+                # Several processes may map the same pages: the largest share is what is mapped for sure.
+                mapped[inode] = max(mapped.get(inode, 0), shared)
             allocated.update(memfds(pid))
     unmapped = sum(max(0, size - mapped.get(inode, 0)) for inode, size in allocated.items())
     return Footprint(pss, files, unmapped)
@@ -72,15 +72,23 @@ def parse_pss(text: str) -> int:
 
 
 def parse_memfds(text: str) -> dict[int, tuple[int, int]]:
-    """Resident and proportional KiB of each mapped memory file in smaps, by inode."""
+    """For each mapped memory file in smaps, by inode: resident KiB of the file itself, and proportional KiB of all.
+
+    What a private mapping has written to (`Anonymous`) is resident, but not in the file.
+    """
     found: dict[int, tuple[int, int]] = {}
     inode: int | None = None
     for line in text.splitlines():
         if HEADER.match(line):
             match = MAPPING.match(line)
             inode = int(match[1]) if match else None
-        elif inode is not None and line.startswith(("Rss:", "Pss:")):
-            size = int(line.split()[1])
+        elif inode is not None:
+            name, _, value = line.partition(":")
             resident, proportional = found.get(inode, (0, 0))
-            found[inode] = (resident + size, proportional) if line[0] == "R" else (resident, proportional + size)
+            if name == "Rss":
+                found[inode] = (resident + int(value.split()[0]), proportional)
+            elif name == "Anonymous":
+                found[inode] = (resident - int(value.split()[0]), proportional)
+            elif name == "Pss":
+                found[inode] = (resident, proportional + int(value.split()[0]))
     return found

@@ -7,7 +7,7 @@ client         until the client starts the supervisor
 supervisor     until QEMU is about to be executed
 qemu           QEMU's own start, taken from the bare boot: nothing outside tells when the vCPU starts
 firmware       from there to the moment the guest kernel's clock starts
-kernel         until the agent's process is started
+kernel         until the agent's first line: kernel, initramfs and the start of the interpreter
 agent          until the agent has answered the first request
 container      until the container's process has ended (created, started, run, its end noticed)
 teardown       until the client ends, everything released
@@ -16,45 +16,69 @@ teardown       until the client ends, everything released
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from scripts.benchmarks.watch import Seen
 
-NAMES = ("client", "supervisor", "qemu", "firmware", "kernel", "agent", "container", "teardown")
+BOOT = ("client", "supervisor", "qemu", "firmware", "kernel", "agent", "container", "teardown")
+#: a clone has no boot: `clone` is from QEMU's execution until the agent has answered
+CLONE = ("client", "supervisor", "clone", "container", "teardown")
 #: what the pod's directory gets when a supervisor is started, and when QEMU is about to be
 SUPERVISOR_FILE = "supervisor.log"
 QEMU_FILE = "vm/qmp.sock"
 
 
-def split(seen: Sequence[Seen], *, started: float, ended: float, qemu: float | None = None) -> dict[str, float]:
+class Span(NamedTuple):
+    """When the client was started, and how long it lasted."""
+
+    started: float
+    seconds: float
+
+
+def of_boot(seen: Sequence[Seen], span: Span, *, qemu: float | None = None) -> dict[str, float]:
     """The phases of a run in seconds; what cannot be told from `seen` is left out.
 
     `qemu` is how long QEMU needs until its vCPU starts.
     """
+    marks = _marks(seen, span)
+    executed = marks.get("supervisor")
+    if executed is not None and qemu is not None:
+        marks["qemu"] = executed + qemu
+    return _between(BOOT, marks, span)
+
+
+def of_clone(seen: Sequence[Seen], span: Span) -> dict[str, float]:
+    """The phases of a run whose pod is a clone."""
+    marks = _marks(seen, span)
+    if "agent" in marks:
+        marks["clone"] = marks["agent"]
+    return _between(CLONE, marks, span)
+
+
+def _marks(seen: Sequence[Seen], span: Span) -> dict[str, float]:
+    """When each phase ended, as far as it was seen."""
     pod = next((item.path for item in seen if "/" not in item.path), None)
     if pod is None:
         return {}
-    spawned = _first(seen, lambda item: item.path == f"{pod}/{SUPERVISOR_FILE}")
-    executed = _first(seen, lambda item: item.path == f"{pod}/{QEMU_FILE}")
     ready = _first(seen, lambda item: item.path == f"{pod}/sandbox.json" and _status(item) == "ready")
-    stopped = _first(seen, lambda item: f"{pod}/containers/" in item.path and _status(item) == "stopped")
-    booted = guest_clock(ready)
-    marks: list[tuple[str, float | None]] = [
-        ("client", _time(spawned)),
-        ("supervisor", _time(executed)),
-        ("qemu", executed.time + qemu if executed is not None and qemu is not None else None),
-        ("firmware", booted.get("start")),
-        ("kernel", booted.get("agent")),
-        ("agent", _time(ready)),
-        ("container", _time(stopped)),
-        ("teardown", ended),
-    ]
+    found = {
+        "client": _first(seen, lambda item: item.path == f"{pod}/{SUPERVISOR_FILE}"),
+        "supervisor": _first(seen, lambda item: item.path == f"{pod}/{QEMU_FILE}"),
+        "agent": ready,
+        "container": _first(seen, lambda item: f"{pod}/containers/" in item.path and _status(item) == "stopped"),
+    }
+    marks = {name: item.time for name, item in found.items() if item is not None}
+    return {**marks, **guest_clock(ready), "teardown": span.started + span.seconds}
+
+
+def _between(names: Sequence[str], marks: Mapping[str, float], span: Span) -> dict[str, float]:
     found: dict[str, float] = {}
-    before: float | None = started
-    for name, mark in marks:
+    before: float | None = span.started
+    for name in names:
+        mark = marks.get(name)
         if before is not None and mark is not None:
             found[name] = mark - before
         before = mark
@@ -62,7 +86,7 @@ def split(seen: Sequence[Seen], *, started: float, ended: float, qemu: float | N
 
 
 def guest_clock(ready: Seen | None) -> dict[str, float]:
-    """When the guest's clock started and when its agent's process did, in the host's time.
+    """When the guest's clock started and when its agent's first line ran, in the host's time.
 
     The guest says how old it was when it answered; the host knows when that was.
     """
@@ -71,7 +95,7 @@ def guest_clock(ready: Seen | None) -> dict[str, float]:
     if ready is None or age is None or agent is None:
         return {}
     start = ready.time - age
-    return {"start": start, "agent": start + agent}
+    return {"firmware": start, "kernel": start + agent}
 
 
 def _first(seen: Sequence[Seen], wanted: Callable[[Seen], bool]) -> Seen | None:
@@ -80,7 +104,3 @@ def _first(seen: Sequence[Seen], wanted: Callable[[Seen], bool]) -> Seen | None:
 
 def _status(item: Seen) -> str:
     return str((item.document or {}).get("status"))
-
-
-def _time(item: Seen | None) -> float | None:
-    return None if item is None else item.time

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.benchmarks import memory, phases, processes
 from scripts.benchmarks.rows import Row, measurement
 from scripts.benchmarks.watch import Watch
+from scripts.benchmarks.workplace import COLD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from scripts.benchmarks.processes import Reaped
+    from scripts.benchmarks.processes import Ended, Reaped
+    from scripts.benchmarks.watch import Seen
     from scripts.benchmarks.workplace import Workplace
 
 #: seconds over which an idle pod is observed
 IDLE_SECONDS = 5.0
+#: ends when it is told to
+OBEDIENT = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
 
 
 @measurement(
-    Row("run_cold", "s", "vmsandbox run --rm IMAGE true", against="cold_boot_floor", compared=True),
+    Row("run_cold", "s", "vmsandbox run --rm IMAGE true, booted", against="cold_boot_floor", compared=True),
     *(
         Row(f"run_cold.{phase}", "s", text, against="run_cold")
         for phase, text in zip(
-            phases.NAMES,
+            phases.BOOT,
             (
                 "of it the client, until it starts the supervisor",
                 "of it the supervisor, until QEMU is executed",
@@ -51,22 +56,23 @@ IDLE_SECONDS = 5.0
     Row("host_cpu_per_run.supervisor", "s", "of it the supervisor", against="host_cpu_per_run"),
 )
 def run_cold(place: Workplace) -> Mapping[str, float]:
-    image = place.image
-    sandboxes = place.directory / "r" / "s"
-    sandboxes.mkdir(mode=0o711, parents=True, exist_ok=True)
-    with Watch(sandboxes) as watch:
-        ended = place.vmsandbox("run", "--rm", image, "true", settle=True)
-    found = phases.split(
-        watch.seen,
-        started=ended.started,
-        ended=ended.started + ended.seconds,
-        qemu=place.notes.get("qemu"),
-    )
+    ended, seen = watched_run(place, COLD)
+    found = phases.of_boot(seen, phases.Span(ended.started, ended.seconds), qemu=place.notes.get("qemu"))
     return {
         "run_cold": ended.seconds,
         **{f"run_cold.{phase}": seconds for phase, seconds in found.items()},
         **shares(ended.reaped),
     }
+
+
+def watched_run(place: Workplace, *options: str) -> tuple[Ended, list[Seen]]:
+    """A `run --rm` of `true`, and what was seen of its pod."""
+    image = place.image
+    sandboxes = Path(place.roots.sandboxes_dir)
+    sandboxes.mkdir(mode=0o711, parents=True, exist_ok=True)
+    with Watch(sandboxes) as watch:
+        ended = place.vmsandbox("run", "--rm", *options, image, "true", settle=True)
+    return ended, watch.seen
 
 
 def shares(reaped: list[Reaped]) -> dict[str, float]:
@@ -99,7 +105,7 @@ def client_ps(place: Workplace) -> Mapping[str, float]:
 
 
 @measurement(
-    Row("pss_pod", "MiB", "memory of everything of an idle pod", against="pss_podman"),
+    Row("pss_pod", "MiB", "memory of everything of an idle pod that was booted", against="pss_podman"),
     Row("pss_pod.guest", "MiB", "of it the guest's memory, as far as it is mapped", against="pss_pod"),
     Row("pss_pod.unmapped", "MiB", "of it the guest's memory that is not mapped", against="pss_pod"),
     Row("pss_pod.qemu", "MiB", "of it QEMU itself: translated code, the kernel's file, libraries", against="pss_pod"),
@@ -137,7 +143,7 @@ def idle_cpu(place: Workplace) -> Mapping[str, float]:
     most_runs=5,
 )
 def stop_and_delete(place: Workplace) -> Mapping[str, float]:
-    name, _ = place.start_pod("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
+    name, _ = place.start_pod(*OBEDIENT, options=(place.template,))
     with ExitStack() as stack:
         stack.callback(place.remove, name)
         began = time.monotonic()

@@ -6,12 +6,14 @@ user is read or changed.
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
+PACKAGES = ("vmsandbox", "vmsandbox_hypervisor", "vmsandbox_protocol")
 APPLETS = ("sh", "true", "sleep", "cat", "dd", "head", "echo", "wc", "nproc", "df", "find", "stat", "mkdir", "rm")
 IMAGE = "bench"
+#: the option with which `run` boots whether there is a template or not
+COLD = "--template=off"
+#: what an idle container runs
+IDLE = ("sleep", "1000000")
 
 
 class Workplace:
@@ -47,6 +54,7 @@ class Workplace:
         self._before = set(processes.children())
         self.roots = Roots(str(self.directory / "r"), str(self.directory / "d"))
         Path(self.roots.data_dir).mkdir(mode=0o711)
+        compile_packages()
         return self
 
     def __exit__(
@@ -112,12 +120,19 @@ class Workplace:
         """Run a verb of ours to its end."""
         return processes.run(self.command(*words), settle=settle)
 
-    def start_pod(self, *command: str, options: tuple[str, ...] = ()) -> tuple[str, set[int]]:
+    @cached_property
+    def template(self) -> str:
+        """The option with which `run` starts a clone or fails; the template is made first."""
+        _ = self.image
+        self.vmsandbox("template", "build")
+        return "--template=require"
+
+    def start_pod(self, *command: str, options: tuple[str, ...] = (COLD,), image: str = "") -> tuple[str, set[int]]:
         """Start a detached container; its name, and the processes that are there because of it."""
         self._pods += 1
         name = f"bench-{self._pods}"
+        image = image or self.image
         before = set(processes.children())
-        image = self.image
         self.vmsandbox("run", "-d", "--name", name, *options, image, *command)
         started = set(processes.children()) - before
         return name, processes.descendants(started)
@@ -143,7 +158,15 @@ class Workplace:
 
     @cached_property
     def idle_pod(self) -> tuple[str, set[int]]:
-        """A pod whose container sleeps, for all rows that need one; name and processes."""
-        name, pids = self.start_pod("sleep", "1000000")
+        """A pod that was booted and whose container sleeps, for all rows that need one; name and processes."""
+        name, pids = self.start_pod(*IDLE)
         self.on_exit(name)
         return name, pids
+
+
+def compile_packages() -> None:
+    """Byte-compile our packages as pip does at an installation: a checkout need not have been, nor be kept so."""
+    for package in PACKAGES:
+        spec = find_spec(package)
+        for directory in (spec.submodule_search_locations if spec is not None else None) or ():
+            compileall.compile_dir(directory, quiet=2)

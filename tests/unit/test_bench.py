@@ -174,7 +174,7 @@ def pod_seen(*, answered: float | None = 1.5) -> list[Seen]:
 
 
 def test_phases_follow_each_other_without_gap() -> None:
-    found = phases.split(pod_seen(), started=10.0, ended=12.75, qemu=0.04)
+    found = phases.of_boot(pod_seen(), phases.Span(10.0, 2.75), qemu=0.04)
     assert found == pytest.approx(
         {
             "client": 0.05,
@@ -191,12 +191,19 @@ def test_phases_follow_each_other_without_gap() -> None:
 
 
 def test_phases_that_cannot_be_told_are_left_out() -> None:
-    found = phases.split(pod_seen(answered=None), started=10.0, ended=12.75, qemu=0.04)
+    found = phases.of_boot(pod_seen(answered=None), phases.Span(10.0, 2.75), qemu=0.04)
     assert set(found) == {"client", "supervisor", "qemu", "container", "teardown"}
 
 
 def test_a_run_of_which_nothing_was_seen_has_no_phases() -> None:
-    assert phases.split([], started=1.0, ended=2.0) == {}
+    assert phases.of_boot([], phases.Span(1.0, 1.0)) == {}
+
+
+def test_a_clone_has_one_phase_in_place_of_a_boot() -> None:
+    found = phases.of_clone(pod_seen(answered=None), phases.Span(10.0, 2.75))
+    assert found == pytest.approx(
+        {"client": 0.05, "supervisor": 0.31, "clone": 1.64, "container": 0.5, "teardown": 0.25}
+    )
 
 
 def test_a_watch_sees_files_and_documents_below_new_directories(tmp_path: Path) -> None:
@@ -261,13 +268,14 @@ Pss:               40000 kB
 7f20-7f30 rw-s 00000000 00:01 1234                       /memfd:memory-backend-memfd (deleted)
 Rss:                 100 kB
 Pss:                  50 kB
+Anonymous:            30 kB
 7f40-7f50 r--p 00000000 fe:00 99                         /usr/lib/libc.so.6
 Rss:                1000 kB
 """
 
 
 def test_resident_pages_of_memory_files_are_counted_by_file() -> None:
-    assert memory.parse_memfds(SMAPS) == {1234: (40100, 40050)}
+    assert memory.parse_memfds(SMAPS) == {1234: (40070, 40050)}
 
 
 def test_blocks_of_a_memory_file_that_nobody_maps_are_counted() -> None:

@@ -1,0 +1,53 @@
+"""Runs whose pod is the clone of a template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks import phases
+from scripts.benchmarks.pods import shares, watched_run
+from scripts.benchmarks.rows import Row, measurement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scripts.benchmarks.workplace import Workplace
+
+
+@measurement(
+    Row("run_template", "s", "vmsandbox run --rm IMAGE true, cloned", against="cold_boot_floor", compared=True),
+    *(
+        Row(f"run_template.{phase}", "s", text, against="run_template")
+        for phase, text in zip(
+            phases.CLONE,
+            (
+                "of it the client, until it starts the supervisor",
+                "of it the supervisor, until QEMU is executed",
+                "of it the clone, until its agent has answered",
+                "of it the container: created, run, its end noticed",
+                "of it taking everything down",
+            ),
+            strict=True,
+        )
+    ),
+    Row("run_template.vm_cpu", "s", "CPU time of QEMU for that", against="cold_boot_floor.cpu"),
+    Row("run_template.our_cpu", "s", "CPU time of client, supervisor and stand-in", against="podman_cpu_per_run"),
+)
+def run_template(place: Workplace) -> Mapping[str, float]:
+    ended, seen = watched_run(place, place.template)
+    found = phases.of_clone(seen, phases.Span(ended.started, ended.seconds))
+    cpu = shares(ended.reaped)
+    return {
+        "run_template": ended.seconds,
+        **{f"run_template.{phase}": seconds for phase, seconds in found.items()},
+        "run_template.vm_cpu": cpu["run_cold.vm_cpu"],
+        "run_template.our_cpu": cpu["host_cpu_per_run"],
+    }
+
+
+@measurement(Row("run_template_virtiofs", "s", "the same with a directory shared", against="cold_boot_floor"))
+def run_template_virtiofs(place: Workplace) -> Mapping[str, float]:
+    directory = place.directory / "shared"
+    directory.mkdir(exist_ok=True)
+    ended, _ = watched_run(place, place.template, "-v", f"{directory}:/mnt")
+    return {"run_template_virtiofs": ended.seconds}
