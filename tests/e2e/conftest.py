@@ -25,6 +25,8 @@ def data_root() -> Iterator[Path]:
     """Images and containers of the tests alone, with the guest that the machine has."""
     directory = Path(tempfile.mkdtemp(prefix="vmsandbox-data-"))
     (directory / "guest").symlink_to(BUILT / "guest")
+    with tempfile.TemporaryDirectory(prefix="vs-") as run:
+        Cli(Path(run), directory).ok("template", "build", timeout=300)
     yield directory
     shutil.rmtree(directory)
 
