@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.cli import Cli
 
 
@@ -113,3 +115,27 @@ def test_a_created_container_is_removed_without_force(cli: Cli, box: str) -> Non
     cli.ok("create", "--name", "never", box, "true")
     cli.ok("rm", "never")
     assert cli.leftovers() == []
+
+
+def test_what_is_copied_in_comes_out_the_same(pod: tuple[Cli, str], tmp_path: Path) -> None:
+    cli, container = pod
+    source = tmp_path / "src"
+    (source / "sub").mkdir(parents=True)
+    (source / "a").write_text("hello\n")
+    (source / "sub" / "large").write_bytes(bytes(range(256)) * 16384)
+    (source / "link").symlink_to("a")
+    cli.ok("cp", str(source), f"{container}:/tmp")
+    assert cli.ok("exec", container, "cat", "/tmp/src/link") == "hello\n"
+    cli.ok("cp", f"{container}:/tmp/src", str(tmp_path / "out"))
+    assert (tmp_path / "out/sub/large").read_bytes() == (source / "sub/large").read_bytes()
+    assert (tmp_path / "out/link").readlink().name == "a"
+    cli.ok("cp", f"{source}/.", f"{container}:/root")
+    assert inside(cli, container, "ls /root") == ["a", "link", "sub"]
+
+
+def test_a_copy_of_what_is_not_there_says_so(pod: tuple[Cli, str], tmp_path: Path) -> None:
+    cli, container = pod
+    result = cli("cp", f"{container}:/none", str(tmp_path))
+    assert (result.code, "'/none' does not exist in the container" in result.stderr) == (1, True), result
+    result = cli("cp", str(tmp_path), f"{container}:/etc/passwd")
+    assert (result.code, "is a file" in result.stderr) == (1, True), result

@@ -25,6 +25,7 @@ VERBS = {
     "start": "start containers that were created",
     "exec": "run another command in a running container",
     "ps": "list containers",
+    "cp": "copy files between a container and the host",
     "logs": "show what a container has printed",
     "stop": "end containers in order",
     "kill": "send a signal to containers",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox import log as logs
 from vmsandbox import wire
 from vmsandbox.errors import SandboxError
+from vmsandbox.supervisor import copying
 
 if TYPE_CHECKING:
     import socket
@@ -71,7 +72,7 @@ class Control:
                 if request.get("verb") == "attach":
                     await self.service.attach(request, reader, writer)
                     return
-                until_released = await self._answer(request, writer)
+                until_released = await self._answer(request, reader, writer)
             if until_released:
                 await self.released.wait()
         except (wire.WireError, OSError) as error:
@@ -83,13 +84,20 @@ class Control:
         finally:
             writer.close()
 
-    async def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+    async def _answer(
+        self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         """Carry out a request; says whether its caller waits for the pod's end as well."""
         verb = request.get("verb")
         try:
-            answer = await self.service.dispatch(request)
+            if verb in copying.VERBS:
+                answer = await self.service.copy(request, reader, writer)
+            else:
+                answer = await self.service.dispatch(request)
         except SandboxError as error:
             answer = {"error": {"code": error.code, "message": str(error), "detail": error.detail}}
+        except (wire.WireError, ConnectionError):
+            raise
         except Exception as error:
             log.exception("request '%s' failed", verb)
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}

@@ -23,7 +23,7 @@ from vmsandbox.errors import (
 )
 from vmsandbox.oci import signals
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, regulation, store, template
+from vmsandbox.supervisor import composition, copying, regulation, store, template
 from vmsandbox.supervisor.container import Container
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
 from vmsandbox.supervisor.streams import Link, exit_of
@@ -474,6 +474,13 @@ class Service:
         await container.init.exited.wait()
         assert container.init.exit is not None
         return {"exit": container.init.exit.document()}
+
+    async def copy(
+        self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> dict[str, Any]:
+        """Carry an archive into or out of a container."""
+        container = self._container(request)
+        return await copying.serve(container, await self._running_sandbox(), request, reader, writer)
 
     # ------------------------------------------------------------ looking
 

@@ -1,0 +1,120 @@
+"""A guest may send any bytes: nothing of it gets outside the destination."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmsandbox.cli.verbs._unpack import Unpacker
+from vmsandbox.errors import ExhaustedError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = "", mode: int = 0o644) -> bytes:
+    made = tarfile.TarInfo(name)
+    made.type, made.size, made.linkname, made.mode, made.mtime = kind, len(data), link, mode, 1000
+    return made.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def unpacked(directory: Path, *entries: bytes, most_bytes: int = 1 << 20) -> Unpacker:
+    made = Unpacker(str(directory), "top", "here", owners=False, most_bytes=most_bytes)
+    made.unpack(io.BytesIO(b"".join(entries) + bytes(1024)))
+    return made
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    made = tmp_path / "inside"
+    made.mkdir()
+    return made
+
+
+def test_a_tree_arrives_under_its_new_name_with_modes_times_and_links(destination: Path) -> None:
+    unpacked(
+        destination,
+        entry("top", tarfile.DIRTYPE, mode=0o500),
+        entry("top/file", data=b"content", mode=0o4751),
+        entry("top/again", tarfile.LNKTYPE, link="top/file"),
+        entry("top/link", tarfile.SYMTYPE, link="file"),
+        entry("top/sub", tarfile.DIRTYPE, mode=0o755),
+    )
+    here = destination / "here"
+    assert (here / "file").read_bytes() == b"content"
+    assert (here / "file").stat().st_mode & 0o7777 == 0o751
+    assert (here / "file").stat().st_ino == (here / "again").stat().st_ino
+    assert os.readlink(here / "link") == "file"
+    assert here.stat().st_mode & 0o777 == 0o500
+    assert (here / "sub").stat().st_mtime == here.stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [entry("../escaped", data=b"x")],
+        [entry("/escaped", data=b"x")],
+        [entry("top/../../escaped", data=b"x")],
+        [entry("other", data=b"x")],
+        [entry("top", tarfile.DIRTYPE), entry("top/x", tarfile.LNKTYPE, link="../escaped")],
+        [entry("top", tarfile.DIRTYPE), entry("top/x", tarfile.LNKTYPE, link="/etc/passwd")],
+        [entry("top", tarfile.DIRTYPE), entry("top/file"), entry("top/file/x", data=b"x")],
+        [b"garbage" * 1000],
+        [entry("top", data=b"x" * 2000)[:1024]],
+        [entry("top/" + "d/" * 300 + "x")],
+    ],
+)
+def test_what_leads_outside_or_is_no_archive_is_refused(destination: Path, entries: list[bytes]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        unpacked(destination, *entries)
+    assert [path.name for path in destination.parent.iterdir()] == ["inside"]
+
+
+def test_links_that_lead_outside_and_special_files_are_left_out_and_named(destination: Path) -> None:
+    made = unpacked(
+        destination,
+        entry("top", tarfile.DIRTYPE),
+        entry("top/absolute", tarfile.SYMTYPE, link="/etc"),
+        entry("top/relative", tarfile.SYMTYPE, link="../../.."),
+        entry("top/null", tarfile.CHRTYPE),
+        entry("top/pipe", tarfile.FIFOTYPE),
+        entry("top/kept", data=b"x"),
+    )
+    assert os.listdir(destination / "here") == ["kept"]
+    assert len(made.left_out) == 4
+
+
+def test_nothing_is_written_through_a_link_that_is_there_already(destination: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (destination / "here").symlink_to(outside)
+    with pytest.raises(InvalidArgumentError):
+        unpacked(destination, entry("top", tarfile.DIRTYPE), entry("top/x", data=b"x"))
+    with pytest.raises(InvalidArgumentError):
+        unpacked(destination, entry("top/x", data=b"x"))
+    assert os.listdir(outside) == []
+
+
+def test_a_file_replaces_a_link_instead_of_following_it(destination: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("old")
+    (destination / "here").symlink_to("../precious")
+    with pytest.raises(InvalidArgumentError):
+        unpacked(destination, entry("top", data=b"new"))
+    assert (tmp_path / "precious").read_text() == "old"
+
+
+def test_bytes_are_bounded_before_they_are_written(destination: Path) -> None:
+    with pytest.raises(ExhaustedError, match="--max-size"):
+        unpacked(destination, entry("top", data=b"x" * 5000), most_bytes=4096)
+    assert os.listdir(destination) == []
+
+
+def test_headers_are_bounded_before_they_are_read(destination: Path) -> None:
+    huge = tarfile.TarInfo("pax")
+    huge.type, huge.size = tarfile.XHDTYPE, 4 << 30
+    with pytest.raises(InvalidArgumentError, match="header of"):
+        unpacked(destination, huge.tobuf(tarfile.USTAR_FORMAT))
