@@ -99,11 +99,21 @@ async def test_files_only_root_may_read_serve_a_confined_qemu(
         ({"kernel": Kernel(path=Path("/nonexistent"))}, "cannot open kernel '/nonexistent'", "prepared"),
         ({"kernel": Kernel(path=Path("/"))}, "cannot use kernel '/': not a regular file", "prepared"),
         ({"binary": Path("/bin/true")}, "QEMU ended with status 0", "spawned"),
+        ({"disks": (Disk(id="d", path=Path("/dev/null")),)}, "neither a file nor a block device", "prepared"),
         ({"vsock_cid": 77}, "/dev/vhost-vsock", "prepared"),
         ({"memory": Memory(size_mib=1 << 40)}, "mem", "spawned"),
         ({"memory": Memory(size_mib=256, backing=SharedMemory(fd=0))}, "unable to map backing store", "spawned"),
     ],
-    ids=["no qemu", "no kernel", "kernel is a directory", "not qemu", "no vsock", "too much memory", "bad memory fd"],
+    ids=[
+        "no qemu",
+        "no kernel",
+        "kernel is a directory",
+        "not qemu",
+        "no disk",
+        "no vsock",
+        "too much memory",
+        "bad memory fd",
+    ],
 )
 async def test_a_failed_start_names_its_cause_in_one_line(
     hypervisor: Hypervisor, vm_config: VmConfig, change: dict[str, object], words: str, phase: str
@@ -298,6 +308,41 @@ async def test_a_virtiofsd_that_hangs_fails_the_share_only(
             await task
         assert await machine.status() == "running"
         assert machine.devices() == {}
+
+
+@pytest.mark.parametrize("milliseconds", [0, 2, 4, 8, 16, 32])
+async def test_virtiofsd_s_death_during_an_attachment_is_one_error(
+    vm: Stage[Vm], tmp_path: Path, milliseconds: int
+) -> None:
+    """Either the share failed and the VM goes on without it, or the VM ends and says why."""
+    async with vm as machine:
+        attaching = asyncio.create_task(machine.attach_virtiofs(VirtiofsShare(tag="share", path=tmp_path)))
+        helpers: list[psutil.Process] = []
+        for _ in range(100_000):
+            helpers = [child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())]
+            if helpers or attaching.done():
+                break
+            await asyncio.sleep(0)
+        await asyncio.wait({attaching}, timeout=milliseconds / 1000)
+        for helper in helpers:
+            helper.kill()
+        await asyncio.wait({attaching})
+        if isinstance(attaching.exception(), DeviceError):
+            assert await machine.status() == "running"
+            assert machine.devices() == {}
+            assert machine.helper_pids() == {}
+            assert machine.ended() is None
+        else:
+            assert await machine.wait() == -signal.SIGKILL
+            assert attaching.exception() in (None, machine.ended())
+            assert "because virtiofsd of share 'share' was killed by SIGKILL" in str(machine.ended())
+
+
+async def test_a_fifo_is_no_disk_and_blocks_nobody(vm: Stage[Vm], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    async with vm as machine:
+        with pytest.raises(DeviceError, match="neither a file nor a block device"):
+            await machine.attach_disk(Disk(id="d", path=tmp_path / "fifo", read_only=True))
 
 
 async def test_a_device_that_goes_late_gives_its_port_free(

@@ -25,7 +25,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     node_name,
 )
 from vmsandbox_hypervisor.qemu.hotplug_rules import check_slot_id
-from vmsandbox_hypervisor.qemu.monitor import CommandError, record, records
+from vmsandbox_hypervisor.qemu.monitor import CommandError, LinkError, record, records
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -86,13 +86,15 @@ class Devices:
         if any(disk.id == there.id for there in self._config.disks):
             raise DeviceError(f"disk '{disk.id}' is attached already: it is there from the start")
         try:
-            fd = os.open(disk.path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC)
+            # Without blocking: what turns out to be a FIFO must not wait for its other end.
+            fd = os.open(disk.path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DeviceError(f"cannot open disk '{disk.path}': {error.strerror}", reason=str(error)) from error
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
                 raise DeviceError(f"cannot attach '{disk.path}': neither a file nor a block device")
+            os.set_blocking(fd, True)
             async with self._plugging(f"disk-{disk.id}") as port:
                 fdset = await self._monitor.add_fd(fd)
                 try:
@@ -159,9 +161,11 @@ class Devices:
                     "addr": "0",
                 },
             )
-            if not daemon.child.alive:
-                raise DeviceError(f"cannot attach share '{share.tag}': its virtiofsd ended")
             daemon.wanted = True
+            if daemon.child.exited.done():
+                # The guest may have the device already, so this is the end of a daemon that serves.
+                self._helper_ended(daemon)
+                raise LinkError(f"virtiofsd of share '{share.tag}' ended")
         return hotplug_address(port)
 
     async def attach_9p(self, share: NinePShare) -> PciAddress:

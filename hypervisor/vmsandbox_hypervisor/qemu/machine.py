@@ -206,7 +206,10 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
     for disk in config.disks:
         fd = _opened("disk", disk.path, os.O_RDONLY if disk.read_only else os.O_RDWR)
         keep(f"disk-{disk.id}", fd)
-        if stat.S_ISBLK(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise OSError(f"cannot use disk '{disk.path}': neither a file nor a block device")
+        if stat.S_ISBLK(mode):
             block_devices.append(disk.id)
     if config.restore is not None:
         # QEMU gets it over the monitor; that it is missing is better known before QEMU runs.
@@ -218,9 +221,12 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
 
 def _opened(what: str, path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CLOEXEC)
+        # Without blocking: what turns out to be a FIFO must not wait for its other end.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise OSError(f"cannot open {what} '{path}': {error.strerror}") from error
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _readable(what: str, path: Path, identity: Confinement | None) -> int:
