@@ -80,6 +80,7 @@ class Service:
     def lost(self, error: SandboxError) -> None:
         """The pod is gone: every container is stopped with the reason, every waiter hears of it."""
         self.reason = error
+        self._notify()
         if not self.sandbox.done():
             self.sandbox.set_exception(error)
             self.sandbox.exception()  # retrieved: a pod that nobody waits for any more is no error
@@ -349,6 +350,8 @@ class Service:
                 if container is not None and (not exec_id or exec_id in container.execs):
                     process = container.process(exec_id)
                     break
+                if self.reason is not None:
+                    return None
                 await self._change.wait()
         await process.settled.wait()
         return None if process.failed else process
