@@ -7,11 +7,11 @@ has, since it has just written the files.
 from __future__ import annotations
 
 import re
-import subprocess
 from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
+from scripts.benchmarks import processes
 from scripts.benchmarks.processes import CommandError
 from scripts.benchmarks.rows import Row, measurement
 from scripts.benchmarks.workplace import COLD, IDLE
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 LARGE_MIB = 128
-SMALL_FILES = 1000
+SMALL_FILES = 2000
 SMALL_BYTES = 1024
-WAYS = {"virtiofs": "virtio-fs", "9p": "9p", "block": "the image, a block device"}
+TIME = re.compile(r"^real\s+(\d+)m\s*([0-9.]+)s$", re.MULTILINE)
 
 
 @measurement(
@@ -44,10 +44,8 @@ WAYS = {"virtiofs": "virtio-fs", "9p": "9p", "block": "the image, a block device
 def reading(place: Workplace) -> Mapping[str, float]:
     directory, image = _prepared(place)
     busybox = str(place.rootfs / "bin" / "busybox")
-    found = {
-        "host_seq_read": rate(_on_host([busybox, *_large(str(directory))])),
-        "host_small_files": seconds(_on_host([busybox, *_small(str(directory), busybox)])),
-    }
+    large, small = seconds(processes.run([busybox, *_reading(str(directory), busybox)]).output)
+    found = {"host_seq_read": LARGE_MIB / large, "host_small_files": small}
     mounts = {
         "virtiofs": (place.template, "--shared-fs", "virtio-fs", "-v", f"{directory}:/files"),
         # 9p exports are part of QEMU's command line: such a pod is never a clone.
@@ -59,8 +57,9 @@ def reading(place: Workplace) -> Mapping[str, float]:
         with ExitStack() as stack:
             name, _ = place.start_pod(*IDLE, options=options, image=image)
             stack.callback(place.remove_quietly, name)
-            found[f"share_seq_read{suffix}"] = rate(_inside(place, name, _large("/files")))
-            found[f"share_small_files{suffix}"] = seconds(_inside(place, name, _small("/files", "")))
+            large, small = seconds(place.vmsandbox("exec", name, *_reading("/files")).output)
+            found[f"share_seq_read{suffix}"] = LARGE_MIB / large
+            found[f"share_small_files{suffix}"] = small
     return found
 
 
@@ -79,35 +78,19 @@ def _prepared(place: Workplace) -> tuple[Path, str]:
     return directory, "bench-files"
 
 
-def _large(directory: str) -> list[str]:
-    return ["dd", f"if={directory}/large", "of=/dev/null", f"bs={MIB}"]
+def _reading(directory: str, busybox: str = "") -> list[str]:
+    """Read the large file, then the small ones; the shell's own `time` says how long each took.
+
+    `busybox` is what its programs are prefixed with where they have no names of their own.
+    """
+    large = f"time {busybox} dd if={directory}/large of=/dev/null bs={MIB}"
+    small = f"time {busybox} cat {directory}/small/* > /dev/null"
+    return ["sh", "-c", f"{{ {large}; {small}; }} 2>&1"]
 
 
-def _small(directory: str, busybox: str) -> list[str]:
-    """The shell's own `time` says how long it took; `busybox` is what its programs are prefixed with."""
-    return ["sh", "-c", f"time {busybox} cat {directory}/small/* > /dev/null"]
-
-
-def _on_host(argv: list[str]) -> str:
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return done.stdout
-
-
-def _inside(place: Workplace, name: str, argv: list[str]) -> str:
-    return place.vmsandbox("exec", name, "sh", "-c", 'exec "$@" 2>&1', "sh", *argv).output
-
-
-def rate(output: str) -> float:
-    """MiB/s out of what `dd` prints: ``134217728 bytes (128.0MB) copied, 0.512345 seconds, 249.8MB/s``."""
-    match = re.search(r"^(\d+) bytes .*copied, ([0-9.]+) seconds", output, re.MULTILINE)
-    if match is None or float(match[2]) == 0:
-        raise CommandError(f"dd did not tell its time: {output.strip()}")
-    return int(match[1]) / MIB / float(match[2])
-
-
-def seconds(output: str) -> float:
-    """Seconds out of what the shell's `time` prints: ``real    1m 2.34s``."""
-    match = re.search(r"^real\s+(\d+)m\s*([0-9.]+)s$", output, re.MULTILINE)
-    if match is None:
-        raise CommandError(f"the shell did not tell the time: {output.strip()}")
-    return 60 * int(match[1]) + float(match[2])
+def seconds(output: str) -> tuple[float, float]:
+    """Both times out of what the shell's `time` prints: ``real    1m 2.34s``."""
+    found = [60 * int(minutes) + float(rest) for minutes, rest in TIME.findall(output)]
+    if len(found) != 2 or not all(found):
+        raise CommandError(f"the shell did not tell two times: {output.strip()}")
+    return found[0], found[1]

@@ -29,7 +29,23 @@ if TYPE_CHECKING:
 
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
 PACKAGES = ("vmsandbox", "vmsandbox_hypervisor", "vmsandbox_protocol")
-APPLETS = ("sh", "true", "sleep", "cat", "dd", "head", "echo", "wc", "nproc", "df", "find", "stat", "mkdir", "rm")
+APPLETS = (
+    "sh",
+    "true",
+    "sleep",
+    "cat",
+    "dd",
+    "head",
+    "echo",
+    "wc",
+    "nproc",
+    "df",
+    "find",
+    "stat",
+    "mkdir",
+    "rm",
+    "time",
+)
 IMAGE = "bench"
 #: the option with which `run` boots whether there is a template or not
 COLD = "--template=off"

@@ -291,3 +291,12 @@ def test_blocks_of_a_memory_file_that_nobody_maps_are_counted() -> None:
 def test_pss_is_that_of_the_whole_process() -> None:
     assert memory.parse_pss("Rss:  200 kB\nPss:                123 kB\nPss_Anon:  50 kB\n") == 123
     assert memory.footprint([os.getpid()]).total_mib > 1
+
+
+def test_the_shells_times_become_seconds() -> None:
+    from scripts.benchmarks.sharing import seconds
+
+    printed = "128+0 records in\n128+0 records out\nreal\t0m 0.50s\nuser\t0m 0.00s\nreal\t1m 2.25s\nuser\t0m 0.1s\n"
+    assert seconds(printed) == (0.5, 62.25)
+    with pytest.raises(CommandError, match="two times"):
+        seconds("real\t0m 0.50s\n")
