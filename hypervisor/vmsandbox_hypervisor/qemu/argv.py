@@ -26,6 +26,10 @@ FIRST_FD = 3
 #: slots of the root complex that q35 leaves free are 1 to 30
 LAST_SLOT = 0x1E
 VIRTIO_MEM_BLOCK_MIB = 2
+#: All that QEMU emulates but "enhanced rep movsb": a guest that sees it clears and copies memory byte by byte, each an
+#: iteration for the emulator, where it would otherwise use eight bytes or vectors.  Starting Python takes a third fewer
+#: instructions without it.
+EMULATED_CPU = "max,-erms,-fsrm"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 NODE_NAME_MAX = 31
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -175,7 +179,7 @@ def argv(
         "-display", "none",
         "-sandbox", SANDBOX,
         "-accel", "kvm" if accel == "kvm" else "tcg,thread=multi",
-        "-cpu", "host" if accel == "kvm" else "max",
+        "-cpu", "host" if accel == "kvm" else EMULATED_CPU,
         "-machine", "q35,memory-backend=mem0,vmport=off,sata=off,smbus=off",
         "-smp", f"cpus={config.cpus.boot},maxcpus={config.cpus.maximum}",
         "-m", _memory_size(config),
