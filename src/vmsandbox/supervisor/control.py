@@ -103,6 +103,6 @@ class Control:
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
         writer.write(wire.encode_message(answer))
         await writer.drain()
-        if verb == "run" and "error" not in answer:
+        if verb in ("run", "create"):
             return self.service.implicit()
         return verb in UNTIL_RELEASED and self.service.ending()
