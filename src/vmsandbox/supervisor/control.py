@@ -35,6 +35,8 @@ class Control:
         self.tasks = tasks
         #: requests without an answer yet, and stand-ins that are not done: a pod does not go before they are
         self._open = 0
+        #: closed by the end of this process: their callers wait for it
+        self._until_exit: list[asyncio.StreamWriter] = []
         self._quiet = asyncio.Event()
         self._quiet.set()
         #: set when everything is released
@@ -74,6 +76,7 @@ class Control:
                     return
                 until_released = await self._answer(request, reader, writer)
             if until_released:
+                self._until_exit.append(writer)
                 await self.released.wait()
         except (wire.WireError, OSError) as error:
             log.info("a connection broke: %s", error)
@@ -82,7 +85,8 @@ class Control:
         except Exception:
             log.exception("a connection failed")
         finally:
-            writer.close()
+            if writer not in self._until_exit:
+                writer.close()
 
     async def _answer(
         self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -60,6 +60,9 @@ def main() -> None:
     except Exception:
         log.exception("the supervisor failed")
         sys.exit(1)
+    # Everything is released; what libraries would still do at exit only makes callers wait.
+    logging.shutdown()
+    os._exit(0)
 
 
 async def supervise(

@@ -59,6 +59,8 @@ class Service:
         self._busy = 0
         self.reason: SandboxError | None = None
         self._change = asyncio.Event()
+        #: ids whose creation failed, or that were removed: nobody need wait for them
+        self._gone: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
 
     def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
@@ -236,6 +238,8 @@ class Service:
             except BaseException:
                 container.init.fail()
                 del self.containers[container_id]
+                self._gone.add(container_id)
+                self._notify()
                 container.forget()
                 raise
         except BaseException as error:
@@ -301,6 +305,8 @@ class Service:
         except BaseException:
             container.drop_exec(process)
             process.fail()
+            self._gone.add(exec_id)
+            self._notify()
             raise
         process.settled.set()
         self._watch(process)
@@ -329,7 +335,6 @@ class Service:
         if not process.exec_id:
             log_settings = self.around.settings.container
             directory = f"{self.around.roots.container_data_dir}/{container.id}"
-            os.makedirs(directory, mode=0o700, exist_ok=True)
             place = {
                 "path": f"{directory}/log",
                 "max_bytes": log_settings.log_max_size_mib << 20,
@@ -350,7 +355,7 @@ class Service:
                 if container is not None and (not exec_id or exec_id in container.execs):
                     process = container.process(exec_id)
                     break
-                if self.reason is not None:
+                if self.reason is not None or container_id in self._gone or exec_id in self._gone:
                     return None
                 await self._change.wait()
         await process.settled.wait()
