@@ -85,12 +85,21 @@ class Cli:
                 found.append(process)
         return found
 
+    def _is_ours(self, data: Path) -> bool:
+        """Whether a container's data belongs to this run root; other tests share the data root."""
+        try:
+            return (data / "owner").read_text() == str(self.run_root)
+        except FileNotFoundError:
+            return data.exists()
+
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no container is left."""
         left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
         left += [f"file {path}" for directory in ("s", "c", "n") for path in (self.run_root / directory).glob("*")]
-        left += [f"data {path}" for path in (self.data_root / "containers").glob("*")]
-        left += [f"image in use {path}" for path in (self.data_root / "images" / "refs").glob("*/*")]
+        containers = self.data_root / "containers"
+        left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]
+        references = (self.data_root / "images" / "refs").glob("*/*")
+        left += [f"image in use {path}" for path in references if not (containers / path.name).exists()]
         left += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.run_root) in line]
         return left
 
