@@ -6,6 +6,8 @@ import json
 import subprocess
 from typing import TYPE_CHECKING
 
+from tests.harness.cli import wait_until_gone
+
 if TYPE_CHECKING:
     from tests.harness.cli import Cli
 
@@ -70,9 +72,11 @@ def test_stop_ends_in_order_and_kill_ends_at_once(cli: Cli, box: str) -> None:
     assert cli.inspect("a")["exit"]["code"] == 4
     assert cli.ok("logs", "a").endswith("bye\n")
     cli.ok("run", "-d", "--name", "b", box, "sleep", "1000")
+    supervisor = cli.inspect("b")["pod"]["supervisor"]["pid"]
     cli.ok("kill", "-s", "KILL", "b")
     assert cli.ok("wait", "b") == "137\n"
     assert cli.ok("stop", "b") == "b\n"
+    wait_until_gone(supervisor)
     assert cli.processes() == []
 
 
