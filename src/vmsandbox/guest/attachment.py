@@ -100,6 +100,8 @@ class Attachment:
         except grpc.aio.AioRpcError as error:
             self._finish()
             raise translated(error) from None
+        except asyncio.CancelledError:
+            raise self._closed_under_us() from None
         if answer is grpc.aio.EOF:
             self._finish()
             code = await self._call.code()
@@ -172,6 +174,16 @@ class Attachment:
             # Why it is over is for `receive` to say.
             self._finish()
             raise UnavailableError("the attachment is over") from None
+        except asyncio.CancelledError:
+            raise self._closed_under_us() from None
+
+    def _closed_under_us(self) -> BaseException:
+        """The error for a cancellation: closing the channel cancels its calls, which looks like one of this task."""
+        self._finish()
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            return asyncio.CancelledError()
+        return UnavailableError("the connection to the agent was closed")
 
     def _finish(self) -> None:
         self._over = True
