@@ -172,7 +172,8 @@ class Plumbing:
 def plumbed(wanted: pb.Stdio, directory: Path, name: str) -> Iterator[Plumbing]:
     """Make pipes, or a socket for the terminal, for the block in which crun creates the process."""
     if wanted.terminal:
-        with Console.listening(directory / f"{name}.tty") as console:
+        # A socket's path has to fit into 108 bytes, which two ids and the bundles' directory do not.
+        with Console.listening(directory.parent.parent / f"{os.urandom(6).hex()}.tty") as console:
             yield Plumbing(console)
         return
     plumbing = Plumbing(None)
