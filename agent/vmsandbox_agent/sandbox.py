@@ -117,6 +117,8 @@ class Sandbox:
             (etc / "hostname").write_text(request.hostname + "\n")
             own = f"127.0.1.1\t{request.hostname}\n"
             (etc / "hosts").write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + own)
+        if request.hosts:
+            self.write_etc("hosts", request.hosts)
         (etc / "resolv.conf").write_text(_resolv_conf(request.dns))
         for path, content in request.files.items():
             self._write_file(path, content)
@@ -140,6 +142,12 @@ class Sandbox:
 
     def set_time(self, time_ns: int) -> None:
         self._calls.set_time(time_ns)
+
+    def write_etc(self, name: str, content: bytes) -> None:
+        """Replace what a file says, but not the file: containers have it mounted."""
+        if "/" in name or name in ("", ".", ".."):
+            raise InvalidArgumentError(f"'{name}' is not a file of '{self.layout.etc}'")
+        (self.layout.etc / name).write_bytes(content)
 
     def _write_file(self, path: str, content: bytes) -> None:
         target = Path(os.path.normpath(self.layout.files / path))

@@ -178,6 +178,12 @@ class SandboxService(pb_grpc.SandboxServicer):
             yield pb.CopyOutResponse(data=data)
 
     @_rpc
+    def WriteFiles(self, request: pb.WriteFilesRequest, context: grpc.ServicerContext) -> pb.WriteFilesResponse:
+        for name, content in request.files.items():
+            self._sandbox.write_etc(name, content)
+        return pb.WriteFilesResponse()
+
+    @_rpc
     def UpdateInterface(self, request: pb.UpdateInterfaceRequest, context: grpc.ServicerContext) -> pb.Interface:
         return self._sandbox.network.update_interface(request.interface, timeout=request.timeout_ms / 1000)
 

@@ -104,6 +104,7 @@ class CreateSandboxRequest(_message.Message):
     INTERFACES_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     hostname: _builtins.str
     shm_bytes: _builtins.int
@@ -116,6 +117,8 @@ class CreateSandboxRequest(_message.Message):
     """At least 32 fresh random bytes; empty only in tests."""
     machine_id: _builtins.str
     """32 lower-case hex digits for /etc/machine-id; empty leaves it."""
+    hosts: _builtins.bytes
+    """Content of /etc/hosts; empty: loopback and the hostname."""
     @_builtins.property
     def dns(self) -> Global___Dns: ...
     @_builtins.property
@@ -149,10 +152,11 @@ class CreateSandboxRequest(_message.Message):
         interfaces: _abc.Iterable[Global___Interface] | None = ...,
         routes: _abc.Iterable[Global___Route] | None = ...,
         neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
+        hosts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns", "entropy", b"entropy", "files", b"files", "hostname", b"hostname", "interfaces", b"interfaces", "machine_id", b"machine_id", "neighbours", b"neighbours", "routes", b"routes", "sandbox_id", b"sandbox_id", "shared_pid_namespace", b"shared_pid_namespace", "shm_bytes", b"shm_bytes", "storages", b"storages", "sysctls", b"sysctls", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns", "entropy", b"entropy", "files", b"files", "hostname", b"hostname", "hosts", b"hosts", "interfaces", b"interfaces", "machine_id", b"machine_id", "neighbours", b"neighbours", "routes", b"routes", "sandbox_id", b"sandbox_id", "shared_pid_namespace", b"shared_pid_namespace", "shm_bytes", b"shm_bytes", "storages", b"storages", "sysctls", b"sysctls", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1146,9 +1150,67 @@ class AddNeighboursResponse(_message.Message):
 Global___AddNeighboursResponse: _TypeAlias = AddNeighboursResponse  # noqa: Y015
 
 @_typing.final
-class GetMetricsRequest(_message.Message):
-    """---------------------------------------------------------------- metrics and events"""
+class WriteFilesRequest(_message.Message):
+    """---------------------------------------------------------------- metrics and events
 
+    Path below /run/vmsandbox/etc -> content.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FilesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        files: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteFilesRequest: _TypeAlias = WriteFilesRequest  # noqa: Y015
+
+@_typing.final
+class WriteFilesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteFilesResponse: _TypeAlias = WriteFilesResponse  # noqa: Y015
+
+@_typing.final
+class GetMetricsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(

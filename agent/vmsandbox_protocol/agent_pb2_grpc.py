@@ -96,6 +96,11 @@ class SandboxStub:
                 request_serializer=vmsandbox__protocol_dot_agent__pb2.GetMetricsRequest.SerializeToString,
                 response_deserializer=vmsandbox__protocol_dot_agent__pb2.Metrics.FromString,
                 _registered_method=True)
+        self.WriteFiles = channel.unary_unary(
+                '/vmsandbox.agent.v1.Sandbox/WriteFiles',
+                request_serializer=vmsandbox__protocol_dot_agent__pb2.WriteFilesRequest.SerializeToString,
+                response_deserializer=vmsandbox__protocol_dot_agent__pb2.WriteFilesResponse.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/vmsandbox.agent.v1.Sandbox/WatchEvents',
                 request_serializer=vmsandbox__protocol_dot_agent__pb2.WatchEventsRequest.SerializeToString,
@@ -216,6 +221,13 @@ class SandboxServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WriteFiles(self, request, context):
+        """Replaces files that containers see, in place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """Exits and OOM kills from the moment of the call on, preceded by those that were not acknowledged.
         """
@@ -321,6 +333,11 @@ def add_SandboxServicer_to_server(servicer, server):
                     servicer.GetMetrics,
                     request_deserializer=vmsandbox__protocol_dot_agent__pb2.GetMetricsRequest.FromString,
                     response_serializer=vmsandbox__protocol_dot_agent__pb2.Metrics.SerializeToString,
+            ),
+            'WriteFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteFiles,
+                    request_deserializer=vmsandbox__protocol_dot_agent__pb2.WriteFilesRequest.FromString,
+                    response_serializer=vmsandbox__protocol_dot_agent__pb2.WriteFilesResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -684,6 +701,33 @@ class Sandbox:
             '/vmsandbox.agent.v1.Sandbox/GetMetrics',
             vmsandbox__protocol_dot_agent__pb2.GetMetricsRequest.SerializeToString,
             vmsandbox__protocol_dot_agent__pb2.Metrics.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmsandbox.agent.v1.Sandbox/WriteFiles',
+            vmsandbox__protocol_dot_agent__pb2.WriteFilesRequest.SerializeToString,
+            vmsandbox__protocol_dot_agent__pb2.WriteFilesResponse.FromString,
             options,
             channel_credentials,
             insecure,

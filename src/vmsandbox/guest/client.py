@@ -19,7 +19,7 @@ from vmsandbox.guest.attachment import Attachment
 from vmsandbox.guest.replies import check_bounds, check_exit, protocol, translated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Iterable
+    from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
     from pathlib import Path
 
     from vmsandbox_protocol import agent_pb2 as pb
@@ -167,6 +167,10 @@ class AgentClient:
             if answer.WhichOneof("what") == "exited":
                 check_exit(answer.exited)
             yield answer
+
+    async def write_files(self, files: Mapping[str, bytes], *, timeout: float = QUICK) -> None:
+        """Replace the content of files that containers have mounted, e.g. ``hosts``."""
+        await self._call(self._sandbox.WriteFiles, protocol().WriteFilesRequest(files=files), timeout)
 
     async def update_interface(self, interface: pb.Interface, *, timeout: float = QUICK) -> pb.Interface:
         request = protocol().UpdateInterfaceRequest(interface=interface, timeout_ms=int(timeout * 1000))
