@@ -127,7 +127,9 @@ class Workplace:
     # ------------------------------------------------------------ our own commands
 
     def command(self, *words: str) -> list[str]:
-        """The command line of a verb of ours."""
+        """The command line of a verb of ours; containers have no network unless the row is about it."""
+        if words[0] == "run" and "--network" not in words:
+            words = ("run", "--network", "none", *words[1:])
         program = Path(sys.executable).with_name("vmsandbox")
         roots = ["--root", self.roots.run_dir, "--data-root", self.roots.data_dir]
         return [str(program), *roots, *words]

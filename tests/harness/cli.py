@@ -36,11 +36,17 @@ class Cli:
         self.run_root = run_root
         self.data_root = data_root
         self.config: Path | None = None
+        #: in front of every command: the tests of the network run it in a namespace
+        self.prefix: tuple[str, ...] = ()
+        #: of containers that name none: what is tested elsewhere needs none, and the machine keeps its own untouched
+        self.network = "none"
 
     def argv(self, *words: str) -> list[str]:
+        if words[0] in ("run", "create"):
+            words = (words[0], "--network", self.network, *words[1:])
         config = ("--config", str(self.config)) if self.config else ()
         roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
-        return [*COMMAND, "--debug", *roots, *config, *words]
+        return [*self.prefix, *COMMAND, "--debug", *roots, *config, *words]
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}

@@ -325,6 +325,14 @@ async def test_an_interface_can_come_and_go_while_others_stay(pair: tuple[Netns,
         assert "vmstap" in pod.run("ip link")
 
 
+@pytest.mark.deadline(60)
+async def test_what_a_living_pod_has_stays_its_own(pair: tuple[Netns, Netns]) -> None:
+    pod, _ = pair
+    async with attach.attached(pod.path, owner="one"):
+        with unchanged(pod):
+            assert await attach.detach(pod.path, owner="another") == []
+
+
 async def test_a_namespace_that_is_gone_needs_no_detaching(tmp_path: Path) -> None:
     assert await attach.detach(str(tmp_path / "gone")) == []
 
@@ -334,11 +342,11 @@ async def test_a_namespace_that_is_gone_needs_no_detaching(tmp_path: Path) -> No
 
 async def test_a_namespace_is_made_and_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "netns" / "pod")
-    await attach.create_namespace(path)
+    await namespaces.create(path)
     try:
         assert await attach.scan(path) == []
         with pytest.raises(AlreadyExistsError):
-            await attach.create_namespace(path)
+            await namespaces.create(path)
     finally:
         assert namespaces.remove(path)
     assert not namespaces.remove(path)

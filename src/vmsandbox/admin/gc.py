@@ -36,6 +36,7 @@ def main(argv: list[str], roots: Roots) -> int:
         collect_sandbox(roots, SandboxPaths(f"{roots.sandboxes_dir}/{directory}"), say)
     for directory in entries(roots.builders_dir):
         collect_builder(f"{roots.builders_dir}/{directory}", say)
+    collect_networks(roots, say)
     collect_containers(roots, say)
     return 0
 
@@ -72,6 +73,29 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
             settle_container(roots, container, say)
         if records.forget_sandbox_if_empty(sandbox):
             say(f"removed pod '{os.path.basename(sandbox.dir)}'")
+
+
+def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
+    """Take apart the networks of pods whose machine has ended and that nobody serves."""
+    if not os.path.isdir(f"{roots.run_dir}/net"):
+        return
+    import asyncio
+
+    from vmsandbox.resources.network import pod
+
+    for place in pod.remembered(roots):
+        sandbox = roots.sandbox(place.sandbox_id)
+        try:
+            lock = open(sandbox.lock_file, "ab")  # noqa: SIM115 - closed by the with below
+        except FileNotFoundError:
+            lock = open(os.devnull, "ab")  # noqa: SIM115 - the pod's directory is gone
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            alive = ("created", "running", "paused")
+            if is_served(sandbox) or any(container.status() in alive for container in documents(sandbox)):
+                continue
+            if asyncio.run(pod.release(place)):
+                say(f"removed the network of pod '{os.path.basename(sandbox.dir)}'")
 
 
 def collect_builder(directory: str, say: Callable[[str], None]) -> None:

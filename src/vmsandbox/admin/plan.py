@@ -22,7 +22,8 @@ def main(argv: list[str], roots: Roots) -> int:
     request = json.loads(argv[0])
     settings = load(roots, config_file=os.environ.get("VMSANDBOX_CONFIG"))
     options = composition.run_options(request)
-    spec = composition.sandbox_spec(request, options)
+    spec = composition.sandbox_spec(request, options, network=settings.network.default)
+    options = composition.without_pods(options, spec)
     around = Surroundings(roots=roots, paths=roots.sandbox(spec.id), settings=settings, hypervisor=QemuHypervisor())
     image = ImageStore(roots).resolve(request["image"])
     shared = composition.share_plan(around, spec, options, container_id=request["id"])
@@ -32,6 +33,7 @@ def main(argv: list[str], roots: Roots) -> int:
     plan = {
         "image": {"id": image.id, "path": str(image.erofs)},
         "qemu": list(around.hypervisor.argv(vm_config_for(around, spec))),
+        "network": spec.network,
         "user": result.user,
         "spec": result.spec,
     }

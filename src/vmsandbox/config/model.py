@@ -138,6 +138,26 @@ class ContainerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """The networks of pods."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = STRICT
+
+    #: of a pod for which none is named
+    default: Literal["default", "none"] = "default"
+    #: IPv4 addresses of the default network; empty: a private range that the host does not use
+    subnet: Annotated[str, Matching(r"^([0-9.]+/[0-9]+)?$")] = ""
+    #: the default network has IPv6 addresses too
+    ipv6: bool = False
+    #: directories of CNI plugins, separated by colons
+    plugins: Annotated[str, Matching("^/[^\\x00:]*(:/[^\\x00:]*)*$")] = "/usr/lib/cni:/opt/cni/bin"
+    #: pods can only send with their own addresses
+    source_check: bool = True
+    #: name servers for pods, separated by blanks, where the host's cannot be reached from outside of it
+    dns_fallback: Annotated[str, Matching("^[0-9a-fA-F:. ]*$")] = "1.1.1.1 8.8.8.8"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Bounds of what an image may contain, against hostile archives."""
 
@@ -167,6 +187,7 @@ class Settings:
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
     guest: GuestSettings = field(default_factory=GuestSettings)
     container: ContainerSettings = field(default_factory=ContainerSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -177,6 +198,7 @@ SECTIONS: dict[str, type] = {
     "sandbox": SandboxSettings,
     "guest": GuestSettings,
     "container": ContainerSettings,
+    "network": NetworkSettings,
     "image": ImageSettings,
     "log": LogSettings,
 }

@@ -6,6 +6,7 @@ InvalidArgumentError that names it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import compose, options
+from vmsandbox.resources.network.options import requested
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.sandbox import SandboxSpec
 from vmsandbox_protocol import agent_pb2 as pb
@@ -37,8 +39,11 @@ def identifier(request: dict[str, Any], key: str) -> str:
     return value
 
 
-def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None) -> SandboxSpec:
-    """The pod that a container's request brings up; `chosen` are the options of that container."""
+def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None, *, network: str = "default") -> SandboxSpec:
+    """The pod that a container's request brings up; `chosen` are the options of that container.
+
+    `network` is what the pod gets that names none.
+    """
     pod = request.get("sandbox")
     if not isinstance(pod, dict):
         raise InvalidArgumentError("the request names no pod")
@@ -56,7 +61,15 @@ def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None) -> S
         shareable=not implicit or bool(chosen and chosen.volumes),
         shared_fs=shared_fs,
         template=str(pod.get("template") or ""),
+        network=requested(pod.get("network") or {}, default=network).document(),
+        aliases=(str(request["name"]),) if implicit and request.get("name") else (),
+        sysctls={name: value for name, value in (chosen.sysctls if chosen else {}).items() if is_of_pod(name)},
     )
+
+
+def is_of_pod(sysctl: str) -> bool:
+    """Whether a setting is the network's, which belongs to the pod and not to one container."""
+    return sysctl.replace("/", ".").startswith("net.")
 
 
 def share_plan(around: Surroundings, spec: SandboxSpec, chosen: RunOptions, *, container_id: str) -> shares.Plan:
@@ -89,6 +102,12 @@ def container_document(request: dict[str, Any]) -> dict[str, Any]:
 def run_options(request: dict[str, Any]) -> RunOptions:
     """The checked options of a request, relative paths taken from the client's directory."""
     return options.run_options(request["options"], cwd=str(request.get("cwd") or "/"))
+
+
+def without_pods(chosen: RunOptions, spec: SandboxSpec) -> RunOptions:
+    """The options of a container without what its pod was given of them."""
+    own = {name: value for name, value in chosen.sysctls.items() if name not in spec.sysctls}
+    return dataclasses.replace(chosen, sysctls=own)
 
 
 def compose_spec(

@@ -142,6 +142,7 @@ async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: S
         watching = [
             watchers.create_task(sandbox.watch_vm(), name="watch-vm"),
             watchers.create_task(service.watch_events(sandbox), name="watch-events"),
+            watchers.create_task(sandbox.network.follow(sandbox.agent), name="follow-names"),
         ]
         if adopt:
             await service.take_over(sandbox)

@@ -1,19 +1,225 @@
-"""A pod's network as the guest is told of it."""
+"""A pod's network: made while its machine starts, plugged into it, told to its guest, and followed.
+
+`connected` is entered before the machine is started and left after it has ended; the work in between is a task of its
+own, so that neither waits for the other.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from vmsandbox_protocol import agent_pb2 as pb
+from vmsandbox.errors import InvalidStateError, SandboxError
+from vmsandbox.resources.network import attach, names, pod
+from vmsandbox.resources.network.bridge import Bridge
+from vmsandbox.resources.network.options import NetworkOptions
+from vmsandbox_hypervisor.aio import finish
+from vmsandbox_hypervisor.api import Nic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
+    from pathlib import Path
 
+    from vmsandbox.guest.client import AgentClient
+    from vmsandbox.resources.network.attach import Tap
     from vmsandbox.resources.network.model import Endpoint
+    from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings
+    from vmsandbox_hypervisor.api import Vm
+    from vmsandbox_protocol import agent_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+#: seconds for taking a network apart
+RELEASE_TIMEOUT = 90.0
+
+
+class Connection:
+    """What a pod's network is to its supervisor.  Obtain one from `connected` or `resumed`."""
+
+    def __init__(self, around: Surroundings, spec: SandboxSpec) -> None:
+        self.spec = spec
+        self.options = NetworkOptions.of(spec.network)
+        self.place = pod.Place(roots=around.roots, sandbox_id=spec.id)
+        self.settings = around.settings.network
+        self.network: pod.PodNetwork | None = None
+        #: seconds it took to be made
+        self.seconds = 0.0
+        #: interfaces that the machine has: name -> id of the device
+        self.plugged: dict[str, str] = {}
+        self._making: asyncio.Task[pod.PodNetwork] | None = None
+        self._told = b""
+        self._changing = asyncio.Lock()
+
+    def begin(self) -> None:
+        """Start to make the network."""
+        if self.options.kind != "none":
+            self._making = asyncio.create_task(self._make(), name="network")
+
+    async def _make(self) -> pod.PodNetwork:
+        began = time.monotonic()
+        network = await pod.made(self.place, self.options, self.settings)
+        self.seconds = time.monotonic() - began
+        return network
+
+    async def plug(self, vm: Vm, request: pb.CreateSandboxRequest) -> None:
+        """Give the machine its interfaces and say in the request to its guest what they are."""
+        if self._making is not None:
+            self.network = await asyncio.shield(self._making)
+            self.plugged.clear()
+            for tap in self.network.taps:
+                pci_path = await self._attach(vm, tap)
+                request.interfaces.append(interface_of(tap.endpoint, pci_path=pci_path))
+            request.routes.extend(routes_of(self.network.endpoints))
+            request.neighbours.extend(neighbours_of(self.network.endpoints))
+        self._told = request.hosts = self._hosts()
+        if self.network is not None or self.options.dns or self.options.dns_search or self.options.dns_options:
+            self._tell_resolver(request.dns)
+
+    @property
+    def failed(self) -> bool:
+        """The network cannot be made: no machine will have it."""
+        making = self._making
+        return making is not None and making.done() and (making.cancelled() or making.exception() is not None)
+
+    async def _attach(self, vm: Vm, tap: Tap) -> str:
+        endpoint = tap.endpoint
+        nic = Nic(id=f"if{endpoint.index}", tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu)
+        address = await vm.attach_nic(nic)
+        self.plugged[endpoint.name] = nic.id
+        return address.pci_path
+
+    def recognise(self, vm: Vm) -> None:
+        """Find the interfaces that an earlier supervisor plugged in."""
+        devices = vm.devices()
+        endpoints = self.network.endpoints if self.network is not None else []
+        self.plugged = {each.name: f"if{each.index}" for each in endpoints if f"nic-if{each.index}" in devices}
+
+    def settle(self) -> None:
+        """The machine runs and has the taps: our copies would keep them alive after its end."""
+        if self.network is not None:
+            for tap in self.network.taps:
+                tap.close()
+            if self.network.announces:
+                self.network.announce(self._names())
+
+    def _names(self) -> list[str]:
+        own = [self.spec.hostname, *self.spec.aliases, self.spec.id[:12]]
+        return [name for name in own if name]
+
+    def _hosts(self) -> bytes:
+        network = self.network or pod.PodNetwork(self.place, self.options, {})
+        others = names.others(self._directory, self.spec.id) if network.announces else []
+        return names.hosts_file(network.host_entries(self._names()), others)
+
+    @property
+    def _directory(self) -> Path:
+        return Bridge(self.place.roots).names()
+
+    def _tell_resolver(self, dns: pb.Dns) -> None:
+        host = names.host_resolver()
+        servers = self.options.dns or host.servers or tuple(self.settings.dns_fallback.split())
+        dns.servers.extend(servers)
+        searches = self.options.dns_search or host.searches
+        dns.searches.extend(searches if searches != (".",) else ())
+        dns.options.extend(self.options.dns_options or host.options)
+
+    async def follow(self, agent: AgentClient) -> None:
+        """Keep the guest's hosts file up to date while pods of the same network come and go."""
+        if self.network is None or not self.network.announces:
+            return
+        async for _ in names.changes(self._directory):
+            content = self._hosts()
+            if content == self._told:
+                continue
+            try:
+                await agent.write_files({"hosts": content})
+                self._told = content
+            except SandboxError as error:
+                log.warning("the guest was not told of its neighbours: %s", error)
+
+    # ------------------------------------------------------------ changes while it runs
+
+    async def refresh(self, vm: Vm, agent: AgentClient) -> dict[str, list[str]]:
+        """Bring machine and guest in line with what interfaces the namespace has now; answers what changed."""
+        network = self.network
+        if network is None or not network.namespace:
+            raise InvalidStateError("the pod's network", state="'none'", wanted="refresh")
+        async with self._changing:
+            found = {endpoint.name: endpoint for endpoint in await attach.scan(network.namespace)}
+            gone = [name for name in self.plugged if name not in found]
+            new = [name for name in found if name not in self.plugged]
+            for name in gone:
+                await agent.remove_interface(name)
+                await vm.detach_nic(self.plugged.pop(name))
+            await attach.detach(network.namespace, names=gone, owner=self.spec.id)
+            taps = await attach.attach(
+                network.namespace, names=new, source_check=self.settings.source_check, owner=self.spec.id
+            )
+            try:
+                for tap in taps:
+                    await agent.update_interface(interface_of(tap.endpoint, pci_path=await self._attach(vm, tap)))
+            finally:
+                for tap in taps:
+                    tap.close()
+            endpoints = list(found.values())
+            await agent.update_routes(routes_of(endpoints))
+            await agent.add_neighbours(neighbours_of(endpoints))
+        return {"added": new, "removed": gone}
+
+    async def end(self) -> None:
+        """Take the network apart; the machine has ended."""
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.wait({self._making})
+            if not self._making.cancelled() and self._making.exception() is None:
+                self.network = self._making.result()
+        if self.network is not None:
+            self.network.let_go()
+        try:
+            await pod.release(self.place)
+        except SandboxError as error:
+            log.warning("the network is left to 'vmsandbox gc': %s", error)
+
+
+@asynccontextmanager
+async def connected(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Connection]:
+    """A pod's network for the duration of the block, which begins while it is still being made."""
+    connection = Connection(around, spec)
+    connection.begin()
+    try:
+        yield connection
+    finally:
+        await finish(connection.end(), seconds=RELEASE_TIMEOUT)
+
+
+@asynccontextmanager
+async def resumed(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Connection]:
+    """The network of a pod that an earlier supervisor made; its machine may or may not still run."""
+    connection = Connection(around, spec)
+    if connection.options.kind != "none":
+        connection.network = network = pod.known(connection.place, connection.options)
+        if os.path.exists(network.namespace):
+            try:
+                network.taps = [attach.Tap(endpoint, -1) for endpoint in await attach.scan(network.namespace)]
+            except SandboxError as error:
+                log.warning("the pod's network cannot be looked at: %s", error)
+    try:
+        yield connection
+    finally:
+        await finish(connection.end(), seconds=RELEASE_TIMEOUT)
+
+
+# ---------------------------------------------------------------- what the guest is told
 
 
 def interface_of(endpoint: Endpoint, *, pci_path: str = "") -> pb.Interface:
     """The guest's interface: the namespace's in everything."""
+    from vmsandbox_protocol import agent_pb2 as pb
+
     addresses = [
         pb.IpAddress(address=each.address, prefix=each.prefix, peer=each.peer, no_prefix_route=True)
         for each in endpoint.addresses
@@ -31,6 +237,8 @@ def interface_of(endpoint: Endpoint, *, pci_path: str = "") -> pb.Interface:
 
 def routes_of(endpoints: Iterable[Endpoint]) -> list[pb.Route]:
     """All routes of all interfaces."""
+    from vmsandbox_protocol import agent_pb2 as pb
+
     return [
         pb.Route(
             destination=route.destination,
@@ -52,6 +260,8 @@ def routes_of(endpoints: Iterable[Endpoint]) -> list[pb.Route]:
 
 def neighbours_of(endpoints: Iterable[Endpoint]) -> list[pb.Neighbour]:
     """All neighbours of all interfaces."""
+    from vmsandbox_protocol import agent_pb2 as pb
+
     return [
         pb.Neighbour(interface=endpoint.name, address=each.address, mac=each.mac, state=each.state)
         for endpoint in endpoints

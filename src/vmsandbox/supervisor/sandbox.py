@@ -22,12 +22,13 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store as guests
 from vmsandbox.resources import share
 from vmsandbox.supervisor import shares, store, template
+from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
 from vmsandbox_hypervisor.errors import HypervisorError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import AsyncIterator, Awaitable, Coroutine
     from pathlib import Path
 
     from vmsandbox.config.model import Settings
@@ -40,7 +41,13 @@ log = logging.getLogger(__name__)
 AGENT_PORT = "vmsandbox.agent"
 ROOT_DISK = "guest-root"
 #: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
-GUEST_SYSCTLS = {"kernel.pid_max": "4194304", "kernel.threads-max": "1000000"}
+GUEST_SYSCTLS = {
+    "kernel.pid_max": "4194304",
+    "kernel.threads-max": "1000000",
+    # As docker has it: in a network of its own, everybody may serve any port, and ping.
+    "net.ipv4.ip_unprivileged_port_start": "0",
+    "net.ipv4.ping_group_range": "0 2147483647",
+}
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
 
@@ -72,6 +79,12 @@ class SandboxSpec:
     shared_fs: str | None = None
     #: overrides the setting
     template: str = ""
+    #: a document of `NetworkOptions`
+    network: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
+    #: what other pods know it by, beside hostname and id
+    aliases: tuple[str, ...] = ()
+    #: of the network, which all containers share
+    sysctls: dict[str, str] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
 
     def document(self) -> dict[str, Any]:
@@ -84,6 +97,9 @@ class SandboxSpec:
             "shareable": self.shareable,
             "shared_fs": self.shared_fs,
             "template": self.template,
+            "network": self.network,
+            "aliases": [*self.aliases],
+            "sysctls": self.sysctls,
             "created": self.created,
         }
 
@@ -103,11 +119,14 @@ class Demand:
 class Sandbox:
     """The running pod.  Obtain one from `opened` or `adopted`; there is no half-built sandbox."""
 
-    def __init__(self, around: Surroundings, spec: SandboxSpec, vm: Vm, agent: AgentClient) -> None:
+    def __init__(
+        self, around: Surroundings, spec: SandboxSpec, vm: Vm, agent: AgentClient, network: Connection
+    ) -> None:
         self.around = around
         self.spec = spec
         self.vm = vm
         self.agent = agent
+        self.network = network
         self.details: pb.GuestDetails | None = None
         #: nobody needs the pod any more
         self.ended = asyncio.Event()
@@ -305,48 +324,59 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
     if config.shares:
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
         await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
-    async with AsyncExitStack() as stack:
+    async with connected(around, spec) as network, AsyncExitStack() as stack:
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
         chosen = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
         clone, key = await stack.enter_async_context(chosen)
         sandbox = None
         if clone is not None:
-            sandbox = await _cloned(around, spec, clone, stack, required=mode == "require")
+            sandbox = await _cloned(around, spec, clone, network, stack, required=mode == "require")
         if sandbox is None:
-            sandbox = await _booted(around, spec, config, stack)
+            sandbox = await _booted(around, spec, config, network, stack)
         sandbox.template_key = key
+        network.settle()
         yield sandbox
 
 
 async def _cloned(
-    around: Surroundings, spec: SandboxSpec, config: VmConfig, stack: AsyncExitStack, *, required: bool
+    around: Surroundings,
+    spec: SandboxSpec,
+    config: VmConfig,
+    network: Connection,
+    stack: AsyncExitStack,
+    *,
+    required: bool,
 ) -> Sandbox | None:
     """A pod out of a template; None, and a line in the log, where that fails and is not required."""
     try:
         async with AsyncExitStack() as attempt:
-            sandbox = await _booted(around, spec, config, attempt)
+            sandbox = await _booted(around, spec, config, network, attempt)
             stack.push_async_exit(attempt.pop_all())
             return sandbox
     except SandboxError as error:
-        if required:
+        if required or network.failed:
             raise
         log.warning("the template's clone failed, the pod boots cold: %s", error)
         return None
 
 
-async def _booted(around: Surroundings, spec: SandboxSpec, config: VmConfig, stack: AsyncExitStack) -> Sandbox:
+async def _booted(
+    around: Surroundings, spec: SandboxSpec, config: VmConfig, network: Connection, stack: AsyncExitStack
+) -> Sandbox:
     began = time.monotonic()
     with translating():
         vm = await stack.enter_async_context(around.hypervisor.running(config))
         connecting = AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm)
         agent = await stack.enter_async_context(connecting)
-        sandbox = Sandbox(around, spec, vm, agent)
+        sandbox = Sandbox(around, spec, vm, agent, network)
         sandbox.cpus_online = config.cpus.boot
         sandbox.phases["vm"] = time.monotonic() - began
         # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
         sandbox.save("creating")
         sandbox.details = await _unless_vm_ends(sandbox, _introduce(sandbox, timeout=config.boot_timeout))
         sandbox.phases["agent"] = time.monotonic() - began
+        if network.seconds:
+            sandbox.phases["network"] = network.seconds
         if config.restore is None:
             for phase, micros in sandbox.details.boot_phases_us.items():
                 sandbox.phases[f"guest_{phase}"] = micros / 1e6
@@ -362,10 +392,12 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
     config = store.vm_config(known)
     with translating():
         async with (
+            resumed(around, spec) as network,
             around.hypervisor.adopted(config, pid=known["pid"], start_time=known["start_time"]) as vm,
             AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent,
         ):
-            sandbox = Sandbox(around, spec, vm, agent)
+            network.recognise(vm)
+            sandbox = Sandbox(around, spec, vm, agent, network)
             sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
             sandbox.save("ready")
             yield sandbox
@@ -376,16 +408,30 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     from vmsandbox_protocol import agent_pb2 as pb
 
     spec = sandbox.spec
-    await sandbox.agent.details(timeout=timeout)
     request = pb.CreateSandboxRequest(
         sandbox_id=spec.id,
         hostname=spec.hostname,
-        time_ns=time.time_ns(),
         entropy=os.urandom(64),
         machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
-        sysctls=GUEST_SYSCTLS,
+        sysctls=GUEST_SYSCTLS | spec.sysctls,
     )
+    await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
+    request.time_ns = time.time_ns()
     return await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
+
+
+async def _both(*work: Coroutine[Any, Any, object]) -> None:
+    """Do things at the same time; the first error ends the others."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:

@@ -216,7 +216,10 @@ class Service:
         try:
             image = ImageStore(self.around.roots).resolve(str(request["image"]))
             options = composition.run_options(request)
-            spec = self.wanted.result() if self.wanted.done() else composition.sandbox_spec(request, options)
+            default = self.around.settings.network.default
+            wanted = self.wanted
+            spec = wanted.result() if wanted.done() else composition.sandbox_spec(request, options, network=default)
+            options = composition.without_pods(options, spec)
             # In a thread, because the sources may lie on a file system that does not answer.
             shared = await asyncio.to_thread(
                 composition.share_plan, self.around, spec, options, container_id=container_id

@@ -43,6 +43,13 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]", help="share a host file or directory")
     add("--mount", action="append", default=[], metavar="type=bind|tmpfs,...", help="the same spelled out, or a tmpfs")
     add("--shared-fs", choices=("virtio-fs", "9p", "none"), default=None, help="how files are shared with the host")
+    add("--network", default="", metavar="NETWORK", help="none, default, or ns:PATH of a network namespace")
+    add("-p", "--publish", action="append", default=[], metavar="[IP:]HOST:CONTAINER[/udp]", help="lead a port here")
+    add("--ip", default="", metavar="ADDRESS", help="an address of the default network")
+    add("--dns", action="append", default=[], metavar="ADDRESS", help="a name server instead of the host's")
+    add("--dns-search", action="append", default=[], metavar="DOMAIN", help="where short names are looked up")
+    add("--dns-option", action="append", default=[], metavar="OPTION", help="an option of the resolver")
+    add("--add-host", action="append", default=[], metavar="NAME:ADDRESS", help="a line of /etc/hosts")
     add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
     add("--pids-limit", type=int, default=None, metavar="N")
@@ -95,6 +102,12 @@ def container_options(arguments: argparse.Namespace) -> dict[str, Any]:
         given["entrypoint"] = [arguments.entrypoint]
     given["client_env"] = client_environment(given["env"])
     return {key: value for key, value in given.items() if value not in (None, "", [], {}, False)}
+
+
+def network_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the user typed about the network, under the names of `resources.network.options`."""
+    names = ("network", "publish", "ip", "dns", "dns_search", "dns_option", "add_host")
+    return {name: value for name in names if (value := getattr(arguments, name))}
 
 
 def client_environment(entries: list[str]) -> dict[str, str]:
@@ -156,6 +169,7 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
             "shared_fs": arguments.shared_fs,
             "template": arguments.template,
             "hostname": arguments.hostname or container_id[: records.SHOWN_ID],
+            "network": network_options(arguments),
         },
     }
     if arguments.name:
@@ -251,6 +265,11 @@ def dry_run(options: Options, arguments: argparse.Namespace) -> int:
         "options": container_options(arguments),
         "cwd": os.getcwd(),
         "stdin": arguments.interactive,
-        "sandbox": {"id": "dry-run", "accel": arguments.accel, "shared_fs": arguments.shared_fs},
+        "sandbox": {
+            "id": "dry-run",
+            "accel": arguments.accel,
+            "shared_fs": arguments.shared_fs,
+            "network": network_options(arguments),
+        },
     }
     return exec_admin(options, "plan", [json.dumps(request)])

@@ -61,14 +61,23 @@ async def scan(path: str) -> list[Endpoint]:
     return _endpoints(answer)
 
 
-async def attach(path: str, *, names: Sequence[str] | None = None, source_check: bool = True) -> list[Tap]:
+async def attach(
+    path: str, *, names: Sequence[str] | None = None, source_check: bool = True, owner: str = ""
+) -> list[Tap]:
     """Give every interface (or the named ones) of the namespace at `path` a tap; all of them or none.
+
+    `owner` is who may `detach` while it lives.
 
     With `source_check` the guest can send with its own addresses only.  Filters that a pod before this one left are
     replaced.  Raises AlreadyExistsError where an interface belongs to a pod that still runs, NotFoundError for an
     unknown name, and what `scan` raises.
     """
-    request = {"job": "attach", "names": list(names) if names is not None else None, "source_check": source_check}
+    request = {
+        "job": "attach",
+        "names": list(names) if names is not None else None,
+        "source_check": source_check,
+        "owner": owner,
+    }
     with namespaces.opened(path) as fd:
         answer, fds = await _ask(request, fd)
     try:
@@ -83,14 +92,14 @@ async def attach(path: str, *, names: Sequence[str] | None = None, source_check:
         raise
 
 
-async def detach(path: str, *, names: Iterable[str] | None = None) -> list[str]:
-    """Undo `attach`, by whomever and however incomplete, and say of which interfaces; safe to repeat.
+async def detach(path: str, *, names: Iterable[str] | None = None, owner: str = "") -> list[str]:
+    """Undo `attach`, however incomplete, and say of which interfaces; safe to repeat.
 
-    A namespace that is gone is fine.
+    What a living pod other than `owner` has attached stays.  A namespace that is gone is fine.
     """
     if not os.path.exists(path):
         return []
-    request = {"job": "detach", "names": list(names) if names is not None else None}
+    request = {"job": "detach", "names": list(names) if names is not None else None, "owner": owner}
     with namespaces.opened(path) as fd:
         answer, _ = await _ask(request, fd)
     return [str(name) for name in answer.get("detached", ())]
@@ -98,25 +107,20 @@ async def detach(path: str, *, names: Iterable[str] | None = None) -> list[str]:
 
 @asynccontextmanager
 async def attached(
-    path: str, *, names: Sequence[str] | None = None, source_check: bool = True
+    path: str, *, names: Sequence[str] | None = None, source_check: bool = True, owner: str = ""
 ) -> AsyncIterator[list[Tap]]:
     """`attach` for the duration of the block."""
-    taps = await attach(path, names=names, source_check=source_check)
+    taps = await attach(path, names=names, source_check=source_check, owner=owner)
     try:
         yield taps
     finally:
         for tap in taps:
             tap.close()
-        await finish(_detach_quietly(path, [tap.endpoint.name for tap in taps]), seconds=2 * TIMEOUT)
+        await finish(_detach(path, [tap.endpoint.name for tap in taps], owner), seconds=2 * TIMEOUT)
 
 
-async def _detach_quietly(path: str, names: list[str]) -> None:
-    await detach(path, names=names)
-
-
-async def create_namespace(path: str) -> None:
-    """Make a network namespace with its loopback up, kept at the new file `path` until `namespaces.remove`."""
-    await _ask({"job": "create", "path": path}, None)
+async def _detach(path: str, names: list[str], owner: str) -> None:
+    await detach(path, names=names, owner=owner)
 
 
 def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
@@ -126,16 +130,14 @@ def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
 # ---------------------------------------------------------------- the helper process
 
 
-async def _ask(request: dict[str, Any], namespace: int | None) -> tuple[dict[str, Any], list[int]]:
+async def _ask(request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
     """Have a helper do a job; its answer and the descriptors that came with it, which are the caller's."""
     ours, theirs = socket.socketpair()
     messages = os.memfd_create("messages", os.MFD_CLOEXEC)
     fds: list[int] = []
     try:
         with ours, theirs:
-            given = {REQUEST_FD: theirs.fileno()}
-            if namespace is not None:
-                given[NAMESPACE_FD] = namespace
+            given = {REQUEST_FD: theirs.fileno(), NAMESPACE_FD: namespace}
             child = spawn(f"network {request['job']}", _argv(), fds=given, stderr=messages)
             theirs.close()
             try:

@@ -39,7 +39,6 @@ LIMIT = 32 * 1024 * 1024
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
-_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 
 def main() -> None:
@@ -96,7 +95,7 @@ def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     try:
         for endpoint in chosen:
             done.append(endpoint)
-            fds.append(_attach_one(kernel, endpoint, checked=bool(request.get("source_check", True))))
+            fds.append(_attach_one(kernel, endpoint, request["owner"], checked=bool(request["source_check"])))
     except BaseException:
         for fd in fds:
             os.close(fd)
@@ -117,7 +116,7 @@ def _chosen(found: list[Endpoint], names: list[str] | None) -> list[Endpoint]:
     return [table[name] for name in names]
 
 
-def _attach_one(kernel: Kernel, endpoint: Endpoint, *, checked: bool) -> int:
+def _attach_one(kernel: Kernel, endpoint: Endpoint, owner: str, *, checked: bool) -> int:
     """Make the tap of an interface and join the two; what is left on failure the caller clears."""
     from vmsandbox.resources.network.rtnl import TAP_PREFIX
 
@@ -125,7 +124,7 @@ def _attach_one(kernel: Kernel, endpoint: Endpoint, *, checked: bool) -> int:
     name = f"{TAP_PREFIX}{endpoint.index}"
     fd = _opened_tap(name)
     try:
-        index = kernel.set_up_tap(name, mtu=endpoint.mtu, alias=endpoint.name)
+        index = kernel.set_up_tap(name, mtu=endpoint.mtu, alias=f"{endpoint.name} {owner}")
         if checked:
             kernel.check(index, guard.program(endpoint))
         kernel.redirect(index, endpoint.index)
@@ -171,30 +170,18 @@ def _detach(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
     kernel = _entered()
     names = request.get("names")
     taps = kernel.taps()
-    removed = []
+    living = {name for name, tap in taps.items() if tap.owner != request["owner"]}
+    removed = set()
+    for name, tap in taps.items():
+        if name not in living and (names is None or name in names):
+            kernel.delete_link(tap.number)
+            removed.add(name)
+    kept = {tap.name for tap in taps.values()} | living
     for link in kernel.links():
         name = link.get_attr("IFLA_IFNAME")
-        if names is not None and name not in names:
-            continue
-        if kernel.clear(link["index"]):
-            removed.append(name)
-    for name, (_, index) in taps.items():
-        if names is None or name in names:
-            kernel.delete_link(index)
-            removed.append(name)
-    return {"detached": sorted(set(removed))}
-
-
-def _create(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-    path = request["path"]
-    namespaces.unshare()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
-    try:
-        namespaces.pin(path)
-    except FileExistsError:
-        raise AlreadyExistsError(f"network namespace '{path}' exists already") from None
-    return {}
+        if name not in kept and (names is None or name in names) and kernel.clear(link["index"]):
+            removed.add(name)
+    return {"detached": sorted(removed)}
 
 
 def _entered() -> Kernel:
@@ -206,4 +193,4 @@ def _entered() -> Kernel:
     return Kernel()
 
 
-_JOBS = {"scan": _scan, "attach": _attach, "detach": _detach, "create": _create}
+_JOBS = {"scan": _scan, "attach": _attach, "detach": _detach}

@@ -13,14 +13,21 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import InvalidArgumentError, SandboxError, UnsupportedError
+from vmsandbox.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    SandboxError,
+    UnavailableError,
+    UnsupportedError,
+)
+from vmsandbox_hypervisor.children import described, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
-_MS_BIND, _MNT_DETACH = 4096, 2
+_MNT_DETACH = 2
 _HOSTS = ("/proc/self/ns/net", "/proc/1/ns/net")
 
 
@@ -75,15 +82,25 @@ def is_hosts(fd: int) -> bool:
     return False
 
 
-def pin(path: str) -> None:
-    """Keep the namespace the calling process has just made, at a new file `path`; for `helper` only."""
+async def create(path: str) -> None:
+    """Make a network namespace, kept at the new file `path` until `remove`; undone if it fails."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
-        _mount("/proc/self/ns/net", path)
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise AlreadyExistsError(f"network namespace '{path}' exists already") from None
+    messages = os.memfd_create("messages", os.MFD_CLOEXEC)
+    try:
+        child = spawn("unshare", ["unshare", f"--net={path}", "true"], fds={}, stderr=messages)
+        status = await child.wait()
+        if status != 0:
+            said = os.pread(messages, 4096, 0).decode(errors="replace").strip()
+            raise UnavailableError(f"cannot make network namespace '{path}': {said or described(status)}")
     except BaseException:
-        os.unlink(path)
+        remove(path)
         raise
+    finally:
+        os.close(messages)
 
 
 def remove(path: str) -> bool:
@@ -106,12 +123,6 @@ def enter(fd: int) -> None:
         raise _failed("setns")
 
 
-def unshare() -> None:
-    """Move the calling thread into a new network namespace, for good; for `helper` only."""
-    if _libc().unshare(_CLONE_NEWNET):
-        raise _failed("unshare")
-
-
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
@@ -119,12 +130,6 @@ def _libc() -> ctypes.CDLL:
 def _failed(what: str) -> OSError:
     code = ctypes.get_errno()
     return OSError(code, os.strerror(code), what)
-
-
-def _mount(source: str, target: str) -> None:
-    flags = ctypes.c_ulong(_MS_BIND)
-    if _libc().mount(os.fsencode(source), os.fsencode(target), b"none", flags, None):
-        raise _failed(target)
 
 
 def _umount(path: str) -> bool:

@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 def _bare_pyroute2() -> None:
@@ -147,6 +147,14 @@ class _TcMessage(nlmsg):  # type: ignore[misc]
     )
     nla_map = (("TCA_UNSPEC", "none"), ("TCA_KIND", "asciiz"), ("TCA_OPTIONS", "options"))
     options = staticmethod(_options_class)
+
+
+class Tap(NamedTuple):
+    """A tap that somebody holds open."""
+
+    name: str
+    number: int
+    owner: str
 
 
 class Kernel:
@@ -357,13 +365,14 @@ class Kernel:
         message["parent"] = _INGRESS_BLOCK
         return self.dump(message, _GETTFILTER)
 
-    def taps(self) -> dict[str, tuple[str, int]]:
-        """The taps of ours: name of the interface each is for -> its own name and index."""
+    def taps(self) -> dict[str, Tap]:
+        """The taps of ours by the name of the interface that each is for."""
         found = {}
         for link in self.links():
             name, alias = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_IFALIAS") or ""
             if name.startswith(TAP_PREFIX) and alias.startswith(TAP_ALIAS):
-                found[alias.removeprefix(TAP_ALIAS)] = (name, link["index"])
+                interface, _, owner = alias.removeprefix(TAP_ALIAS).partition(" ")
+                found[interface] = Tap(name, link["index"], owner)
         return found
 
 

@@ -1,0 +1,298 @@
+"""The host's side of one pod's network, from its making to its end.
+
+What is made is written down before it is made, so that after everything was killed it can be taken apart again, by the
+pod's next supervisor or by `vmsandbox gc`.  The documents, and the namespaces of our own, are beside the pods'
+directories, not in them: those are removed as trees, and before the last of the network is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox import records
+from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.paths import SHORT_ID
+from vmsandbox.resources.network import attach, cni, names, namespaces
+from vmsandbox.resources.network.bridge import Bridge
+from vmsandbox.resources.network.options import HOST_GATEWAY, NetworkOptions
+from vmsandbox_hypervisor.aio import finish
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmsandbox.config.model import NetworkSettings
+    from vmsandbox.paths import Roots
+    from vmsandbox.resources.network.attach import Tap
+    from vmsandbox.resources.network.model import Endpoint
+    from vmsandbox.resources.network.options import Port
+
+log = logging.getLogger(__name__)
+
+#: below the run root
+DIRECTORY = "net"
+_PROTOCOLS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a pod's network belongs."""
+
+    roots: Roots
+    sandbox_id: str
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.roots.run_dir}/{DIRECTORY}/{self.sandbox_id[:SHORT_ID]}"
+
+    @property
+    def file(self) -> str:
+        return f"{self._stem}.json"
+
+    @property
+    def own_namespace(self) -> str:
+        return self._stem
+
+
+class PodNetwork:
+    """What was made for a pod.  Obtain one from `made` or `known`."""
+
+    def __init__(self, place: Place, options: NetworkOptions, document: dict[str, Any]) -> None:
+        self.place = place
+        self.options = options
+        self.taps: list[Tap] = []
+        self._document = document
+        self._reserved: list[socket.socket] = []
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        return [tap.endpoint for tap in self.taps]
+
+    @property
+    def namespace(self) -> str:
+        return str(self._document.get("netns") or "")
+
+    @property
+    def gateway(self) -> str:
+        """The host as the pod sees it: where its IPv4 default route leads."""
+        return next((route.gateway for each in self.endpoints for route in each.routes if _is_default(route)), "")
+
+    def remember(self, **values: object) -> None:
+        """Write down what is about to be made."""
+        self._document.update(values)
+        os.makedirs(os.path.dirname(self.place.file), mode=0o700, exist_ok=True)
+        records.write_document(self.place.file, self._document)
+
+    def hold_ports(self) -> None:
+        """Reserve the published ports, so that nobody else on the host takes them; raises AlreadyExistsError."""
+        for port in self.options.ports:
+            held = _bound(port)
+            if held is not None:
+                self._reserved.append(held)
+
+    def let_go(self) -> None:
+        """Close what this process holds; what is made stays."""
+        for tap in self.taps:
+            tap.close()
+        for held in self._reserved:
+            held.close()
+        self._reserved.clear()
+
+    # ------------------------------------------------------------ names
+
+    def host_entries(self, own: Sequence[str]) -> list[tuple[str, str]]:
+        """The pod's own part of its hosts file; `own` are its names."""
+        entries = []
+        for name, address in self.options.hosts:
+            if address == HOST_GATEWAY:
+                if not self.gateway:
+                    raise InvalidArgumentError(f"host '{name}:{HOST_GATEWAY}' needs a network with a gateway")
+                address = self.gateway
+            entries.append((address, name))
+        words = " ".join(dict.fromkeys(own))
+        entries += [(address, words) for address in self.addresses()]
+        return entries or [("127.0.1.1", words)]
+
+    def addresses(self) -> list[str]:
+        """Of the first interface that has any."""
+        return next(([each.address for each in one.addresses] for one in self.endpoints if one.addresses), [])
+
+    @property
+    def announces(self) -> bool:
+        """Whether other pods know this one by name."""
+        return self.options.kind == "default"
+
+    def announce(self, own: Sequence[str]) -> None:
+        words = " ".join(dict.fromkeys(own))
+        entries = [(address, words) for address in self.addresses()]
+        names.announce(Bridge(self.place.roots).names(), self.place.sandbox_id, entries)
+
+
+def _is_default(route: Any) -> bool:  # noqa: ANN401
+    return bool(route.destination == "0.0.0.0/0" and route.gateway)
+
+
+# ---------------------------------------------------------------- making
+
+
+async def made(place: Place, options: NetworkOptions, settings: NetworkSettings) -> PodNetwork:
+    """Make a pod's network; if that fails, nothing of it is left.
+
+    Raises what `attach.attach`, `cni.add` and `Bridge` do, and AlreadyExistsError for a port that is in use.
+    """
+    network = PodNetwork(place, options, {"netns": options.path, "sandbox": place.sandbox_id})
+    try:
+        if options.kind == "namespace":
+            namespaces.check(options.path)
+            network.remember()
+        elif options.kind == "default":
+            network.hold_ports()
+            await _join_bridge(network, settings)
+        if network.namespace:
+            network.taps = await attach.attach(
+                network.namespace, source_check=settings.source_check, owner=place.sandbox_id
+            )
+    except BaseException:
+        network.let_go()
+        await finish(_released(place), seconds=2 * cni.TIMEOUT)
+        raise
+    return network
+
+
+async def _released(place: Place) -> None:
+    try:
+        await release(place)
+    except SandboxError:
+        return  # logged there; the error that made this necessary is the one to be told
+
+
+async def _join_bridge(network: PodNetwork, settings: NetworkSettings) -> None:
+    place, options = network.place, network.options
+    bridge = Bridge(place.roots)
+    plugins = [each for each in settings.plugins.split(":") if each]
+    async with bridge.in_use():
+        configuration = await asyncio.to_thread(bridge.prepare, subnet=settings.subnet, ipv6=settings.ipv6)
+        runtime: dict[str, Any] = {}
+        if options.ports:
+            runtime["portMappings"] = [_mapping(port) for port in options.ports]
+        if options.ip:
+            runtime["ips"] = [bridge.check_address(configuration, options.ip)]
+        attachment = cni.Attachment(
+            network=configuration,
+            container_id=place.sandbox_id,
+            netns=place.own_namespace,
+            runtime=runtime,
+            plugins=plugins,
+        )
+        for plugin in configuration["plugins"]:
+            cni.find(str(plugin.get("type")), plugins)
+        network.remember(netns=place.own_namespace, owned=True, attachment=attachment.document())
+        await namespaces.create(place.own_namespace)
+        network.remember(result=await cni.add(attachment))
+
+
+def _mapping(port: Port) -> dict[str, Any]:
+    mapping: dict[str, Any] = {"hostPort": port.host, "containerPort": port.inner, "protocol": port.protocol}
+    if port.ip:
+        mapping["hostIP"] = port.ip
+    return mapping
+
+
+def _bound(port: Port) -> socket.socket | None:
+    """A socket that nobody talks to: connections are led away before they reach it."""
+    kind = _PROTOCOLS.get(port.protocol)
+    if kind is None:
+        return None
+    family = socket.AF_INET6 if ":" in port.ip else socket.AF_INET
+    held = socket.socket(family, kind | socket.SOCK_CLOEXEC)
+    try:
+        held.bind((port.ip, port.host))
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyExistsError(f"port '{port.host}/{port.protocol}' of the host is in use") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InvalidArgumentError(f"cannot publish at '{port.ip}': it is no address of the host") from error
+        raise InvalidArgumentError(f"cannot publish port '{port}': {error.strerror}") from error
+    return held
+
+
+def known(place: Place, options: NetworkOptions) -> PodNetwork:
+    """The network of a pod that an earlier supervisor made; ports are reserved again where nobody took them."""
+    try:
+        document = records.read_document(place.file)
+    except SandboxError:
+        document = {"netns": options.path, "sandbox": place.sandbox_id}
+    network = PodNetwork(place, options, document)
+    with suppress(SandboxError):
+        network.hold_ports()
+    return network
+
+
+# ---------------------------------------------------------------- the end
+
+
+async def release(place: Place) -> bool:
+    """Take a pod's network apart, by its document; says whether there was one.  Safe to repeat.
+
+    The pod's virtual machine has ended.  Every step is attempted; what fails is logged, and the first error is raised.
+    """
+    try:
+        document = records.read_document(place.file)
+    except NotFoundError:
+        return False
+    netns = str(document.get("netns") or "")
+    first: SandboxError | None = None
+    bridge = Bridge(place.roots)
+    names.withdraw(bridge.names(), place.sandbox_id)
+    for step in (_leave_network(bridge, document), _leave_namespace(document, netns, place.sandbox_id)):
+        try:
+            await step
+        except SandboxError as error:
+            log.warning("the pod's network was not taken apart completely: %s", error)
+            first = first or error
+    if document.get("attachment"):
+        bridge.remove_if_unused()
+    if first is not None:
+        raise first
+    with suppress(FileNotFoundError):
+        os.unlink(place.file)
+    return True
+
+
+async def _leave_network(bridge: Bridge, document: dict[str, Any]) -> None:
+    if document.get("attachment"):
+        attachment = cni.Attachment.of(document["attachment"])
+        await cni.remove(attachment, document.get("result") or bridge.leased(attachment))
+
+
+async def _leave_namespace(document: dict[str, Any], netns: str, owner: str) -> None:
+    if document.get("owned"):
+        namespaces.remove(netns)
+    elif netns:
+        await attach.detach(netns, owner=owner)
+
+
+def remembered(roots: Roots) -> list[Place]:
+    """The places of all networks that are written down."""
+    directory = f"{roots.run_dir}/{DIRECTORY}"
+    try:
+        entries = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    found = []
+    for entry in entries:
+        if entry.endswith(".json"):
+            try:
+                document = records.read_document(f"{directory}/{entry}")
+            except SandboxError as error:
+                log.warning("%s", error)
+                document = {}
+            found.append(Place(roots=roots, sandbox_id=str(document.get("sandbox") or entry.removesuffix(".json"))))
+    return found
