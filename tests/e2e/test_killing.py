@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import time
 
+import psutil
+
 from tests.harness.cli import Cli, kill, wait_until_gone
 
 
@@ -67,6 +69,20 @@ def test_killing_the_stand_in_kills_the_container(cli: Cli, box: str) -> None:
     wait_until_gone(described["pod"]["supervisor"]["pid"])
     assert cli.inspect("web")["status"] == "stopped"
     assert cli.processes() == []
+
+
+def test_killing_the_client_of_an_exec_ends_the_exec_and_nothing_else(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
+    client = cli.popen("exec", "web", "sh", "-c", "echo up; exec sleep 2000", stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert client.stdout.readline() == b"up\n"
+    (standin,) = psutil.Process(client.pid).children()
+    client.kill()
+    client.wait()
+    client.stdout.close()
+    standin.wait(60)
+    assert "sleep 2000" not in cli.ok("top", "web")
+    assert cli.ok("exec", "web", "echo", "still here") == "still here\n"
 
 
 def test_killing_the_client_of_a_container_to_be_removed_ends_it(cli: Cli, box: str) -> None:

@@ -52,6 +52,11 @@ def test_more_memory_than_the_limit_is_killed_and_said(cli: Cli, box: str) -> No
     assert cli.inspect("greedy")["exit"]["oom_killed"] is True
 
 
+def test_nothing_in_a_container_is_protected_from_the_oom_killer(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    assert cli.ok("exec", container, "cat", "/proc/1/oom_score_adj", "/proc/self/oom_score_adj").split() == ["0", "0"]
+
+
 def test_a_dry_run_prints_what_would_be_run_and_does_nothing(cli: Cli, box: str) -> None:
     plan = json.loads(cli.ok("run", "--dry-run", box, "echo", "hi"))
     assert plan["spec"]["process"]["args"] == ["echo", "hi"]

@@ -68,6 +68,7 @@ def test_the_console_shows_what_the_guest_printed(pod: tuple[Cli, str]) -> None:
 def test_stop_ends_in_order_and_kill_ends_at_once(cli: Cli, box: str) -> None:
     script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done"
     cli.ok("run", "-d", "--name", "a", box, "sh", "-c", script)
+    cli.await_line("a", "up")
     assert cli.ok("stop", "a") == "a\n"
     assert cli.inspect("a")["exit"]["code"] == 4
     assert cli.ok("logs", "a").endswith("bye\n")

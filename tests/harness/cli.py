@@ -62,6 +62,14 @@ class Cli:
     def popen(self, *words: str, **more: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.argv(*words), **more)
 
+    def await_line(self, name: str, text: str) -> None:
+        """Follow a container's log until a line has `text` in it."""
+        with self.popen("logs", "-f", name, stdout=subprocess.PIPE) as follower:
+            assert follower.stdout is not None
+            found = any(text.encode() in line for line in follower.stdout)
+            follower.kill()
+        assert found, f"the log of '{name}' ended without '{text}'"
+
     def inspect(self, name: str) -> dict[str, Any]:
         found: list[dict[str, Any]] = json.loads(self.ok("inspect", name))
         return found[0]

@@ -20,6 +20,7 @@ import stat
 import struct
 import sys
 import termios
+import time
 
 from vmsandbox import wire
 from vmsandbox.cli import launch
@@ -41,6 +42,8 @@ ACK_EVERY = 256 * 1024
 ATOMIC = 4096
 #: Exit status when the pod is lost and nobody can say how the process ended.
 LOST = 255
+#: seconds before a connection is tried again that broke without having brought anything
+RECONNECT_PAUSE = 0.2
 NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
 KINDS = {name: kind for kind, name in NAMES.items()}
 #: Not forwarded: what the kernel raises for our own doings, and job control of the caller's terminal.
@@ -144,7 +147,12 @@ class Standin:
         self.decoder = wire.Decoder()
         self.unsent = bytearray()
         self.exit: dict[str, Any] | None = None
+        #: not yet taken by the supervisor: said again over the next connection
         self.signals: list[int] = []
+        #: pidfd of the client whose death ends the process
+        self.client = -1
+        #: whether this connection brought anything: one that did not is not tried again at once
+        self.heard = True
 
     # ------------------------------------------------------------ set-up
 
@@ -154,12 +162,16 @@ class Standin:
         self._close_inherited({wake_in, wake_out})
         what = self.plan.exec_id or self.plan.container_id
         set_title(f"vmsandbox stand-in {what[:12]}")
-        client = os.pidfd_open(self.plan.kill_with) if self.plan.kill_with else -1
+        if self.plan.kill_with:
+            self.client = os.pidfd_open(self.plan.kill_with)
         self._connect(first=True)
         while True:
-            if self.sock is None and not self._connect(first=False):
-                return LOST
-            self._turn(wake_in, client)
+            if self.sock is None:
+                if not self.heard:
+                    time.sleep(RECONNECT_PAUSE)
+                if not self._connect(first=False):
+                    return LOST
+            self._turn(wake_in)
             if self.exit is not None and self._drained():
                 self._finish()
                 return int(self.exit.get("code", LOST))
@@ -191,6 +203,7 @@ class Standin:
         except OSError:
             return False
         self.decoder = wire.Decoder()
+        self.heard = False
         plan = self.plan
         hello = {
             "verb": "attach",
@@ -209,17 +222,19 @@ class Standin:
             self.unsent += wire.encode_data(wire.STDIN, self.input_sent - len(self.input), bytes(self.input))
         if self.plan.stdin and self.eof_sent:
             self._send({"eof": "stdin", "offset": self.input_sent})
+        for number in self.signals:
+            self._send({"signal": number})
         return True
 
     # ------------------------------------------------------------ one turn of the loop
 
-    def _turn(self, wake: int, client: int) -> None:
+    def _turn(self, wake: int) -> None:
         assert self.sock is not None
         poll = select.poll()
         poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.unsent else 0))
         poll.register(wake, select.POLLIN)
-        if client >= 0:
-            poll.register(client, select.POLLIN)
+        if self.client >= 0:
+            poll.register(self.client, select.POLLIN)
         reading = not self.input_eof and len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
         if reading:
             poll.register(0, select.POLLIN)
@@ -229,7 +244,7 @@ class Standin:
         ready = dict(poll.poll())
         if wake in ready:
             self._take_signals(os.read(wake, 256))
-        if client >= 0 and client in ready:
+        if self.client in ready:
             self._client_died()
         if reading and 0 in ready:
             self._read_input()
@@ -250,7 +265,11 @@ class Standin:
                 if size:
                     self._send({"size": size})
             else:
-                self._send({"signal": number})
+                self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        self.signals.append(number)
+        self._send({"signal": number})
 
     def _window_size(self) -> list[int] | None:
         for fd in (1, 0):
@@ -263,8 +282,9 @@ class Standin:
         return None
 
     def _client_died(self) -> None:
-        self.plan.kill_with = None
-        self._send({"signal": int(signal.SIGKILL)})
+        os.close(self.client)
+        self.client = -1
+        self._signal(int(signal.SIGKILL))
 
     def _read_input(self) -> None:
         try:
@@ -315,6 +335,7 @@ class Standin:
         if not data:
             self._disconnected()
             return
+        self.heard = True
         for frame in self.decoder.feed(data):
             if frame.kind == wire.MESSAGE:
                 self._take_message(frame.message())
@@ -354,8 +375,14 @@ class Standin:
             self.input_eof = True
         elif "eof" in message:
             self.outputs[KINDS[message["eof"]]].eof = True
+        elif "signalled" in message:
+            if message["signalled"] in self.signals:
+                self.signals.remove(message["signalled"])
         elif "exit" in message:
             self.exit = message["exit"]
+        elif "unknown" in message:
+            # It was never created, or is long forgotten; whoever asked for it has been told why.
+            self.exit = {"code": LOST}
 
     # ------------------------------------------------------------ the end
 

@@ -332,6 +332,7 @@ class Service:
         """Carry a stand-in's stdio; it may come before the process exists, and again after a break."""
         process = await self._expected(hello)
         if process is None:
+            writer.write(wire.encode_message({"unknown": True}))
             return
         container = self.containers[process.container_id]
         process.standin = hello.get("standin")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import wire
@@ -63,6 +64,7 @@ class Link:
         self.size: list[int] | None = hello.get("size")
         self.input: asyncio.Queue[tuple[int, bytes, bool]] = asyncio.Queue()
         self.queued = 0
+        self.signals: asyncio.Queue[int] = asyncio.Queue()
         self.attachment: Attachment | None = None
         writer.transport.set_write_buffer_limits(high=HIGH_WATER)
 
@@ -71,8 +73,10 @@ class Link:
         try:
             async with asyncio.TaskGroup() as tasks:
                 carrying = tasks.create_task(self._carry(agent), name=f"stdio of {self.process}")
-                await self._listen(agent)
+                signalling = tasks.create_task(self._signal(agent), name=f"signals of {self.process}")
+                await self._listen()
                 carrying.cancel()
+                signalling.cancel()
         except* (SandboxError, OSError, wire.WireError, TimeoutError) as errors:
             for error in errors.exceptions:
                 log.info("stdio of %s is interrupted: %s", self.process, error)
@@ -149,7 +153,7 @@ class Link:
 
     # ------------------------------------------------------------ from the stand-in
 
-    async def _listen(self, agent: AgentClient | None) -> None:
+    async def _listen(self) -> None:
         """Take input, acknowledgements and signals until the stand-in is done or its connection ends."""
         while (frame := await wire.read(self.reader)) is not None:
             if frame.kind == wire.STDIN:
@@ -162,7 +166,7 @@ class Link:
             elif message.get("eof") == "stdin":
                 self._queue(int(message["offset"]), b"", eof=True)
             elif "signal" in message:
-                await self._signal(agent, int(message["signal"]))
+                self.signals.put_nowait(int(message["signal"]))
             elif "size" in message:
                 self.size = [int(number) for number in message["size"]]
                 if self.attachment is not None:
@@ -180,13 +184,14 @@ class Link:
             raise wire.WireError(f"stand-in sent {self.queued} bytes of input without waiting for their acceptance")
         self.input.put_nowait((offset, data, eof))
 
-    async def _signal(self, agent: AgentClient | None, number: int) -> None:
-        if agent is None or self.process.exit is not None:
-            return
-        try:
-            await agent.signal(self.process.container_id, self.process.exec_id, number)
-        except NotFoundError:
-            return  # it has just ended
+    async def _signal(self, agent: AgentClient | None) -> None:
+        """Pass signals on in their order; one is only then taken when the guest has it."""
+        while True:
+            number = await self.signals.get()
+            if agent is not None and self.process.exit is None:
+                with suppress(NotFoundError):  # it has just ended
+                    await agent.signal(self.process.container_id, self.process.exec_id, number)
+            self._send({"signalled": number})
 
 
 def exit_of(status: pb.ExitStatus) -> Exit:
