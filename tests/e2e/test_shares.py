@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import random
+import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.harness.cli import Cli
+from tests.harness.cli import Cli, kill, wait_until_gone
 from vmsandbox import records
 
 if TYPE_CHECKING:
@@ -77,6 +82,11 @@ def ended(cli: Cli) -> None:
     """Wait for the supervisor's last instructions: it answers before it is gone."""
     psutil.wait_procs(cli.processes(), timeout=4)
     assert cli.processes() == []
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def virtiofsd(cli: Cli) -> list[psutil.Process]:
@@ -160,6 +170,67 @@ def test_virtiofsd_has_the_privileges_it_needs_and_no_more(sharing: Cli) -> None
     assert "/etc" not in os.listdir(f"/proc/{serving.pid}/root")
 
 
+def fill(source: Path, *, files: int, mib: int) -> None:
+    """Make small files of several modes below `many`, in 50 directories, and one `large` file."""
+    generator = random.Random(5)
+    for number in range(files):
+        path = source / "many" / str(number % 50) / f"file-{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(generator.randbytes(generator.randrange(3000)))
+        path.chmod(generator.choice((0o600, 0o644, 0o755)))
+    with open(source / "large", "wb") as file:
+        for _ in range(mib):
+            file.write(generator.randbytes(1 << 20))
+
+
+def compare(cli: Cli, source: Path, *, files: int, copied: str) -> None:
+    """Read every file inside and compare it here; copy those of `copied` and the large one inside and compare those."""
+    read = cli("exec", "box", "tar", "-C", "/data", "-c", "many", timeout=1200)
+    assert read.code == 0, read
+    with tarfile.open(fileobj=io.BytesIO(read.raw)) as archive:
+        members = [member for member in archive if member.isfile()]
+        assert len(members) == files
+        for member in members:
+            original = source / member.name
+            content = archive.extractfile(member)
+            assert content
+            assert content.read() == original.read_bytes()
+            assert member.mode == original.stat().st_mode & 0o7777
+    script = f"cd /data; dd if=large of=private/large bs=1M 2>/dev/null; cp -a {copied} private"
+    cli.ok("exec", "box", "sh", "-c", script, timeout=1200)
+    assert digest(source / "private" / "large") == digest(source / "large")
+    originals = [path for top in source.glob(copied) for path in top.rglob("*") if path.is_file()]
+    assert originals
+    for path in originals:
+        (copy,) = (source / "private").rglob(path.name)
+        assert copy.read_bytes() == path.read_bytes()
+        assert copy.stat().st_mode == path.stat().st_mode
+
+
+def test_2000_small_files_and_a_large_one_are_equal_on_both_sides(sharing: Cli, source: Path) -> None:
+    fill(source, files=2000, mib=64)
+    try:
+        compare(sharing, source, files=2000, copied="many/1")
+    finally:
+        clear(source)
+
+
+@pytest.mark.long
+def test_10000_small_files_and_a_gibibyte_are_equal_on_both_sides(sharing: Cli, source: Path) -> None:
+    fill(source, files=10_000, mib=1024)
+    try:
+        compare(sharing, source, files=10_000, copied="many")
+    finally:
+        clear(source)
+
+
+def clear(source: Path) -> None:
+    (source / "large").unlink()
+    shutil.rmtree(source / "many")
+    for path in (source / "private").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def test_9p_shares_the_same_way(cli: Cli, box: str, source: Path) -> None:
     cli.ok(
         *("run", "-d", "--name", "box", "--shared-fs", "9p", "-v", f"{source}:/data", "-v", f"{source}:/ro:ro"),
@@ -172,6 +243,50 @@ def test_9p_shares_the_same_way(cli: Cli, box: str, source: Path) -> None:
     (source / "later").write_text("seen at once\n")
     assert inside(cli, "cat /data/later") == "seen at once\n"
     (source / "later").unlink()
+
+
+def test_the_death_of_virtiofsd_is_one_clear_error_and_nothing_is_left(cli: Cli, box: str, source: Path) -> None:
+    command = cli.popen(
+        *("run", "--name", "box", "-v", f"{source}:/data", box, "sh", "-c", "echo up; sleep 1000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with command:
+        assert command.stdout
+        assert command.stdout.readline() == b"up\n"
+        kill(daemon(cli).pid)
+        command.communicate(timeout=60)
+        assert command.returncode == 137
+    found = cli.inspect("box")
+    assert found["status"] == "stopped"
+    assert "virtiofsd of share 'shared'" in found["exit"]["reason"]
+    ended(cli)
+    assert [line for line in Path("/proc/mounts").read_text().splitlines() if str(cli.run_root) in line] == []
+    assert (source / "file").read_text() == "from the host\n"
+    assert (source / "mounted" / "deep").read_text() == "deep\n"
+
+
+def test_gc_unmounts_what_killed_processes_left(cli: Cli, box: str, source: Path) -> None:
+    cli.ok("run", "-d", "--rm", "--name", "box", "-v", f"{source}:/data", box, "sleep", "100000")
+    found = {part: process for process in cli.processes() for part in PARTS if part in process_line(process)}
+    # Held first, so that it cannot end the pod in order; and without a stand-in nobody starts another one.
+    found["supervisor"].suspend()
+    for part in PARTS:
+        if psutil.pid_exists(found[part].pid):
+            kill(found[part].pid)
+            wait_until_gone(found[part].pid)
+    assert any(line for line in records.mounts_below(str(cli.run_root)))
+    cli("gc", "-q")
+    assert cli.leftovers() == []
+    assert (source / "file").read_text() == "from the host\n"
+    assert (source / "mounted" / "deep").read_text() == "deep\n"
+
+
+PARTS = ("stand-in", "supervisor", "qemu-system", "virtiofsd")
+
+
+def process_line(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
 
 
 @pytest.mark.parametrize(
