@@ -70,6 +70,15 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
+    def children(self) -> list[Child]:
+        """Its own children at this moment; none once it has ended."""
+        found: list[Child] = []
+        if self.alive:
+            with contextlib.suppress(OSError):
+                for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+                    found.append(Child.adopted(f"child of {self.name}", int(pid), read_start_time(int(pid))))
+        return found
+
     async def wait(self) -> int | None:
         return await asyncio.shield(self.exited)
 

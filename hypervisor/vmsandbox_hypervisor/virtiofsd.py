@@ -42,8 +42,15 @@ class Daemon:
         self.wanted = False
         if self.child.alive:
             await asyncio.wait({self.child.exited}, timeout=GRACE)
-        await self.child.stop()
+        await self.kill()
         self._record.unlink(missing_ok=True)
+
+    async def kill(self) -> None:
+        """End it at once, with the process in namespaces of its own that does the work and would outlive it a bit."""
+        workers = self.child.children()
+        await self.child.stop()
+        for worker in workers:
+            await worker.stop()
 
     def forget(self) -> None:
         """Leave it to whoever adopts the VM."""

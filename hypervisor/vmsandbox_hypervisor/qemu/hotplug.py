@@ -246,7 +246,7 @@ class Devices:
         try:
             if name.startswith("fs-") and (daemon := self.daemons.get(name.removeprefix("fs-"))):
                 # First, because QEMU may be waiting for its answer.
-                await daemon.child.stop()
+                await daemon.kill()
             if await self._exists(name):
                 with contextlib.suppress(DeviceError):
                     await self.detach(name, timeout=UNDO_TIMEOUT)

@@ -6,7 +6,6 @@ one thing; one that is missing says which command brings it.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vmsandbox.arguments import Parser
 from vmsandbox.config import load
 from vmsandbox.config.model import Settings
 from vmsandbox.errors import SandboxError
@@ -99,7 +99,7 @@ class Report:
 
 def main(argv: Sequence[str], roots: Roots) -> int:
     """Print the report; 0 when a pod can run, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="vmsandbox check", description="Can this machine run pods?")
+    parser = Parser(prog="vmsandbox check", description="Can this machine run pods?")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(argv)
     report = asyncio.run(checked(roots, config_file=os.environ.get("VMSANDBOX_CONFIG")))

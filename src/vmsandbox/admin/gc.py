@@ -7,7 +7,6 @@ A pod with a live stand-in is left alone: the stand-in takes it over itself.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import os
 import signal
@@ -16,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
 
@@ -28,7 +28,7 @@ YOUNG = 10.0
 
 def main(argv: list[str], roots: Roots) -> int:
     """Clean up and say what was removed, a line each."""
-    parser = argparse.ArgumentParser(prog="vmsandbox gc")
+    parser = Parser(prog="vmsandbox gc")
     parser.add_argument("-q", "--quiet", action="store_true", help="do not say what was removed")
     arguments = parser.parse_args(argv)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else print

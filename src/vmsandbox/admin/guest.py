@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox.arguments import Parser
 from vmsandbox.errors import InvalidStateError
 from vmsandbox.guestbuild import store
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from vmsandbox.paths import Roots
@@ -28,7 +29,7 @@ def main(argv: Sequence[str], roots: Roots) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vmsandbox guest", description="The kernel and image that pods boot")
+    parser = Parser(prog="vmsandbox guest", description="The kernel and image that pods boot")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     build = verbs.add_parser("build", help="build what is missing and use it from now on")

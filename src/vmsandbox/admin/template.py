@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -11,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.config.load import load
 from vmsandbox.errors import AmbiguousError, NotFoundError, SandboxError
 from vmsandbox.supervisor import template
@@ -18,6 +18,7 @@ from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings, vm_config_fo
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
 if TYPE_CHECKING:
+    import argparse
     from pathlib import Path
 
     from vmsandbox.paths import Roots
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str], roots: Roots) -> int:
     """Make, list, show and remove templates."""
-    parser = argparse.ArgumentParser(prog="vmsandbox template")
+    parser = Parser(prog="vmsandbox template")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     build = verbs.add_parser("build", help="make the template for the configuration in force, unless it exists")
     build.add_argument("--accel", choices=("auto", "kvm", "tcg"), default=None)

@@ -112,13 +112,13 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
 
 def main() -> int:
     """Entry point of the `vmsandbox` command."""
-    debug = "--debug" in sys.argv
+    options, rest = Options(), [""]
     try:
         options, rest = parse(sys.argv[1:])
         return dispatch(options, rest)
     except SandboxError as error:
-        output.report(error, debug=debug)
-        return output.run_exit_code(error) if "run" in sys.argv or "exec" in sys.argv else output.FAILED
+        output.report(error, debug=options.debug)
+        return output.run_exit_code(error) if rest[0] in ("run", "create", "exec") else output.FAILED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -272,7 +272,9 @@ def _manifest(directory: Path, *, advice: str) -> Mapping[str, Any]:
         if manifest["format"] != FORMAT:
             raise NotFoundError(f"guest '{directory.name}' was built by another version of vmsandbox: {advice}")
         # What is used without looking further.
-        manifest["files"]["kernel"], manifest["files"]["image"], manifest["cmdline"]
+        manifest["files"]["kernel"], manifest["files"]["image"], manifest["cmdline"], manifest["flavour"]
+        for described in manifest["files"].values():
+            described["name"], described["size"], described["sha256"]
     except FileNotFoundError:
         raise NotFoundError(f"no guest '{directory.name}': {advice}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tarfile
 
 from vmsandbox import records, wire
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
 from vmsandbox.cli.verbs._unpack import Entry, Unpacker
 from vmsandbox.cli.verbs.run import size_mib
@@ -15,6 +15,7 @@ from vmsandbox.errors import InvalidArgumentError, InvalidStateError, NotFoundEr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     import socket
     from collections.abc import Callable
     from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ else:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="vmsandbox cp",
         allow_abbrev=False,
         description="Copies files and directories. A path in a container is CONTAINER:PATH; '-' is a tar archive on "

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, standin, terminal
 from vmsandbox.cli.verbs.run import client_environment, end_standin, environment_files, fork_standin
 from vmsandbox.errors import InvalidStateError, SandboxError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="vmsandbox exec", allow_abbrev=False)
+    made = Parser(prog="vmsandbox exec", allow_abbrev=False)
     add = made.add_argument
     add("-i", "--interactive", action="store_true", help="pass stdin on to the process")
     add("-t", "--tty", action="store_true", help="give the process a terminal")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 
 TYPE_CHECKING = False
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(options: Options, argv: list[str]) -> int:
-    made = argparse.ArgumentParser(prog="vmsandbox inspect")
+    made = Parser(prog="vmsandbox inspect")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)
     roots = options.roots()

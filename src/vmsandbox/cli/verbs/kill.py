@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.errors import InvalidStateError
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main(options: Options, argv: list[str]) -> int:
-    made = argparse.ArgumentParser(prog="vmsandbox kill")
+    made = Parser(prog="vmsandbox kill")
     made.add_argument("-s", "--signal", default="KILL", help="name or number (default KILL)")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)

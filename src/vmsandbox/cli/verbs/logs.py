@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -10,11 +9,13 @@ import time
 from collections import deque
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import containerlog
 from vmsandbox.errors import InvalidArgumentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable
 
     from vmsandbox.cli.main import Options
@@ -23,9 +24,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="vmsandbox logs", allow_abbrev=False, description="Shows what a container has printed."
-    )
+    made = Parser(prog="vmsandbox logs", allow_abbrev=False, description="Shows what a container has printed.")
     made.add_argument("-f", "--follow", action="store_true", help="go on with what it prints until it ends")
     made.add_argument("-t", "--timestamps", action="store_true", help="show when each line was printed")
     made.add_argument("-n", "--tail", type=lines, default=None, metavar="N", help="only the last N lines, or 'all'")

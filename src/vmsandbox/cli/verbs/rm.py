@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.errors import InvalidStateError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(options: Options, argv: list[str]) -> int:
-    made = argparse.ArgumentParser(prog="vmsandbox rm")
+    made = Parser(prog="vmsandbox rm")
     made.add_argument("-f", "--force", action="store_true", help="running ones as well: they are killed")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)

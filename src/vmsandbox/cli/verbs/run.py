@@ -8,6 +8,7 @@ import signal
 import sys
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, standin, terminal
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     """The options that `run` and `create` share."""
-    made = argparse.ArgumentParser(prog=f"vmsandbox {verb}", allow_abbrev=False)
+    made = Parser(prog=f"vmsandbox {verb}", allow_abbrev=False)
     add = made.add_argument
     add("-i", "--interactive", action="store_true", help="pass stdin on to the container")
     add("-t", "--tty", action="store_true", help="give the container a terminal")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import table
 from vmsandbox.cli.verbs._running import ask_about
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, UnavailableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
     from vmsandbox.cli.main import Options
@@ -27,7 +28,7 @@ CLEAR = "\033[H\033[J"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="vmsandbox stats",
         description="Shows what containers use (all running ones by default), again every second.",
     )

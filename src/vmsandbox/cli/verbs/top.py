@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import table
 from vmsandbox.cli.verbs._running import ask
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
     from vmsandbox.cli.main import Options
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="vmsandbox top", description="Lists the processes of a container, by their pids inside."
-    )
+    made = Parser(prog="vmsandbox top", description="Lists the processes of a container, by their pids inside.")
     made.add_argument("--format", choices=("table", "json"), default="table")
     made.add_argument("container", metavar="CONTAINER")
     return made

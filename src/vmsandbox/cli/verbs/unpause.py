@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-
+from vmsandbox.arguments import Parser
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs._running import ask
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
+
     from vmsandbox.cli.main import Options
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="vmsandbox unpause", description="Lets paused containers go on.")
+    made = Parser(prog="vmsandbox unpause", description="Lets paused containers go on.")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     return made
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from vmsandbox.arguments import Parser
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs._running import ask
 from vmsandbox.errors import InvalidArgumentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
     from vmsandbox.cli.main import Options
@@ -19,7 +20,7 @@ LIMITS = ("cpus", "memory", "pids_limit", "cpu_shares", "cpuset_cpus")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="vmsandbox update",
         allow_abbrev=False,
         description="Changes the limits of containers while they run; the virtual machine grows and shrinks with them.",

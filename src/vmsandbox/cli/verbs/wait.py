@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 from vmsandbox import records
+from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
 from vmsandbox.cli.verbs._each import each
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def main(options: Options, argv: list[str]) -> int:
-    made = argparse.ArgumentParser(prog="vmsandbox wait")
+    made = Parser(prog="vmsandbox wait")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)
     roots = options.roots()
