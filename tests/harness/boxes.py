@@ -26,3 +26,14 @@ def make_rootfs(directory: Path) -> Path:
     (directory / "etc/group").write_text("root:x:0:\nusers:x:1000:\nwheel:x:10:alice\n")
     (directory / "etc/not-executable").write_text("#!/bin/sh\n")
     return directory
+
+
+def add_program(rootfs: Path, program: Path) -> None:
+    """Put one of the host's programs and the libraries it needs into `rootfs`."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    libraries = [Path(word) for word in listed.split() if word.startswith("/")]
+    for path in (program, *libraries):
+        target = rootfs / path.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        shutil.copy(path, target)

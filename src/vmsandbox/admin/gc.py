@@ -34,8 +34,12 @@ def main(argv: list[str], roots: Roots) -> int:
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else print
     for directory in entries(roots.sandboxes_dir):
         collect_sandbox(roots, SandboxPaths(f"{roots.sandboxes_dir}/{directory}"), say)
+    for pid in background_makers(roots):
+        end(pid)
+        say(f"ended {pid}, which was making a template in the background")
     for directory in entries(roots.builders_dir):
         collect_builder(f"{roots.builders_dir}/{directory}", say)
+    collect_unfinished_templates(roots, say)
     collect_networks(roots, say)
     collect_containers(roots, say)
     return 0
@@ -109,13 +113,42 @@ def collect_builder(directory: str, say: Callable[[str], None]) -> None:
     records.remove_tree(directory)
 
 
-def is_maker(pid: int) -> bool:
-    """Whether the process that has this pid now makes templates."""
+def background_makers(roots: Roots) -> Iterator[int]:
+    """Processes that make templates unasked, for pods of this run root; whoever asked for one keeps his."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            words = command_line(int(entry))
+            if {b"vmsandbox.admin", b"template", b"--quiet", os.fsencode(roots.run_dir)} <= set(words):
+                yield int(entry)
+
+
+def collect_unfinished_templates(roots: Roots, say: Callable[[str], None]) -> None:
+    """Remove what makers left that were killed; the lock tells whether somebody still makes it."""
+    for name in entries(str(roots.templates)):
+        prefix, _, key = name.partition("staging-")
+        if prefix != ".":
+            continue
+        with open(roots.templates / f".{key.partition('-')[0]}.lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            records.remove_tree(str(roots.templates / name))
+            say("removed a template that was not finished")
+
+
+def command_line(pid: int) -> list[bytes]:
+    """The words a process was started with; none if it has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"template" in file.read().split(b"\0")
+            return file.read().split(b"\0")[:-1]
     except OSError:
-        return False
+        return []
+
+
+def is_maker(pid: int) -> bool:
+    """Whether the process that has this pid now makes templates."""
+    return b"template" in command_line(pid)
 
 
 def is_young(path: str) -> bool:
@@ -180,12 +213,8 @@ def machines(directory: str, *, known: str = "") -> Iterator[int]:
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
-        try:
-            with open(f"/proc/{entry}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
-        except OSError:
-            continue
-        helper = b"qemu" in words[0] or b"virtiofsd" in words[0]
+        words = command_line(int(entry))
+        helper = words and (b"qemu" in words[0] or b"virtiofsd" in words[0])
         if helper and any(word.startswith(name) or place in word for word in words):
             found.add(int(entry))
     yield from sorted(found)

@@ -354,8 +354,11 @@ async def _cloned(
             stack.push_async_exit(attempt.pop_all())
             return sandbox
     except SandboxError as error:
-        if required or network.failed:
+        if network.failed:
             raise
+        if required:
+            again = "'vmsandbox template build --force' makes the template again"
+            raise UnavailableError(f"the template's clone failed: {error}: {again}", detail=error.detail) from error
         log.warning("the template's clone failed, the pod boots cold: %s", error)
         return None
 

@@ -32,7 +32,15 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
-from vmsandbox_hypervisor.qemu.template import SEALS, Template, copied_memory, empty_memory, save_template
+from vmsandbox_hypervisor.qemu.template import (
+    MEMORY,
+    SEALS,
+    STATE,
+    Template,
+    copied_memory,
+    empty_memory,
+    save_template,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -54,8 +62,11 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
     """What a clone and its template must agree on, as a hash."""
     choice = await hypervisor.probe_accel(config.accel)
     shared = replace(config.memory, backing=SharedMemory())
+    kernel = config.kernel
     canonical = replace(
         config,
+        kernel=replace(kernel, path=kernel.path.resolve(), initrd=kernel.initrd and kernel.initrd.resolve()),
+        disks=tuple(replace(disk, path=disk.path.resolve()) for disk in config.disks),
         name=NAME,
         directory=Path("/template"),
         accel=choice.accel,
@@ -63,7 +74,7 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
         memory=shared,
         restore=None,
     )
-    files = [config.binary, config.kernel.path, config.kernel.initrd, *(disk.path for disk in config.disks)]
+    files = [config.binary, canonical.kernel.path, canonical.kernel.initrd, *(disk.path for disk in canonical.disks)]
     facts = {
         "version": __version__,
         "argv": list(hypervisor.argv(canonical)),
@@ -91,6 +102,8 @@ def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool)
         if not (directory / DOCUMENT).exists():
             yield None
             return
+        if not is_whole(directory):
+            raise UnavailableError(f"template '{key}' is damaged: 'vmsandbox template build' makes it again")
         template = Template.found(directory, size_mib=config.memory.size_mib)
         fd = _held(directory, template)
     try:
@@ -107,6 +120,21 @@ def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool)
                 yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
     finally:
         os.close(fd)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether this template is as its maker left it."""
+    try:
+        found: object = records.read_document(str(directory / DOCUMENT)).get("files")
+        return found == _facts(directory)
+    except (SandboxError, OSError):
+        return False
+
+
+def _facts(directory: Path) -> dict[str, list[int]]:
+    """What tells that somebody changed a file; hashes of so much memory would cost more than the clone."""
+    found = {name: (directory / name).stat() for name in (STATE, MEMORY)}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
 def _held(directory: Path, template: Template) -> int:
@@ -186,7 +214,7 @@ async def build(
     with _locked(root, key, waiting=waiting) as ours:
         if not ours:
             return key, False
-        if not force and (root / key / DOCUMENT).exists():
+        if not force and is_whole(root / key):
             return key, False
         _sweep(root, key)
         with tempfile.TemporaryDirectory(prefix=f"{STAGING}{key}-", dir=root) as staging:
@@ -200,7 +228,12 @@ async def build(
                 await _make(around, config, run, saved)
             finally:
                 records.remove_tree(str(run))
-            document = {"key": key, "size_mib": config.memory.size_mib, "kernel": str(config.kernel.path)}
+            document = {
+                "key": key,
+                "size_mib": config.memory.size_mib,
+                "kernel": str(config.kernel.path),
+                "files": _facts(saved),
+            }
             records.write_document(str(saved / DOCUMENT), document)
             old = root / key
             records.remove_tree(str(old))
@@ -294,7 +327,7 @@ async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: 
 
 def missing(around: Surroundings, key: str) -> bool:
     """Whether a template with this key is still to be made."""
-    return not (around.roots.templates / key / DOCUMENT).exists()
+    return not is_whole(around.roots.templates / key)
 
 
 @asynccontextmanager

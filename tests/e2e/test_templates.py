@@ -1,0 +1,169 @@
+"""Pods as clones of a template: each a machine of its own, and a template that fails is never worse than none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness.boxes import add_program, make_rootfs
+from tests.harness.cli import Cli, kill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CLONES = 8
+#: seconds a clone's clock may differ from the host's
+CLOCK = 0.05
+#: prints one line each of what no two machines may have in common; openssl asks getrandom(2)
+IDENTITY = """
+head -c 32 /dev/urandom | hexdump -ve '1/1 "%02x"'; echo
+openssl rand -hex 32
+cat /proc/sys/kernel/random/uuid
+cat /proc/sys/kernel/random/boot_id
+openssl genpkey -algorithm ed25519 -outform DER | sha256sum
+grep -m1 stack /proc/self/maps
+grep -m1 heap /proc/self/maps
+cat /etc/hostname
+"""
+
+
+@pytest.fixture(scope="module")
+def tls(data_root: Path) -> str:
+    """An image with openssl and a clock that shows nanoseconds."""
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+        rootfs = make_rootfs(Path(scratch, "rootfs"))
+        for program in ("/usr/bin/openssl", "/bin/date"):
+            add_program(rootfs, Path(program))
+        Cli(Path(scratch, "run"), data_root).ok("image", "import", f"rootfs:{rootfs}", "--name", "tls", "--cmd", "sh")
+    return "tls"
+
+
+@pytest.fixture
+def apart(data_root: Path, box: str) -> Iterator[Cli]:
+    """A command whose templates are a copy of the session's, to be damaged."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vs-") as run,
+        tempfile.TemporaryDirectory(prefix="vmsandbox-data-") as data,
+    ):
+        for name in ("guest", "images"):
+            Path(data, name).symlink_to(data_root / name)
+        shutil.copytree(data_root / "templates", Path(data, "templates"), copy_function=copy_sparse)
+        cli = Cli(Path(run), Path(data))
+        yield cli
+        cli.remove_all()
+        cli("gc", "-q")
+        assert cli.leftovers() == []
+
+
+def copy_sparse(source: str, target: str) -> None:
+    subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True)
+
+
+def template_of(cli: Cli) -> Path:
+    (row,) = json.loads(cli.ok("template", "ls", "--format", "json"))
+    return Path(row["path"])
+
+
+def boot_of(cli: Cli, name: str) -> str:
+    return str(cli.inspect(name)["pod"]["boot"])
+
+
+def test_eight_clones_at_once_are_eight_machines(cli: Cli, tls: str) -> None:
+    names = [f"c{number}" for number in range(CLONES)]
+    with ThreadPoolExecutor(CLONES) as pool:
+        list(
+            pool.map(
+                lambda name: cli.ok("run", "-d", "--name", name, "--template", "require", tls, "sleep", "1000"), names
+            )
+        )
+        answers = list(pool.map(lambda name: cli.ok("exec", name, "sh", "-c", IDENTITY).splitlines(), names))
+    assert [len(answer) for answer in answers] == [8] * CLONES
+    for facts in zip(*answers, strict=True):
+        assert len(set(facts)) == CLONES, facts
+    for name in names:
+        before = time.time()
+        guest = float(cli.ok("exec", name, "date", "+%s.%N"))
+        assert before - CLOCK <= guest <= time.time() + CLOCK
+    described = [cli.inspect(name)["pod"] for name in names]
+    assert {pod["boot"] for pod in described} == {"template"}
+    assert len({pod["vm"]["pid"] for pod in described}) == CLONES
+
+
+def test_a_damaged_template_is_a_cold_boot_and_an_error_where_it_is_required(apart: Cli, box: str) -> None:
+    damage(template_of(apart) / "state")
+    refused = apart("run", "--rm", "--template", "require", box, "true")
+    assert refused.code == 125
+    assert "is damaged: 'vmsandbox template build' makes it again" in refused.stderr
+    assert apart.leftovers() == []
+    apart.ok("run", "-d", "--name", "cold", "--template", "auto", box, "sleep", "1000")
+    assert boot_of(apart, "cold") == "cold"
+    assert "is damaged" in supervisor_log(apart, "cold")
+
+
+def test_a_clone_that_fails_is_a_cold_boot_and_an_error_where_it_is_required(apart: Cli, box: str) -> None:
+    state = template_of(apart) / "state"
+    damage(state)
+    document = state.with_name("template.json")
+    known = json.loads(document.read_text())
+    known["files"]["state"] = [state.stat().st_size, state.stat().st_mtime_ns]
+    document.write_text(json.dumps(known))
+    refused = apart("run", "--rm", "--template", "require", box, "true")
+    assert refused.code == 125
+    assert "the template's clone failed" in refused.stderr
+    assert apart.leftovers() == []
+    apart.ok("run", "-d", "--name", "cold", "--template", "auto", box, "sleep", "1000")
+    assert boot_of(apart, "cold") == "cold"
+    assert "boots cold" in supervisor_log(apart, "cold")
+
+
+def damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def supervisor_log(cli: Cli, name: str) -> str:
+    return (cli.run_root / "s" / cli.inspect(name)["id"][:12] / "supervisor.log").read_text()
+
+
+def test_a_template_may_go_while_its_clones_run(apart: Cli, box: str) -> None:
+    apart.ok("run", "-d", "--name", "one", "--template", "require", box, "sleep", "1000")
+    key = template_of(apart).name
+    assert apart.ok("template", "rm", key[:8]) == f"{key}\n"
+    assert apart.ok("exec", "one", "echo", "still here") == "still here\n"
+    refused = apart("run", "--rm", "--template", "require", box, "true")
+    assert refused.code == 125
+    assert "vmsandbox template build" in refused.stderr
+
+
+def test_two_builders_make_it_once_and_a_killed_one_leaves_nothing_that_is_used(apart: Cli) -> None:
+    apart.ok("template", "rm", template_of(apart).name)
+    killed = apart.popen("template", "build", stderr=subprocess.DEVNULL)
+    staging = awaited(lambda: list((apart.data_root / "templates").glob(".staging-*/template")))
+    kill(killed.pid)
+    killed.wait()
+    assert staging
+    assert json.loads(apart.ok("template", "ls", "--format", "json")) == []
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(result.stderr for result in pool.map(lambda _: apart("template", "build", timeout=300), range(2)))
+    assert "is there already" in said[0] or "is there already" in said[1]
+    assert sum("made in" in text for text in said) == 1
+    template_of(apart)
+    apart.ok("gc", "-q")
+    assert apart.processes() == []
+    assert list((apart.data_root / "templates").glob(".staging-*")) == []
+
+
+def awaited(question: Any, timeout: float = 60.0) -> Any:
+    """Ask until the answer is yes: what another process does shows in no other way."""
+    end = time.monotonic() + timeout
+    while not (answer := question()):
+        assert time.monotonic() < end, "it did not come about"
+    return answer
