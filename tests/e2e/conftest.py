@@ -41,11 +41,25 @@ def box(data_root: Path) -> str:
     return "box"
 
 
+@pytest.fixture(scope="module")
+def boot(request: pytest.FixtureRequest) -> str:
+    """How pods come up: as every test's dimension, see `pytest_generate_tests`."""
+    return str(getattr(request, "param", "clone"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Pods of a test are clones of a template; booted cold too in long runs, and always where a test is marked."""
+    if "boot" in metafunc.fixturenames and not metafunc.definition.get_closest_marker("cloned"):
+        always = metafunc.definition.get_closest_marker("both_ways")
+        cold = pytest.param("cold", marks=() if always else (pytest.mark.long,))
+        metafunc.parametrize("boot", ["clone", cold], indirect=True, scope="module")
+
+
 @pytest.fixture
-def cli(data_root: Path, request: pytest.FixtureRequest) -> Iterator[Cli]:
+def cli(data_root: Path, boot: str) -> Iterator[Cli]:
     """The command with a run root of its own; afterwards nothing of it may be left."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        made = Cli(Path(scratch), data_root)
+        made = Cli(Path(scratch), data_root, boot=boot)
         yield made
         made.remove_all()
         made("gc", "-q")
@@ -53,10 +67,10 @@ def cli(data_root: Path, request: pytest.FixtureRequest) -> Iterator[Cli]:
 
 
 @pytest.fixture(scope="module")
-def pod(data_root: Path, box: str) -> Iterator[tuple[Cli, str]]:
+def pod(data_root: Path, box: str, boot: str) -> Iterator[tuple[Cli, str]]:
     """A running container that a module's tests share; they only exec in it."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        made = Cli(Path(scratch), data_root)
+        made = Cli(Path(scratch), data_root, boot=boot)
         container = made.ok("run", "-d", "--name", "shared", box, "sleep", "100000").strip()
         yield made, container
         made.remove_all()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from vmsandbox.resources.images.store import Image
 
+pytestmark = pytest.mark.cloned
+
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 

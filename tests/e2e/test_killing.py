@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import psutil
+import pytest
 
 from tests.harness.cli import Cli, kill, wait_until_gone
 
@@ -14,6 +15,7 @@ def supervisor_of(cli: Cli, name: str) -> int:
     return int(cli.inspect(name)["pod"]["supervisor"]["pid"])
 
 
+@pytest.mark.both_ways
 def test_output_and_exit_code_survive_the_supervisors_death_without_any_verb(cli: Cli, box: str) -> None:
     script = "i=0; while [ $i -lt 60 ]; do echo line $i; i=$((i+1)); sleep 0.1; done; exit 11"
     with cli.popen("run", "--name", "count", box, "sh", "-c", script, stdout=subprocess.PIPE) as client:
@@ -38,6 +40,7 @@ def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:
     assert cli.leftovers() == []
 
 
+@pytest.mark.both_ways
 def test_the_virtual_machines_death_stops_the_container_and_says_why(cli: Cli, box: str) -> None:
     cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
     described = cli.inspect("web")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -57,6 +59,7 @@ def test_stats_streams_a_reading_a_second(pod: tuple[Cli, str]) -> None:
     assert times[1] - times[0] >= 900_000_000
 
 
+@pytest.mark.both_ways
 def test_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.harness.cli import Cli
 
 
+@pytest.mark.both_ways
 def test_a_command_runs_on_a_kernel_of_its_own_and_prints(cli: Cli, box: str) -> None:
     result = cli("run", "--rm", box, "sh", "-c", "uname -r; echo to stderr >&2; exit 7")
     assert (result.code, result.stderr) == (7, "to stderr\n"), result
@@ -21,6 +22,7 @@ def test_a_command_runs_on_a_kernel_of_its_own_and_prints(cli: Cli, box: str) ->
     assert cli.ps() == []
 
 
+@pytest.mark.both_ways
 def test_stdin_and_its_end_reach_the_container(cli: Cli, box: str) -> None:
     assert cli.ok("run", "--rm", "-i", box, "sh", "-c", "cat; echo done", stdin=b"hello\n") == "hello\ndone\n"
 
@@ -82,6 +84,7 @@ def test_a_container_that_ends_by_a_signal_is_128_and_its_number(cli: Cli, box: 
     assert cli("run", "--rm", box, "sh", "-c", "sh -c 'kill -9 $$'; exit $?").code == 137
 
 
+@pytest.mark.both_ways
 def test_a_program_that_prints_and_exits_at_once_loses_nothing(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     for number in range(20):

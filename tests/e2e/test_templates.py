@@ -19,6 +19,8 @@ from tests.harness.cli import Cli, kill
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.cloned
+
 CLONES = 8
 #: seconds a clone's clock may differ from the host's
 CLOCK = 0.05

@@ -32,7 +32,7 @@ class Result:
 class Cli:
     """Runs `vmsandbox` with its own run root and a data root that tests share."""
 
-    def __init__(self, run_root: Path, data_root: Path) -> None:
+    def __init__(self, run_root: Path, data_root: Path, *, boot: str = "clone") -> None:
         self.run_root = run_root
         self.data_root = data_root
         self.config: Path | None = None
@@ -40,10 +40,13 @@ class Cli:
         self.prefix: tuple[str, ...] = ()
         #: of containers that name none: what is tested elsewhere needs none, and the machine keeps its own untouched
         self.network = "none"
+        #: "cold": containers that do not say otherwise boot without a template
+        self.boot = boot
 
     def argv(self, *words: str) -> list[str]:
         if words[0] in ("run", "create"):
-            words = (words[0], "--network", self.network, *words[1:])
+            template = ("--template", "off") if self.boot == "cold" else ()
+            words = (words[0], "--network", self.network, *template, *words[1:])
         config = ("--config", str(self.config)) if self.config else ()
         roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
         return [*self.prefix, *COMMAND, "--debug", *roots, *config, *words]
