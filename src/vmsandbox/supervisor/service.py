@@ -390,8 +390,9 @@ class Service:
         if container is None:
             return
         if event.WhichOneof("what") == "oom":
-            container.document["oom_killed"] = True
-            container.save()
+            if not container.document.get("oom_killed"):  # a guest may tell of any number
+                container.document["oom_killed"] = True
+                container.save()
         else:
             await self._exit_event(container, event)
 

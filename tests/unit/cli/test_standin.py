@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,14 +101,14 @@ def supervisor(roots: Roots) -> Iterator[Supervisor]:
     made.close()
 
 
-def start(roots: Roots, *, stdin: bool = True) -> Started:
+def start(roots: Roots, *, stdin: bool = True, kill_with: int | None = None) -> Started:
     ends = [os.pipe() for _ in range(3)]
     saved = [os.dup(fd) for fd in range(3)]
     inside = (ends[0][0], ends[1][1], ends[2][1])
     for fd, end in enumerate(inside):
         os.dup2(end, fd)
     try:
-        plan = standin.Plan(CONTAINER, stdin=stdin, stdout=True, terminal=False)
+        plan = standin.Plan(CONTAINER, stdin=stdin, stdout=True, terminal=False, kill_with=kill_with)
         pid = standin.fork(roots, roots.sandbox(CONTAINER), plan)
     finally:
         for fd, old in enumerate(saved):
@@ -224,3 +225,24 @@ def test_it_gives_up_when_the_pod_is_gone(roots: Roots, supervisor: Supervisor) 
     supervisor.accept()
     supervisor.close()
     assert process.exit_code() == standin.LOST
+
+
+def test_it_gives_up_when_the_supervisor_does_not_know_its_process(roots: Roots, supervisor: Supervisor) -> None:
+    process = start(roots, stdin=False)
+    supervisor.accept()
+    supervisor.say(unknown=True)
+    assert process.exit_code() == standin.LOST
+
+
+def test_the_death_of_its_client_kills_the_process_once(roots: Roots, supervisor: Supervisor) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as client:
+        process = start(roots, stdin=False, kill_with=client.pid)
+        supervisor.accept()
+        client.kill()
+        assert supervisor.until("signal") == {"signal": int(signal.SIGKILL)}
+    assert supervisor.sock is not None
+    supervisor.sock.settimeout(0.3)
+    assert supervisor.next_or_nothing() is None
+    supervisor.sock.settimeout(10)
+    supervisor.say(exit={"code": 137})
+    assert process.exit_code() == 137
