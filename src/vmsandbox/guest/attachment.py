@@ -11,9 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnavailableError
-from vmsandbox.guest.replies import broken, check_exit, protocol, status_translated, translated
+from vmsandbox.guest.replies import broken, check_bounds, check_exit, protocol, translated
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
     from vmsandbox.guest import transport
@@ -58,7 +59,10 @@ class Attachment:
         self._wanted_acks: dict[int, int] = {}
         self._sent_acks: dict[int, int] = {}
         self._call: Any = None
+        self._answers: AsyncIterator[Any] | None = None
         self._over = False
+        self._input_closed = False
+        self._exited = False
 
     async def __aenter__(self) -> Attachment:
         await self._relay.ready()
@@ -69,6 +73,8 @@ class Attachment:
             stdout_offset=self._expected[STDOUT],
             stderr_offset=self._expected[STDERR],
         )
+        # Not read(): that gives nothing more once a write has failed, although answers are still there.
+        self._answers = aiter(self._call)
         try:
             await self._write(protocol().AttachRequest(start=start))
         except BaseException:
@@ -95,21 +101,27 @@ class Attachment:
         """
         import grpc
 
+        assert self._answers is not None
         try:
-            answer = await self._call.read()
+            answer = await anext(self._answers)
+        except StopAsyncIteration:
+            self._finish()
+            return None
         except grpc.aio.AioRpcError as error:
             self._finish()
+            if self._exited:  # what we wrote when it had ended the call is of no interest
+                return None
             raise translated(error) from None
         except asyncio.CancelledError:
             raise self._closed_under_us() from None
-        if answer is grpc.aio.EOF:
+        try:
+            check_bounds(answer)
+            self._check(answer)
+        except UnavailableError:
             self._finish()
-            code = await self._call.code()
-            if code != grpc.StatusCode.OK:
-                raise status_translated(code, await self._call.details(), await self._call.trailing_metadata())
-            return None
+            self._call.cancel()
+            raise
         checked: pb.AttachResponse = answer
-        self._check(checked)
         return checked
 
     async def send_input(self, offset: int, data: bytes | memoryview, eof: bool = False) -> None:
@@ -193,27 +205,39 @@ class Attachment:
         what = answer.WhichOneof("what")
         if self._accepted is None and what != "accepted":
             raise broken("its first answer on an attachment is not what it accepted")
+        if self._exited:
+            raise broken(f"it tells of '{what}' after the exit")
         if what == "output":
-            chunk = answer.output
-            if self._expected.get(chunk.stream) != chunk.offset or chunk.stream in self._ended:
-                raise broken(f"output of stream {chunk.stream} at offset {chunk.offset} is out of order")
-            if len(chunk.data) > CHUNK_LIMIT:
-                raise broken(f"{len(chunk.data)} bytes of output are more than {CHUNK_LIMIT}")
-            self._expected[chunk.stream] += len(chunk.data)
-            if chunk.eof:
-                self._ended.add(chunk.stream)
+            self._check_output(answer.output)
         elif what == "accepted":
-            offset = answer.accepted.offset
-            if answer.accepted.stream != STDIN or offset < (self._accepted or 0):
-                raise broken(f"it accepted input up to {offset} after {self._accepted}")
-            if self._accepted is not None and offset > self._sent:
-                raise broken(f"it accepted input up to {offset}, but {self._sent} was sent")
-            self._accepted = offset
-            self._sent = max(self._sent, offset)
-            self._progress.set()
+            self._check_accepted(answer.accepted)
         elif what == "exited":
             check_exit(answer.exited)
             if len(self._ended) < len(self._expected):
                 raise broken("it tells of an exit before the end of the output")
-        elif what != "stdin_closed":
-            raise broken("an answer on an attachment says nothing")
+            self._exited = True
+        elif what == "stdin_closed" and answer.stdin_closed and not self._input_closed:
+            self._input_closed = True
+        else:
+            raise broken("an answer on an attachment says nothing new")
+
+    def _check_output(self, chunk: pb.Chunk) -> None:
+        if self._expected.get(chunk.stream) != chunk.offset or chunk.stream in self._ended:
+            raise broken(f"output of stream {chunk.stream} at offset {chunk.offset} is out of order")
+        if len(chunk.data) > CHUNK_LIMIT:
+            raise broken(f"{len(chunk.data)} bytes of output are more than {CHUNK_LIMIT}")
+        if not chunk.data and not chunk.eof:
+            raise broken("a chunk of output is empty")
+        self._expected[chunk.stream] += len(chunk.data)
+        if chunk.eof:
+            self._ended.add(chunk.stream)
+
+    def _check_accepted(self, accepted: pb.Ack) -> None:
+        offset = accepted.offset
+        if accepted.stream != STDIN or (self._accepted is not None and offset <= self._accepted):
+            raise broken(f"it accepted input up to {offset} after {self._accepted}")
+        if self._accepted is not None and offset > self._sent:
+            raise broken(f"it accepted input up to {offset}, but {self._sent} was sent")
+        self._accepted = offset
+        self._sent = max(self._sent, offset)
+        self._progress.set()

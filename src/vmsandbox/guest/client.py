@@ -13,10 +13,10 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import TimedOutError, UnavailableError
+from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
-from vmsandbox.guest.replies import check_bounds, check_exit, protocol, translated
+from vmsandbox.guest.replies import broken, check_bounds, check_exit, protocol, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 #: bytes of an archive in one message
 _ARCHIVE_CHUNK = 256 * 1024
-_MESSAGE_LIMIT = 8 * 1024 * 1024
+#: What is parsed may take twenty times as much memory as it has bytes.
+_MESSAGE_LIMIT = 4 * 1024 * 1024
 _REQUEST_LIMIT = 64 * 1024 * 1024
+#: as a set of bits of gRPC's: only what is not compressed, since the limit is not that of what it unpacks to
+_UNCOMPRESSED = 1
+#: processors of the largest machine there is
+_MOST_CPUS = 4096
 #: seconds for a call that should be quick
 QUICK = 30.0
 
@@ -65,6 +70,8 @@ class AgentClient:
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
             ("grpc.max_send_message_length", _REQUEST_LIMIT),
+            ("grpc.compression_enabled_algorithms_bitset", _UNCOMPRESSED),
+            ("grpc.per_message_decompression", 0),
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.http2.lookahead_bytes", 1 << 20),
             ("grpc.http2.max_frame_size", 256 * 1024),
@@ -115,6 +122,8 @@ class AgentClient:
         """Have `count` processors online; answers how many are, and how many are present."""
         request = protocol().OnlineCpusRequest(count=count, timeout_ms=int(timeout * 1000))
         answer = await self._call(self._sandbox.OnlineCpus, request, timeout + QUICK)
+        if not 0 < answer.online <= answer.present <= _MOST_CPUS:
+            raise broken(f"{answer.online} of {answer.present} processors are online")
         return answer.online, answer.present
 
     async def online_memory(self, total_kib: int, timeout: float, *, shrink: bool = False) -> tuple[int, int]:
@@ -129,7 +138,10 @@ class AgentClient:
         """Mount all of them or none; answers where disks were found, by mount point."""
         request = protocol().AddStoragesRequest(storages=storages)
         answer = await self._call(self._sandbox.AddStorages, request, timeout)
-        return {address.mount_point: address for address in answer.addresses}
+        addresses = {address.mount_point: address for address in answer.addresses}
+        if not addresses.keys() <= {storage.mount_point for storage in request.storages}:
+            raise broken("it has found disks that were not asked for")
+        return addresses
 
     async def remove_storages(self, mount_points: Iterable[str], *, timeout: float = 2 * QUICK) -> None:
         await self._call(
@@ -159,14 +171,26 @@ class AgentClient:
         """A tar archive of a file or directory of a container, whose one top entry has the path's last name."""
         request = protocol().CopyOutRequest(container_id=container_id, path=path, follow_link=follow_link)
         async for answer in self._stream(self._sandbox.CopyOut, request, timeout):
-            yield answer.data
+            if answer.data:
+                yield answer.data
 
     async def events(self) -> AsyncIterator[pb.Event]:
-        """Exits and OOM kills; those that were not acknowledged come first, some perhaps twice."""
-        async for answer in self._stream(self._sandbox.WatchEvents, protocol().WatchEventsRequest(), None):
-            if answer.WhichOneof("what") == "exited":
-                check_exit(answer.exited)
-            yield answer
+        """Exits and OOM kills; those that were not acknowledged come first, some perhaps twice.
+
+        Raises UnavailableError and nothing else: there is no other reason to end.
+        """
+        try:
+            async for answer in self._stream(self._sandbox.WatchEvents, protocol().WatchEventsRequest(), None):
+                what = answer.WhichOneof("what")
+                if what is None:
+                    raise broken("an event says nothing")
+                if what == "exited":
+                    check_exit(answer.exited)
+                yield answer
+        except UnavailableError:
+            raise
+        except SandboxError as error:
+            raise broken(f"it refuses to tell of events: {error}") from error
 
     async def write_files(self, files: Mapping[str, bytes], *, timeout: float = QUICK) -> None:
         """Replace the content of files that containers have mounted, e.g. ``hosts``."""

@@ -7,10 +7,10 @@ more can be expected from such a guest.
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import (
-    ExhaustedError,
     InvalidStateError,
     SandboxError,
     TimedOutError,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _TEXT_LIMIT = 4096
 _ENTRIES_LIMIT = 65536
 _STRING_LIMIT = 65536
+#: what a terminal could take for a command, and line ends
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def protocol() -> Any:
@@ -44,22 +46,39 @@ def check_exit(status: pb.ExitStatus) -> None:
 
 
 def check_bounds(message: Any) -> None:
-    """Refuse answers with more entries or longer texts than an honest agent has."""
+    """Refuse answers with more entries or longer texts than an honest agent has, and free texts of control characters.
+
+    Where a name could not be told from its cleaned form, in keys and lists, control characters are refused.
+    """
+    if message is None:
+        raise broken("an answer is no message")
     for field, value in message.ListFields():
-        repeated = field.is_repeated
-        entries = value if repeated else (value,)
-        if repeated and len(entries) > _ENTRIES_LIMIT:
-            raise broken(f"'{field.name}' has {len(entries)} entries")
-        if repeated and field.message_type is not None and field.message_type.GetOptions().map_entry:
-            entries = ()
-            for key in value:
-                if isinstance(key, str) and len(key) > _STRING_LIMIT:
-                    raise broken(f"a key of '{field.name}' is too long")
-        for entry in entries:
-            if isinstance(entry, str) and len(entry) > _STRING_LIMIT:
-                raise broken(f"'{field.name}' is too long")
-            if field.message_type is not None:
-                check_bounds(entry)
+        if field.is_repeated:
+            _check_entries(field, value)
+        elif isinstance(value, str):
+            _check_length(field, value)
+            if _CONTROL.search(value):
+                setattr(message, field.name, _CONTROL.sub("?", value))
+        elif field.message_type is not None:
+            check_bounds(value)
+
+
+def _check_entries(field: Any, value: Any) -> None:
+    if len(value) > _ENTRIES_LIMIT:
+        raise broken(f"'{field.name}' has {len(value)} entries")
+    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    for entry in chain(value.keys(), value.values()) if is_map else value:
+        if isinstance(entry, str):
+            _check_length(field, entry)
+            if _CONTROL.search(entry):
+                raise broken(f"'{field.name}' has control characters")
+        elif hasattr(entry, "ListFields"):
+            check_bounds(entry)
+
+
+def _check_length(field: Any, text: str) -> None:
+    if len(text) > _STRING_LIMIT:
+        raise broken(f"'{field.name}' is too long")
 
 
 def translated(error: Any) -> SandboxError:
@@ -87,8 +106,9 @@ def status_translated(status: Any, details: str | None, metadata: Any) -> Sandbo
     if status == grpc.StatusCode.UNIMPLEMENTED:
         return UnsupportedError(f"the agent cannot do this: {message}")
     if status == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ExhaustedError(f"a message of the agent is too large: {message}")
-    return SandboxError(f"the agent failed: {message}")
+        return broken(f"a message is too large: {message}")
+    # Our agent gives a code with every error of its own.
+    return UnavailableError(f"the agent failed: {message}")
 
 
 def _clean(text: str) -> str:

@@ -30,7 +30,10 @@ class Call:
         if self._answer.cancelled():
             raise asyncio.CancelledError
 
-    async def read(self) -> object:
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> object:
         self.reading.set()
         return await self._answer
 
