@@ -46,6 +46,7 @@ _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 _MANY_FILES = 65536
+_ETC_SIZE = "4m"
 
 
 def mount_everything(calls: SystemCalls) -> None:
@@ -76,10 +77,14 @@ def _is_mounted(target: str, fstype: str) -> bool:
     return any(fields[1] == target and fields[2] == fstype for fields in map(str.split, lines))
 
 
-def survive_containers() -> None:
-    """Never be chosen by the OOM killer, and have as many descriptors as streams may need."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")
+def survive_containers(calls: SystemCalls, etc: Path) -> None:
+    """Have as many descriptors as streams may need, and keep what containers may write to apart from our own files.
+
+    `etc` is where files are that containers have mounted.  The OOM killer never chooses PID 1; asking for that by
+    ``oom_score_adj`` would be inherited by every process that is started in a container.
+    """
+    etc.mkdir(parents=True, exist_ok=True)
+    calls.mount("etc", str(etc), "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"mode=755,size={_ETC_SIZE}")
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES, _MANY_FILES))
 

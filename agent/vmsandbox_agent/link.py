@@ -94,9 +94,10 @@ class PortRelay:
             self._drop_session()
 
     def _begin(self, digits: bytes) -> None:
-        """Drop the old session, whole or not, and greet the new one."""
+        """Drop the old session, whole or not, and greet the new one, unless gRPC is being switched off."""
         self._drop_session()
-        self._session = _Session(self._fd, self._target, digits)
+        with suppress(OSError):
+            self._session = _Session(self._fd, self._target, digits)
 
     def _drop_session(self) -> None:
         if self._session is not None:
@@ -114,7 +115,12 @@ class _Session:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_STALLED))
-        self._socket.connect(target)
+        try:
+            self._socket.connect(target)
+        except OSError:
+            self._socket.close()
+            os.close(self._wakeup)
+            raise
         self.thread = threading.Thread(target=self._send_answers, args=(digits,), name="port-out", daemon=True)
         self.thread.start()
 

@@ -77,12 +77,13 @@ def _be_init(began_us: int) -> int:
         os.umask(0o022)
         os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
         init.mount_everything(calls)
-        init.survive_containers()
+        layout = Layout(GUEST_BASE)
+        init.survive_containers(calls, layout.etc)
         init.raise_loopback()
         parameters = init.parameters(Path("/proc/cmdline").read_text())
         _serve(
             Settings(
-                layout=Layout(GUEST_BASE),
+                layout=layout,
                 calls=calls,
                 parent_group="/containers",
                 socket=GUEST_BASE / "agent.sock",

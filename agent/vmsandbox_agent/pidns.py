@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox_agent.errors import AgentError
@@ -38,4 +40,6 @@ def start_holder(reaper: Reaper) -> int:
     thread.join()
     if failures:
         raise AgentError(f"cannot make a shared PID namespace: {failures[0].strerror}") from failures[0]
+    with suppress(OSError):  # all containers end with it, so the kernel shall take another one's memory
+        Path(f"/proc/{pids[0]}/oom_score_adj").write_text("-1000")
     return pids[0]

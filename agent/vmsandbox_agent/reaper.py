@@ -16,7 +16,6 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox_agent.errors import TimedOutError
@@ -104,7 +103,7 @@ class Reaper:
                 actions.append((os.POSIX_SPAWN_OPEN, target, "/dev/null", os.O_RDWR, 0))
             else:
                 actions.append((os.POSIX_SPAWN_DUP2, fd, target))
-        with self._lock, _unprotected():
+        with self._lock:
             pid = os.posix_spawn(
                 argv[0],
                 list(argv),
@@ -172,24 +171,6 @@ class Reaper:
                         self._unclaimed[found.si_pid] = status
             if child is not None:
                 child._end(status)
-
-
-@contextmanager
-def _unprotected() -> Iterator[None]:
-    """Within the block a child does not inherit our protection from the OOM killer.
-
-    A program that cannot be chosen, at the limit of a container's memory, would try for ever to get more.
-    """
-    adjustment = Path("/proc/self/oom_score_adj")
-    own = adjustment.read_text()
-    if int(own) >= 0:
-        yield
-        return
-    adjustment.write_text("0")
-    try:
-        yield
-    finally:
-        adjustment.write_text(own)
 
 
 def _is_child(pid: int) -> bool:

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.agent.served import Served
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guest.transport import Dial, Link, StreamLink
 from vmsandbox_protocol import agent_pb2 as pb
@@ -37,18 +38,21 @@ if [ ! -e /sys/fs/cgroup/cgroup.controllers ]; then
 fi
 exec "$@"
 """
-APPLETS = ("sh", "echo", "cat", "true", "sleep", "id", "env", "ls", "dd", "kill", "stty", "mount", "df", "head", "pwd")
+APPLETS = (
+    *("sh", "echo", "cat", "true", "sleep", "id", "env", "ls", "dd", "kill", "stty", "mount", "df", "head", "pwd"),
+    *("grep", "ps", "rm", "seq", "tail", "wc", "yes"),
+)
 BUSYBOX = Path("/usr/bin/busybox")
 CROWD = "/vmsandbox-agent-test"
 
 
-class HostAgent:
+class HostAgent(Served):
     """A running agent and a client of it."""
 
     def __init__(self, base: Path, socket: Path, client: AgentClient, process: asyncio.subprocess.Process) -> None:
+        super().__init__(client)
         self.base = base
         self.socket = socket
-        self.client = client
         self.process = process
 
     def rootfs(self, name: str = "root") -> Path:
@@ -62,13 +66,15 @@ class HostAgent:
         container_id: str,
         argv: Sequence[str],
         *,
-        root: Path | None = None,
         stdio: pb.Stdio | None = None,
+        resources: dict[str, Any] | None = None,
         start: bool = True,
+        root: Path | None = None,
         **fields: Any,
     ) -> pb.CreateContainerResponse:
         """Create a container of busybox; `spec` among the fields is merged over the usual one."""
         document = spec(argv, root or self.rootfs(f"root-{container_id}"))
+        document["linux"]["resources"] = resources or {}
         for key, value in fields.pop("process", {}).items():
             document["process"][key] = value
         document.update(fields.pop("spec", {}))

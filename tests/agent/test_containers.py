@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.agent import harness
-from tests.agent.conftest import hear
+from tests.agent.hearing import hear
 from vmsandbox.errors import (
     AlreadyExistsError,
     CommandNotExecutableError,

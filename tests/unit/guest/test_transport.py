@@ -164,6 +164,23 @@ async def test_the_relay_waits_for_a_vmm_and_a_guest_that_are_not_there_yet(dire
             await relay.ready()
 
 
+async def test_a_guest_whose_server_is_not_there_is_silent_and_answers_the_next_host(directory: Path) -> None:
+    async with FakePort.opened(directory / "port") as port:
+        guest_side = PortRelay(port.guest_fd, directory / "echo")
+        guest_side.start()
+        try:
+            async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(relay.ready(), 0.3)
+            async with (
+                echoing(directory / "echo"),
+                transport.relayed(transport.through_port(port.path), directory=directory) as relay,
+            ):
+                assert await converse(relay.path, b"hello") == b"hello"
+        finally:
+            await asyncio.to_thread(guest_side.stop)
+
+
 async def test_a_socket_is_removed_and_a_long_directory_refused(directory: Path) -> None:
     async with transport.relayed(transport.through_port(directory / "port"), directory=directory) as relay:
         assert relay.path.is_socket()
