@@ -130,6 +130,11 @@ class Roots:
         return self.run_dir + "/c"
 
     @property
+    def identities_dir(self) -> str:
+        """``<uid>`` -> symlink whose target is the id of the pod that QEMU uses this uid for."""
+        return self.run_dir + "/u"
+
+    @property
     def names_dir(self) -> str:
         """``<name>`` -> symlink whose target is the id of the container or pod that reserved it."""
         return self.run_dir + "/n"

@@ -113,6 +113,7 @@ class Cli:
         """Everything that should be gone when no container is left."""
         left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
         left += [f"file {path}" for directory in ("s", "c", "n") for path in (self.run_root / directory).glob("*")]
+        left += [f"uid {path}" for path in (self.run_root / "u").glob("[0-9]*")]
         containers = self.data_root / "containers"
         left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]
         references = (self.data_root / "images" / "refs").glob("*/*")

@@ -18,6 +18,7 @@ from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
+from vmsandbox.resources import identities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -245,6 +246,8 @@ def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
         link = f"{roots.by_container_dir}/{container_id}"
         if not os.path.exists(f"{link}/containers/{container_id}.json") and not is_young_link(link):
             os.unlink(link)
+    for uid in identities.collect(roots):
+        say(f"released uid {uid}")
     known = set(entries(roots.by_container_dir))
     for name in entries(roots.names_dir):
         path = f"{roots.names_dir}/{name}"

@@ -62,7 +62,7 @@ class HypervisorSettings:
     confine: bool = True
     #: the uids (and gids) QEMU processes get, one per pod
     uid_base: Annotated[int, Between(1, 2**31)] = 1_900_000_000
-    uid_count: Annotated[int, Between(1, 1_000_000)] = 4096
+    uid_count: Annotated[int, Between(2, 1_000_000)] = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ it ends the machine and everything that belongs to it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import math
 import os
 import time
-import zlib
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store as guests
-from vmsandbox.resources import share
+from vmsandbox.resources import identities, share
 from vmsandbox.supervisor import shares, store, template
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.translation import translated, translating
@@ -267,6 +267,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     guest = guest_for(around)
     sandbox = settings.sandbox
     base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
+    first = settings.hypervisor.uid_base
     serves_9p = spec.shareable and (spec.shared_fs or sandbox.shared_fs) == shares.NINEP
     return VmConfig(
         name=f"vmsandbox-{spec.id[:12]}",
@@ -280,7 +281,8 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         root_ports=settings.hypervisor.root_ports,
         accel=spec.accel or settings.hypervisor.accel,
         # Only root can serve files with their owners and modes.
-        confinement=None if serves_9p else confinement_for(around, spec),
+        # The first uid of the range is for machines without a user's code; each pod gets one of the others.
+        confinement=None if serves_9p or not settings.hypervisor.confine else Confinement(uid=first, gid=first),
         binary=_path(settings.hypervisor.binary),
         virtiofsd=_path(settings.hypervisor.virtiofsd),
         boot_timeout=settings.hypervisor.boot_timeout,
@@ -303,13 +305,20 @@ def guest_for(around: Surroundings) -> guests.Guest:
     return guests.Guest(key=guest.key, kernel=kernel, initrd=guest.initrd, image=image, cmdline=guest.cmdline)
 
 
-def confinement_for(around: Surroundings, spec: SandboxSpec) -> Confinement | None:
-    """An identity of its own for each pod's QEMU, out of the configured range."""
+@asynccontextmanager
+async def confined(around: Surroundings, spec: SandboxSpec, config: VmConfig) -> AsyncIterator[VmConfig]:
+    """The machine with a uid that no other pod has, for the block: it is left when the machine has ended."""
+    if config.confinement is None:
+        yield config
+        return
     settings = around.settings.hypervisor
-    if not settings.confine:
-        return None
-    identity = settings.uid_base + zlib.crc32(spec.id.encode()) % settings.uid_count
-    return Confinement(uid=identity, gid=identity)
+    identity = await asyncio.to_thread(
+        identities.reserve, around.roots, spec.id, base=settings.uid_base + 1, count=settings.uid_count - 1
+    )
+    try:
+        yield dataclasses.replace(config, confinement=Confinement(uid=identity, gid=identity))
+    finally:
+        identities.release(around.roots, spec.id)
 
 
 @asynccontextmanager
@@ -325,6 +334,7 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
         await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
     async with connected(around, spec) as network, AsyncExitStack() as stack:
+        config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
         chosen = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
         clone, key = await stack.enter_async_context(chosen)
@@ -396,6 +406,7 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
     with translating():
         async with (
             resumed(around, spec) as network,
+            confined(around, spec, config),
             around.hypervisor.adopted(config, pid=known["pid"], start_time=known["start_time"]) as vm,
             AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent,
         ):
