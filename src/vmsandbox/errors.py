@@ -94,6 +94,12 @@ class UnavailableError(SandboxError):
     code = "unavailable"
 
 
+class EndingError(UnavailableError):
+    """The pod, or the supervisor that was asked, is on its way out: who asks again when it is gone may succeed."""
+
+    code = "ending"
+
+
 class TimedOutError(UnavailableError):
     """Something did not happen within its deadline."""
 

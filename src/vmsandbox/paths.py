@@ -130,6 +130,11 @@ class Roots:
         return self.run_dir + "/c"
 
     @property
+    def by_pod_dir(self) -> str:
+        """``<pod id>`` -> symlink to the sandbox directory of a pod that was made on purpose."""
+        return self.run_dir + "/p"
+
+    @property
     def identities_dir(self) -> str:
         """``<uid>`` -> symlink whose target is the id of the pod that QEMU uses this uid for."""
         return self.run_dir + "/u"

@@ -10,7 +10,14 @@ from __future__ import annotations
 import json
 import os
 
-from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.errors import (
+    AlreadyExistsError,
+    AmbiguousError,
+    InvalidArgumentError,
+    InvalidStateError,
+    NotFoundError,
+    SandboxError,
+)
 from vmsandbox.paths import Roots, SandboxPaths
 
 TYPE_CHECKING = False
@@ -30,6 +37,12 @@ class DamagedDocumentError(SandboxError):
     """A document is truncated, foreign, unreadable or from a newer version."""
 
     code = "damaged-document"
+
+
+class ForeignDocumentError(DamagedDocumentError):
+    """A document that may be whole, but not for us: from a newer version, or unreadable.  Nothing may remove it."""
+
+    code = "foreign-document"
 
 
 def write_document(path: str, document: dict[str, Any]) -> None:
@@ -56,7 +69,9 @@ def read_document(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise NotFoundError(f"no document '{path}'") from None
     except OSError as error:
-        raise DamagedDocumentError(f"cannot read '{path}': {error.strerror}") from error
+        raise ForeignDocumentError(
+            f"cannot read '{path}': {error.strerror}; it is left alone until it can be read"
+        ) from error
     if len(data) > MAX_BYTES:
         raise DamagedDocumentError(f"'{path}' is not a document of ours: larger than {MAX_BYTES} bytes")
     try:
@@ -66,8 +81,9 @@ def read_document(path: str) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("version"), int):
         raise DamagedDocumentError(f"'{path}' is not a document of ours; 'vmsandbox gc' removes it")
     if document["version"] > VERSION:
-        raise DamagedDocumentError(
-            f"'{path}' was written by a newer vmsandbox (document version {document['version']}, known {VERSION})"
+        raise ForeignDocumentError(
+            f"'{path}' was written by a newer vmsandbox (document version {document['version']}, known {VERSION}): "
+            "use that one for it"
         )
     return document
 
@@ -118,8 +134,12 @@ class Container:
 
 
 def container_ids(roots: Roots) -> list[str]:
+    return _listed(roots.by_container_dir)
+
+
+def _listed(directory: str) -> list[str]:
     try:
-        return sorted(os.listdir(roots.by_container_dir))
+        return sorted(os.listdir(directory))
     except FileNotFoundError:
         return []
 
@@ -154,24 +174,117 @@ def containers(roots: Roots) -> Iterator[Container | SandboxError]:
 
 
 def resolve(roots: Roots, reference: str) -> str:
-    """The id that a name, an id or a unique prefix of an id stands for."""
+    """The id that a name, an id or a unique prefix of an id of a container stands for."""
+    return _resolved(roots, reference, roots.by_container_dir, what="container", listing="vmsandbox ps -a")
+
+
+def _resolved(roots: Roots, reference: str, directory: str, *, what: str, listing: str) -> str:
     if "/" in reference or reference in ("", ".", ".."):
-        raise NotFoundError(f"no such container: '{reference}'")
+        raise NotFoundError(f"no such {what}: '{reference}'")
     try:
         holder = os.readlink(f"{roots.names_dir}/{reference}")
-        if os.path.lexists(f"{roots.by_container_dir}/{holder}"):
+        if os.path.lexists(f"{directory}/{holder}"):
             return holder
     except OSError:
         pass
-    if os.path.lexists(f"{roots.by_container_dir}/{reference}"):
+    if os.path.lexists(f"{directory}/{reference}"):
         return reference
-    fits = [known for known in container_ids(roots) if known.startswith(reference)]
+    fits = [known for known in _listed(directory) if known.startswith(reference)]
     if len(fits) > 1:
         listed = ", ".join(fit[:16] for fit in fits[:8])
         raise AmbiguousError(f"'{reference}' is ambiguous: it fits {listed}; give more of the id")
     if not fits:
-        raise NotFoundError(f"no such container: '{reference}'; 'vmsandbox ps -a' lists them")
+        raise NotFoundError(f"no such {what}: '{reference}'; '{listing}' lists them")
     return fits[0]
+
+
+# ---------------------------------------------------------------- pods
+
+
+class Pod:
+    """The document of a pod that was made on purpose, and where it is."""
+
+    __slots__ = ("document", "id", "sandbox")
+
+    def __init__(self, pod_id: str, sandbox: SandboxPaths, document: dict[str, Any]) -> None:
+        self.id = pod_id
+        self.sandbox = sandbox
+        self.document = document
+
+    @property
+    def name(self) -> str:
+        return str(self.document.get("name", ""))
+
+    def status(self) -> str:
+        """``running`` while its machine lives, ``creating`` before, else ``stopped``."""
+        vm = self.document.get("vm") or {}
+        if not is_alive(vm.get("pid"), vm.get("start_time")):
+            return "stopped"
+        return "running" if self.document.get("status") == "ready" else "creating"
+
+    def containers(self, roots: Roots) -> list[Container | SandboxError]:
+        """Its containers, a damaged one as its error."""
+        try:
+            names = sorted(os.listdir(self.sandbox.containers_dir))
+        except FileNotFoundError:
+            return []
+        found: list[Container | SandboxError] = []
+        for name in names:
+            if name.endswith(".json"):
+                try:
+                    found.append(load(roots, name.removesuffix(".json")))
+                except SandboxError as error:
+                    found.append(error)
+        return found
+
+
+def pod_ids(roots: Roots) -> list[str]:
+    return _listed(roots.by_pod_dir)
+
+
+def resolve_pod(roots: Roots, reference: str) -> str:
+    """The id that a name, an id or a unique prefix of an id of a pod stands for."""
+    return _resolved(roots, reference, roots.by_pod_dir, what="pod", listing="vmsandbox pod ls")
+
+
+def load_pod(roots: Roots, pod_id: str) -> Pod:
+    """A pod by its id; one whose machine was never started has an empty document."""
+    try:
+        target = os.readlink(f"{roots.by_pod_dir}/{pod_id}")
+    except OSError:
+        raise NotFoundError(f"no such pod: '{pod_id}'; 'vmsandbox pod ls' lists them") from None
+    sandbox = SandboxPaths(os.path.normpath(os.path.join(roots.by_pod_dir, target)))
+    try:
+        document = read_document(sandbox.document_file)
+    except NotFoundError:
+        document = {"id": pod_id, "implicit": False}
+    return Pod(pod_id, sandbox, document)
+
+
+def pods(roots: Roots) -> Iterator[Pod | SandboxError]:
+    """Every pod that was made on purpose; a damaged one comes as its error."""
+    for pod_id in pod_ids(roots):
+        try:
+            yield load_pod(roots, pod_id)
+        except NotFoundError:
+            continue
+        except SandboxError as error:
+            yield error
+
+
+def pod_in_use(pod: str, alive: list[dict[str, Any]]) -> InvalidStateError:
+    """Why a pod is not removed: the documents of its containers that run."""
+    named = ", ".join(f"'{each.get('name') or str(each.get('id'))[:SHOWN_ID]}'" for each in alive[:8])
+    return InvalidStateError(
+        f"pod '{pod}'", state=f"used by running containers ({named}): stop them first or use '--force'", wanted="remove"
+    )
+
+
+def pod_id_of(sandbox: SandboxPaths) -> str:
+    """The id of the pod in a directory if it was made on purpose, else empty; whatever its document says."""
+    sandboxes, short = os.path.split(sandbox.dir)
+    known = _listed(Roots(os.path.dirname(sandboxes), "").by_pod_dir)
+    return next((pod_id for pod_id in known if pod_id[:SHOWN_ID] == short), "")
 
 
 # ---------------------------------------------------------------- names
@@ -316,8 +429,28 @@ def forget_container(roots: Roots, container_id: str, *, name: str, image_id: st
     _unlink(f"{roots.by_container_dir}/{container_id}")
 
 
+def forget_pod(roots: Roots, sandbox: SandboxPaths) -> None:
+    """Remove everything on disk of a pod that was made on purpose and whose containers are forgotten; repeatable.
+
+    The symlink goes last, as a container's does.
+    """
+    pod_id = pod_id_of(sandbox)
+    close_shared(sandbox)
+    remove_tree(sandbox.dir)
+    if not pod_id:
+        return
+    for name in _listed(roots.names_dir):
+        release_name(roots, name, pod_id)
+    _unlink(f"{roots.by_pod_dir}/{pod_id}")
+
+
 def forget_sandbox_if_empty(sandbox: SandboxPaths) -> bool:
-    """Remove a pod directory in which no container's document is left; says whether it did."""
+    """Remove a pod directory in which no container's document is left; says whether it did.
+
+    A pod that was made on purpose stays: only `forget_pod` removes it.
+    """
+    if pod_id_of(sandbox):
+        return False
     try:
         if any(entry.endswith(".json") for entry in os.listdir(sandbox.containers_dir)):
             return False

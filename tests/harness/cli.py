@@ -44,9 +44,11 @@ class Cli:
         self.boot = boot
 
     def argv(self, *words: str) -> list[str]:
-        if words[0] in ("run", "create"):
-            template = ("--template", "off") if self.boot == "cold" else ()
+        template = ("--template", "off") if self.boot == "cold" else ()
+        if words[0] in ("run", "create") and "--pod" not in words:
             words = (words[0], "--network", self.network, *template, *words[1:])
+        elif words[:2] == ("pod", "create"):
+            words = (*words[:2], *template, *words[2:])
         config = ("--config", str(self.config)) if self.config else ()
         roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
         return [*self.prefix, *COMMAND, "--debug", *roots, *config, *words]
@@ -81,9 +83,16 @@ class Cli:
         rows: list[dict[str, Any]] = json.loads(self.ok("ps", "-a", "--format", "json"))
         return rows
 
+    def pods(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.ok("pod", "ls", "--format", "json"))
+        return rows
+
     # ------------------------------------------------------------ what is left
 
     def remove_all(self) -> None:
+        pods = self.pods()
+        if pods:
+            self("pod", "rm", "-f", *[row["id"] for row in pods])
         ids = [row["id"] for row in self.ps()]
         if ids:
             self("rm", "-f", *ids)
@@ -112,7 +121,7 @@ class Cli:
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no container is left."""
         left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
-        left += [f"file {path}" for directory in ("s", "c", "n") for path in (self.run_root / directory).glob("*")]
+        left += [f"file {path}" for directory in ("s", "c", "n", "p") for path in (self.run_root / directory).glob("*")]
         left += [f"uid {path}" for path in (self.run_root / "u").glob("[0-9]*")]
         containers = self.data_root / "containers"
         left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from vmsandbox import records
-from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError
+from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import Roots
 
 
 @pytest.fixture
 def roots(tmp_path: Path) -> Roots:
     made = Roots(tmp_path / "run", tmp_path / "data")
-    for directory in (made.by_container_dir, made.names_dir):
+    for directory in (made.by_container_dir, made.by_pod_dir, made.names_dir):
         os.makedirs(directory)
     return made
 
@@ -129,3 +129,70 @@ def test_removing_a_tree_does_not_follow_links(tmp_path: Path) -> None:
     records.remove_tree(str(tree))
     assert (outside / "kept").exists()
     assert not tree.exists()
+
+
+def add_pod(roots: Roots, pod_id: str, **document: object) -> str:
+    sandbox = roots.sandbox(pod_id)
+    os.makedirs(sandbox.containers_dir)
+    records.write_document(sandbox.document_file, {"id": pod_id, "implicit": False, **document})
+    os.symlink(os.path.relpath(sandbox.dir, roots.by_pod_dir), f"{roots.by_pod_dir}/{pod_id}")
+    return sandbox.document_file
+
+
+def test_pods_are_found_by_name_by_id_and_by_unique_prefix_and_are_no_containers(roots: Roots) -> None:
+    first, second = "abc1" * 16, "abd1" * 16
+    add_pod(roots, first, name="shop")
+    add_pod(roots, second)
+    records.reserve_name(roots, "shop", first)
+    assert records.resolve_pod(roots, "shop") == first
+    assert records.resolve_pod(roots, "abd") == second
+    with pytest.raises(AmbiguousError, match=r"abc1abc1abc1abc1, abd1abd1abd1abd1"):
+        records.resolve_pod(roots, "ab")
+    with pytest.raises(NotFoundError, match="'vmsandbox pod ls' lists them"):
+        records.resolve_pod(roots, "nothing")
+    with pytest.raises(NotFoundError, match="no such container: 'shop'"):
+        records.resolve(roots, "shop")
+    with pytest.raises(AlreadyExistsError, match="abc1abc1abc1"):
+        records.reserve_name(roots, "shop", second)
+
+
+def test_a_pod_stays_without_containers_until_it_is_forgotten(roots: Roots) -> None:
+    pod_id = "ab" * 32
+    add_pod(roots, pod_id, name="shop")
+    records.reserve_name(roots, "shop", pod_id)
+    records.reserve_name(roots, "other", "cd" * 32)
+    assert not records.forget_sandbox_if_empty(roots.sandbox(pod_id))
+    records.forget_pod(roots, roots.sandbox(pod_id))
+    records.forget_pod(roots, roots.sandbox(pod_id))
+    assert list(records.pods(roots)) == []
+    assert os.listdir(roots.names_dir) == ["other"]
+    assert not os.path.exists(roots.sandbox(pod_id).dir)
+
+
+def test_a_pods_status_is_judged_by_its_machine(roots: Roots) -> None:
+    me = {"pid": os.getpid(), "start_time": records.start_time(os.getpid())}
+    add_pod(roots, "aa" * 32, status="ready", vm=me)
+    add_pod(roots, "bb" * 32, status="ready", vm={**me, "start_time": 1})
+    add_pod(roots, "cc" * 32, status="creating", vm=me)
+    found = [pod.status() for pod in records.pods(roots) if not isinstance(pod, SandboxError)]
+    assert found == ["running", "stopped", "creating"]
+
+
+def test_a_damaged_pod_does_not_spoil_the_others(roots: Roots) -> None:
+    add_pod(roots, "aa" * 32)
+    Path(add_pod(roots, "bb" * 32)).write_text("{")
+    found = list(records.pods(roots))
+    assert [type(item) for item in found] == [records.Pod, records.DamagedDocumentError]
+    assert "bbbbbbbbbbbb" in str(found[1])
+
+
+def test_a_damaged_container_is_named_beside_the_others_of_its_pod(roots: Roots) -> None:
+    pod_id, whole, broken = "aa" * 32, "bb" * 32, "cc" * 32
+    add_pod(roots, pod_id)
+    sandbox = roots.sandbox(pod_id)
+    for container_id in (whole, broken):
+        records.write_document(sandbox.container_file(container_id), {"id": container_id, "status": "stopped"})
+        os.symlink(os.path.relpath(sandbox.dir, roots.by_container_dir), f"{roots.by_container_dir}/{container_id}")
+    Path(sandbox.container_file(broken)).write_text("[]")
+    found = records.load_pod(roots, pod_id).containers(roots)
+    assert [type(item) for item in found] == [records.Container, records.DamagedDocumentError]

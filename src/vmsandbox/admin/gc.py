@@ -63,10 +63,12 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
         return
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_served(sandbox):
-            return
-        found = list(documents(sandbox))
-        if any(container.status() in ("created", "running", "paused") for container in found):
+        try:
+            found = list(documents(sandbox))
+            if is_held(sandbox, found):
+                return
+        except records.ForeignDocumentError as error:
+            say(f"left pod '{os.path.basename(sandbox.dir)}' alone: {error}")
             return
         for pid in machines(sandbox.dir, known=sandbox.document_file):
             end(pid)
@@ -76,8 +78,47 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
             say(f"unmounted what pod '{os.path.basename(sandbox.dir)}' had shared")
         for container in found:
             settle_container(roots, container, say)
-        if records.forget_sandbox_if_empty(sandbox):
+        if records.pod_id_of(sandbox):
+            settle_pod(roots, sandbox, say)
+        elif records.forget_sandbox_if_empty(sandbox):
             say(f"removed pod '{os.path.basename(sandbox.dir)}'")
+
+
+def is_held(sandbox: SandboxPaths, found: list[records.Container]) -> bool:
+    """Whether a supervisor serves the pod, or what could not do without its machine lives.
+
+    A pod that was made on purpose keeps its machine without a container and without a supervisor: the next verb
+    takes it over.
+    """
+    if is_served(sandbox) or any(container.status() in ("created", "running", "paused") for container in found):
+        return True
+    if not records.pod_id_of(sandbox):
+        return False
+    try:
+        vm = records.read_document(sandbox.document_file).get("vm") or {}
+    except records.ForeignDocumentError:
+        raise
+    except SandboxError:
+        return False
+    return records.is_alive(vm.get("pid"), vm.get("start_time"))
+
+
+def settle_pod(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], None]) -> None:
+    """Mark a pod stopped whose machine is gone, or forget one that was never finished or is damaged."""
+    name = os.path.basename(sandbox.dir)
+    try:
+        document = records.read_document(sandbox.document_file)
+    except SandboxError:
+        records.forget_pod(roots, sandbox)
+        say(f"removed pod '{name}'")
+        return
+    if not document.get("established"):
+        records.forget_pod(roots, sandbox)
+        say(f"removed pod '{name}', which was not finished")
+    elif document.pop("vm", None) is not None or document.get("status") != "stopped":
+        document.update(status="stopped", reason="its virtual machine is gone")
+        records.write_document(sandbox.document_file, document)
+        say(f"pod '{document.get('name') or name}' has stopped")
 
 
 def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
@@ -96,8 +137,10 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
             lock = open(os.devnull, "ab")  # noqa: SIM115 - the pod's directory is gone
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            alive = ("created", "running", "paused")
-            if is_served(sandbox) or any(container.status() in alive for container in documents(sandbox)):
+            try:
+                if is_held(sandbox, list(documents(sandbox))):
+                    continue
+            except records.ForeignDocumentError:
                 continue
             if asyncio.run(pod.release(place)):
                 say(f"removed the network of pod '{os.path.basename(sandbox.dir)}'")
@@ -170,7 +213,10 @@ def is_served(sandbox: SandboxPaths) -> bool:
 
 
 def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
-    """The pod's containers; a damaged document is one whose container has stopped and is forgotten."""
+    """The pod's containers; a damaged document is one whose container has stopped and is forgotten.
+
+    Raises `ForeignDocumentError` for one that nobody here may judge.
+    """
     for name in entries(sandbox.containers_dir):
         container_id, dot, ending = name.rpartition(".")
         path = f"{sandbox.containers_dir}/{name}"
@@ -179,6 +225,8 @@ def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
             continue
         try:
             document = records.read_document(path)
+        except records.ForeignDocumentError:
+            raise
         except SandboxError:
             document = {"id": container_id, "status": "stopped", "autoremove": True}
         yield records.Container(container_id, sandbox, document)
@@ -246,9 +294,13 @@ def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
         link = f"{roots.by_container_dir}/{container_id}"
         if not os.path.exists(f"{link}/containers/{container_id}.json") and not is_young_link(link):
             os.unlink(link)
+    for pod_id in entries(roots.by_pod_dir):
+        link = f"{roots.by_pod_dir}/{pod_id}"
+        if not os.path.exists(link) and not is_young_link(link):
+            os.unlink(link)
     for uid in identities.collect(roots):
         say(f"released uid {uid}")
-    known = set(entries(roots.by_container_dir))
+    known = {*entries(roots.by_container_dir), *entries(roots.by_pod_dir)}
     for name in entries(roots.names_dir):
         path = f"{roots.names_dir}/{name}"
         if os.readlink(path) not in known and not is_young_link(path):

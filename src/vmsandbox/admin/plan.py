@@ -6,11 +6,12 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from vmsandbox import records
 from vmsandbox.config.load import load
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import composition
 from vmsandbox.supervisor.container import ROOTFS
-from vmsandbox.supervisor.sandbox import Surroundings, vm_config_for
+from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings, vm_config_for
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
 if TYPE_CHECKING:
@@ -22,13 +23,17 @@ def main(argv: list[str], roots: Roots) -> int:
     request = json.loads(argv[0])
     settings = load(roots, config_file=os.environ.get("VMSANDBOX_CONFIG"))
     options = composition.run_options(request)
-    spec = composition.sandbox_spec(request, options, network=settings.network.default)
+    named = (request.get("sandbox") or {}).get("pod")
+    if named:
+        spec = SandboxSpec.of(records.load_pod(roots, records.resolve_pod(roots, named)).document)
+    else:
+        spec = composition.sandbox_spec(request, options, network=settings.network.default)
     options = composition.without_pods(options, spec)
     around = Surroundings(roots=roots, paths=roots.sandbox(spec.id), settings=settings, hypervisor=QemuHypervisor())
     image = ImageStore(roots).resolve(request["image"])
     shared = composition.share_plan(around, spec, options, container_id=request["id"])
     result = composition.compose_spec(
-        around, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}", shared=shared
+        around, image, options, container_id=request["id"], rootfs=f"{ROOTFS}/{request['id']}", shared=shared, pod=spec
     )
     plan = {
         "image": {"id": image.id, "path": str(image.erofs)},

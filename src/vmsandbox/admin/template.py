@@ -30,6 +30,7 @@ def main(argv: list[str], roots: Roots) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     build = verbs.add_parser("build", help="make the template for the configuration in force, unless it exists")
     build.add_argument("--accel", choices=("auto", "kvm", "tcg"), default=None)
+    build.add_argument("--pod", action="store_true", help="the one for pods that 'vmsandbox pod create' makes")
     build.add_argument("--force", action="store_true", help="make it again")
     build.add_argument("--quiet", action="store_true", help="in the background: low priority, nothing printed")
     listing = verbs.add_parser("ls", help="list templates")
@@ -69,7 +70,7 @@ def make(roots: Roots, arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         os.nice(19)
     settings = load(roots, config_file=os.environ.get("VMSANDBOX_CONFIG"))
-    spec = SandboxSpec(id="template", accel=arguments.accel)
+    spec = SandboxSpec(id="template", accel=arguments.accel, implicit=not arguments.pod)
     around = Surroundings(
         roots=roots,
         paths=roots.sandbox(spec.id),

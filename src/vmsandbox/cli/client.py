@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from vmsandbox import wire
-from vmsandbox.errors import SandboxError, UnavailableError, from_code
+from vmsandbox.errors import EndingError, SandboxError, from_code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+#: A supervisor that ends is followed by one that knows; a third that fails is broken.
+ATTEMPTS = 3
 
 
 def send(sock: socket.socket, request: dict[str, Any]) -> None:
     try:
         sock.sendall(wire.encode_message(request))
     except OSError as error:
-        raise UnavailableError(f"the pod's supervisor is gone: {error.strerror}") from error
+        raise EndingError(f"the pod's supervisor is gone: {error.strerror}") from error
 
 
 def answer(sock: socket.socket) -> dict[str, Any]:
@@ -23,9 +29,9 @@ def answer(sock: socket.socket) -> dict[str, Any]:
     try:
         frame = wire.receive(sock)
     except (OSError, wire.WireError) as error:
-        raise UnavailableError(f"the pod's supervisor broke off: {error}") from error
+        raise EndingError(f"the pod's supervisor broke off: {error}") from error
     if frame is None:
-        raise UnavailableError("the pod's supervisor ended without an answer; its log may say why ('--debug')")
+        raise EndingError("the pod's supervisor ended without an answer; its log may say why ('--debug')")
     reply = frame.message()
     if "error" in reply:
         raise rebuilt(reply["error"])
@@ -40,6 +46,19 @@ def request(sock: socket.socket, message: dict[str, Any]) -> dict[str, Any]:
     """Send one request and wait for its answer."""
     send(sock, message)
     return answer(sock)
+
+
+def insisting(attempt: Callable[[], T]) -> T:
+    """Do what asks a supervisor; again, from the documents on, when it was just ending.
+
+    `attempt` looks up what it needs itself each time: what was a pod may be a stopped container by then.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return attempt()
+        except EndingError:
+            continue
+    return attempt()
 
 
 def wait_for_end(sock: socket.socket) -> None:

@@ -28,7 +28,7 @@ BACKLOG = 256
 
 def make_run_directory(roots: Roots, sandbox_id: str) -> SandboxPaths:
     """Make the directory of a new pod, private to us; its id is taken if it exists."""
-    for directory in (roots.run_dir, roots.sandboxes_dir, roots.by_container_dir, roots.names_dir):
+    for directory in (roots.run_dir, roots.sandboxes_dir, roots.by_container_dir, roots.by_pod_dir, roots.names_dir):
         try:
             os.makedirs(directory, mode=0o711 if directory in (roots.run_dir, roots.sandboxes_dir) else 0o700)
         except FileExistsError:
@@ -123,8 +123,12 @@ def connect(sandbox: SandboxPaths) -> socket.socket:
     return sock
 
 
-def connect_or_take_over(roots: Roots, sandbox: SandboxPaths) -> socket.socket:
+def connect_or_take_over(
+    roots: Roots, sandbox: SandboxPaths, *, revive: bool = False, arguments: tuple[str, ...] = ()
+) -> socket.socket:
     """Connect to the pod's supervisor, starting one that adopts the pod where it died.
+
+    With `revive` the supervisor brings up a new machine on request, if the pod has none.
 
     Raises `FileNotFoundError` when the pod itself is gone.
     """
@@ -136,5 +140,6 @@ def connect_or_take_over(roots: Roots, sandbox: SandboxPaths) -> socket.socket:
         if not os.path.exists(sandbox.document_file):
             raise FileNotFoundError(sandbox.document_file)
         with listen(sandbox) as listener:
-            spawn_supervisor(roots, sandbox, listener, arguments=("--adopt",))
+            mode = "--revive" if revive else "--adopt"
+            spawn_supervisor(roots, sandbox, listener, arguments=(mode, *arguments))
         return connect(sandbox)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERBS = {
     "run": "run a command in a new container in its own virtual machine",
     "create": "make a container that 'start' starts",
-    "start": "start containers that were created",
+    "start": "start containers that were created, or stopped ones again",
     "exec": "run another command in a running container",
     "ps": "list containers",
     "cp": "copy files between a container and the host",
@@ -37,6 +37,7 @@ VERBS = {
     "update": "change the limits of running containers",
     "inspect": "show everything known about containers",
     "wait": "wait for containers to end and print their exit codes",
+    "pod": "make, list, start, stop, remove pods: virtual machines that several containers share",
     "console": "show what a container's guest kernel printed",
 }
 ADMIN_VERBS = {

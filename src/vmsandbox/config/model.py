@@ -56,6 +56,8 @@ class HypervisorSettings:
     virtiofsd: AbsolutePath = "/usr/lib/qemu/virtiofsd"
     #: how many devices can be hot-plugged at one time
     root_ports: Annotated[int, Between(4, 30)] = 16
+    #: the same for a pod that `vmsandbox pod create` makes, for all of its containers
+    pod_root_ports: Annotated[int, Between(4, 64)] = 48
     #: seconds until the agent has to answer
     boot_timeout: Annotated[float, Between(1, 3600)] = 60.0
     #: QEMU gets a uid of its own and a seccomp filter

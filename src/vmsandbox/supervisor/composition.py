@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.-")
 MAX_ID = 128
+#: namespaces that containers of a pod share unless asked otherwise; the network they always do
+DEFAULT_SHARE = ("ipc", "uts")
+SHAREABLE = ("ipc", "net", "pid", "uts")
+HOSTNAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-")
 
 
 def identifier(request: dict[str, Any], key: str) -> str:
@@ -67,6 +71,47 @@ def sandbox_spec(request: dict[str, Any], chosen: RunOptions | None = None, *, n
     )
 
 
+def pod_spec(request: dict[str, Any], *, network: str) -> SandboxSpec:
+    """The pod that `pod create` asks for, without a container to begin with."""
+    given = dict(request.get("sandbox") or {})
+    name, share = str(given.get("name") or ""), given.get("share")
+    pod_id = identifier(given, "id")
+    limits = options.run_options(
+        {key: given[key] for key in ("sysctls", "shm_size", "hostname") if given.get(key) is not None}
+    )
+    foreign = sorted(sysctl for sysctl in limits.sysctls if not is_of_pod(sysctl))
+    if foreign:
+        raise InvalidArgumentError(f"sysctl '{foreign[0]}' is no network's: give it to the container")
+    made = sandbox_spec(
+        {"sandbox": {**given, "implicit": False, "hostname": limits.hostname or _hostname(name) or pod_id[:12]}},
+        limits,
+        network=network,
+    )
+    shared = DEFAULT_SHARE if share is None else _shared(share)
+    return dataclasses.replace(made, share=shared, shm_bytes=limits.shm_bytes or 0, aliases=(name,) if name else ())
+
+
+def _shared(given: object) -> tuple[str, ...]:
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        raise InvalidArgumentError("option 'share' has to be a list of texts")
+    for kind in given:
+        if kind not in SHAREABLE:
+            raise InvalidArgumentError(f"namespace '{kind}' cannot be shared: choose 'ipc', 'pid', 'uts' or 'none'")
+    return tuple(sorted(set(given) - {"net"}))
+
+
+def _hostname(name: str) -> str:
+    """A pod's name where it can be a host's."""
+    return name if len(name) <= 63 and set(name) <= HOSTNAME_CHARACTERS else ""
+
+
+def note_pod(document: dict[str, Any], spec: SandboxSpec) -> None:
+    """Note in a container's document which pod it belongs to, if that is more than its own machine."""
+    document["sandbox"] = spec.id
+    if not spec.implicit:
+        document["pod_name"] = spec.name or spec.id[:12]
+
+
 def is_of_pod(sysctl: str) -> bool:
     """Whether a setting is the network's, which belongs to the pod and not to one container."""
     return sysctl.replace("/", ".").startswith("net.")
@@ -94,6 +139,7 @@ def container_document(request: dict[str, Any]) -> dict[str, Any]:
         "size": request.get("size"),
         "standin": request.get("standin"),
         "options": given,
+        "cwd": str(request.get("cwd") or "/"),
         "image_name": str(request.get("image") or ""),
         "scratch_mib": request.get("scratch_mib"),
     }
@@ -107,11 +153,20 @@ def run_options(request: dict[str, Any]) -> RunOptions:
 def without_pods(chosen: RunOptions, spec: SandboxSpec) -> RunOptions:
     """The options of a container without what its pod was given of them."""
     own = {name: value for name, value in chosen.sysctls.items() if name not in spec.sysctls}
+    if "ipc" in spec.share and chosen.shm_bytes is not None:
+        raise InvalidArgumentError("the containers of this pod share /dev/shm: give '--shm-size' to 'pod create'")
     return dataclasses.replace(chosen, sysctls=own)
 
 
 def compose_spec(
-    around: Surroundings, image: Image, chosen: RunOptions, *, container_id: str, rootfs: str, shared: shares.Plan
+    around: Surroundings,
+    image: Image,
+    chosen: RunOptions,
+    *,
+    container_id: str,
+    rootfs: str,
+    shared: shares.Plan,
+    pod: SandboxSpec,
 ) -> Composed:
     """The container's OCI spec for use inside the guest."""
     container = around.settings.container
@@ -128,6 +183,8 @@ def compose_spec(
         container_id=container_id,
         defaults=defaults,
         volume_sources=shared.sources(),
+        shared_namespaces={kind: "" for kind in pod.share if kind in ("ipc", "uts")},
+        pod_hostname=pod.hostname,
         cache=around.roots.run / "cache",
     )
 
@@ -135,7 +192,8 @@ def compose_spec(
 def describe(document: dict[str, Any], image: Image, result: Composed, chosen: RunOptions) -> None:
     """Note in a container's document what was made of its image and options."""
     process = result.spec["process"]
-    document["image"] = {"id": image.id, "name": document.pop("image_name") or image.title}
+    known = (document.get("image") or {}).get("name")
+    document["image"] = {"id": image.id, "name": document.pop("image_name", "") or known or image.title}
     document["args"] = process["args"]
     document["process"] = {key: process[key] for key in ("args", "env", "cwd")}
     document["labels"] = result.labels

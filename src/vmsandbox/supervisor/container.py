@@ -62,6 +62,8 @@ class Container:
         )
         self.execs: dict[str, Process] = {}
         self.stack = AsyncExitStack()
+        #: it has ended, and what it had in the machine is given back
+        self.released = asyncio.Event()
 
     def __str__(self) -> str:
         return f"container '{self.document.get('name') or self.id[:12]}'"
@@ -174,7 +176,13 @@ class Container:
         return path
 
     async def _give(
-        self, sandbox: Sandbox, image: Image, scratch_path: Path | None, composed: Composed, *, start: bool
+        self,
+        sandbox: Sandbox,
+        image: Image,
+        scratch_path: Path | None,
+        composed: Composed,
+        *,
+        start: bool,
     ) -> None:
         began = time.monotonic()
         stack = self.stack
@@ -250,20 +258,29 @@ class Container:
         except SandboxError as error:
             log.warning("%s: its writable layer was not unmounted: %s", self, error)
 
+    def has_devices(self, sandbox: Sandbox) -> bool:
+        """Whether the machine still has a disk that was this container's alone."""
+        present = sandbox.vm.devices()
+        disks = self.document.get("disks") or {}
+        return any(f"disk-{disk[0]}" in present for kind, disk in disks.items() if kind != "image")
+
     def adopt(self, sandbox: Sandbox) -> None:
         """Rebuild the exit stack of a container that an earlier supervisor made."""
+        present = sandbox.vm.devices()
         disks: Mapping[str, list[str]] = self.document.get("disks") or {}
         shared = self.document.get("shares") or {}
         if shared:
             self.stack.push_async_callback(shares.unbind, self.around.paths.shared_dir, shared["names"])
         self.stack.push_async_callback(sandbox.take_back, self.id)
         sandbox.remember_demand(self.id, self.demand())
-        if "image" in disks:
+        if "image" in disks and f"disk-{disks['image'][0]}" in present:
             disk_id, address = disks["image"]
             sandbox.remember_shared_disk(disk_id, address, user=self.id)
             self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
-        if "scratch" in disks:
-            self.stack.push_async_callback(sandbox.detach_disk, disks["scratch"][0])
+        own = {kind: disk[0] for kind, disk in disks.items() if kind != "image"}
+        for disk_id in own.values():
+            if f"disk-{disk_id}" in present:
+                self.stack.push_async_callback(sandbox.detach_disk, disk_id)
         if shared:
             sandbox.shares.remember(user=self.id)
             self.stack.push_async_callback(sandbox.shares.detach, shared["fs"], user=self.id)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox import log as logs
 from vmsandbox import wire
 from vmsandbox.errors import SandboxError
-from vmsandbox.supervisor import copying
+from vmsandbox.supervisor import copying, execution
 
 if TYPE_CHECKING:
     import socket
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Verbs whose caller wants the pod's resources released when the connection closes, not only the answer.
-UNTIL_RELEASED = {"run", "stop", "delete"}
+UNTIL_RELEASED = {"run", "create", "start", "stop", "delete", "pod-start", "pod-stop", "pod-remove"}
 
 
 class Control:
@@ -41,6 +41,13 @@ class Control:
         self._quiet.set()
         #: set when everything is released
         self.released = asyncio.Event()
+        #: somebody has asked for something
+        self._asked = asyncio.Event()
+
+    async def idle(self) -> None:
+        """Wait until something was asked and answered, and nothing is asked any more."""
+        await self._asked.wait()
+        await self._quiet.wait()
 
     async def quiet(self) -> None:
         """Wait until every request is answered and every stand-in has what it is owed."""
@@ -50,6 +57,7 @@ class Control:
     def _owed(self) -> Iterator[None]:
         self._open += 1
         self._quiet.clear()
+        self._asked.set()
         try:
             yield
         finally:
@@ -72,12 +80,14 @@ class Control:
                 request = frame.message()
                 logs.container_id.set(str(request.get("container") or request.get("id") or "-"))
                 if request.get("verb") == "attach":
-                    await self.service.attach(request, reader, writer)
+                    await execution.attach(self.service, request, reader, writer)
                     return
                 until_released = await self._answer(request, reader, writer)
             if until_released:
                 self._until_exit.append(writer)
                 await self.released.wait()
+            elif request.get("verb") == "run":
+                await self._departed(str(request.get("id")))
         except (wire.WireError, OSError) as error:
             log.info("a connection broke: %s", error)
         except SandboxError as error:
@@ -87,6 +97,18 @@ class Control:
         finally:
             if writer not in self._until_exit:
                 writer.close()
+
+    async def _departed(self, container_id: str) -> None:
+        """Until a container of a pod that goes on has ended and is released, or the pod has."""
+        waiting = [
+            asyncio.ensure_future(self.service.departed(container_id)),
+            asyncio.ensure_future(self.released.wait()),
+        ]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
 
     async def _answer(
         self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -107,6 +129,6 @@ class Control:
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
         writer.write(wire.encode_message(answer))
         await writer.drain()
-        if verb in ("run", "create"):
-            return self.service.implicit()
+        if verb in ("run", "create") and self.service.implicit():
+            return True
         return verb in UNTIL_RELEASED and self.service.ending()

@@ -35,6 +35,7 @@ TRANSITIONS: dict[tuple[Status, str], Status] = {
     ("paused", "stats"): "paused",
     ("paused", "copy"): "paused",
     ("paused", "end"): "stopped",
+    ("stopped", "start"): "running",
     ("stopped", "delete"): "stopped",
 }
 

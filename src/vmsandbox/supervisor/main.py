@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmsandbox import log as logs
 from vmsandbox import records
@@ -23,7 +23,8 @@ from vmsandbox.title import set_title
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from vmsandbox.supervisor.sandbox import Sandbox, Surroundings
+    from vmsandbox.supervisor.control import Control
+    from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec, Surroundings
     from vmsandbox.supervisor.service import Service
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,10 @@ IDLE_TIMEOUT = 10.0
 
 
 def main() -> None:
-    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt] [--debug] [--config FILE]``."""
+    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt | --revive] [--debug] [--config FILE]``.
+
+    With ``--adopt`` the pod exists and its machine is taken over; with ``--revive`` it may get a new one.
+    """
     directory, run_root, data_root, *rest = sys.argv[1:]
     os.closerange(LISTEN_FD + 1, os.sysconf("SC_OPEN_MAX"))
     os.umask(0o022)
@@ -52,7 +56,8 @@ def main() -> None:
                 Roots(run_root, data_root),
                 paths,
                 listener,
-                adopt="--adopt" in rest,
+                known="--adopt" in rest or "--revive" in rest,
+                revive="--revive" in rest,
                 config_file=config_file,
                 debug="--debug" in rest,
             )
@@ -66,7 +71,14 @@ def main() -> None:
 
 
 async def supervise(
-    roots: Roots, paths: SandboxPaths, listener: socket.socket, *, adopt: bool, config_file: str | None, debug: bool
+    roots: Roots,
+    paths: SandboxPaths,
+    listener: socket.socket,
+    *,
+    known: bool,
+    revive: bool,
+    config_file: str | None,
+    debug: bool,
 ) -> None:
     """Serve the control socket, hold the pod, and leave nothing when it ends."""
     from vmsandbox.config.load import load
@@ -90,7 +102,7 @@ async def supervise(
         control = Control(service, tasks)
         server = await control.listen(listener)
         try:
-            await _hold_pod(around, service, adopt=adopt)
+            await _hold_pod(around, service, control, known=known, revive=revive)
             await control.quiet()
             await service.settle()
         finally:
@@ -100,10 +112,10 @@ async def supervise(
             control.released.set()
 
 
-async def _hold_pod(around: Surroundings, service: Service, *, adopt: bool) -> None:
+async def _hold_pod(around: Surroundings, service: Service, control: Control, *, known: bool, revive: bool) -> None:
     """Bring the pod up (or take it over) and hold it until it is told to end or its VM dies."""
     try:
-        holding = await _pod(around, service, adopt=adopt)
+        holding, adopt = await _pod(around, service, control, known=known, revive=revive)
         await _until_ended(holding, service, adopt=adopt)
     except* SandboxError as errors:
         first = _first(errors)
@@ -111,20 +123,43 @@ async def _hold_pod(around: Surroundings, service: Service, *, adopt: bool) -> N
         service.lost(first)
 
 
-async def _pod(around: Surroundings, service: Service, *, adopt: bool) -> AbstractAsyncContextManager[Sandbox]:
-    from vmsandbox.supervisor.sandbox import SandboxSpec, adopted, opened
+async def _pod(
+    around: Surroundings, service: Service, control: Control, *, known: bool, revive: bool
+) -> tuple[AbstractAsyncContextManager[Sandbox], bool]:
+    """The pod to hold, and whether its machine runs already."""
+    from vmsandbox.supervisor.sandbox import SandboxSpec, adopted, opened, swept
 
-    if adopt:
+    if known:
         document = records.read_document(around.paths.document_file)
-        service.restore(SandboxSpec.of(document))
-        if not document.get("vm"):
+        spec = SandboxSpec.of(document)
+        service.restore(spec)
+        vm = document.get("vm") or {}
+        if vm and (not revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):
+            service.want(spec)
+            return adopted(around, document), True
+        if not revive:
             raise UnavailableError("the pod's virtual machine has ended")
-        return adopted(around, document)
+        # Before anything is awaited: what is started again meanwhile is not meant.
+        service.end_processes("its virtual machine is gone")
+        await swept(around, spec, document)
+    return opened(around, await _wanted(service, control, revive=known)), False
+
+
+async def _wanted(service: Service, control: Control, *, revive: bool) -> SandboxSpec:
+    """What the first request wants brought up; a pod that is there may be asked for something else and no more."""
+    idle = asyncio.create_task(control.idle(), name="idle")
     try:
         async with asyncio.timeout(IDLE_TIMEOUT):
-            return opened(around, await asyncio.shield(service.wanted))
+            if revive:
+                either: set[asyncio.Future[Any]] = {service.wanted, idle}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not service.wanted.done():
+                    raise UnavailableError("the pod's virtual machine was not asked for")
+            return await asyncio.shield(service.wanted)
     except TimeoutError:
         raise UnavailableError("the supervisor was asked for nothing") from None
+    finally:
+        idle.cancel()
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> SandboxError:
@@ -136,12 +171,14 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> SandboxError:
 
 async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: Service, *, adopt: bool) -> None:
     loop = asyncio.get_running_loop()
+    from vmsandbox.supervisor.execution import watch_events
+
     async with holding as sandbox, asyncio.TaskGroup() as watchers:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, sandbox.ended.set)
         watching = [
             watchers.create_task(sandbox.watch_vm(), name="watch-vm"),
-            watchers.create_task(service.watch_events(sandbox), name="watch-events"),
+            watchers.create_task(watch_events(service, sandbox), name="watch-events"),
             watchers.create_task(sandbox.network.follow(sandbox.agent), name="follow-names"),
         ]
         if adopt:

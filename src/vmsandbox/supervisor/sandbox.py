@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import records
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store as guests
@@ -85,6 +86,12 @@ class SandboxSpec:
     aliases: tuple[str, ...] = ()
     #: of the network, which all containers share
     sysctls: dict[str, str] = field(default_factory=dict)
+    #: what its containers share beside the network: "ipc", "uts", "pid"
+    share: tuple[str, ...] = ()
+    #: size of a shared /dev/shm; 0: as configured for a container's own
+    shm_bytes: int = 0
+    #: a pod that was made on purpose has come up once: what fails later does not undo it
+    established: bool = False
     created: float = field(default_factory=time.time)
 
     def document(self) -> dict[str, Any]:
@@ -100,12 +107,21 @@ class SandboxSpec:
             "network": self.network,
             "aliases": [*self.aliases],
             "sysctls": self.sysctls,
+            "share": [*self.share],
+            "shm_bytes": self.shm_bytes,
+            "established": self.established,
             "created": self.created,
         }
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> SandboxSpec:
-        return cls(**{field.name: document[field.name] for field in fields(cls)})
+        """Read one back; what an older version did not know has its default."""
+        if not isinstance(document.get("id"), str):
+            raise records.DamagedDocumentError("the pod's document has no id; 'vmsandbox gc' removes it")
+        values = {field.name: document[field.name] for field in fields(cls) if field.name in document}
+        for name in ("aliases", "share"):
+            values[name] = tuple(values.get(name) or ())
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +294,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
         ports=(Port(name=AGENT_PORT),),
         shares=(shares.ninep_share(around.paths.shared_dir),) if serves_9p else (),
-        root_ports=settings.hypervisor.root_ports,
+        root_ports=settings.hypervisor.root_ports if spec.implicit else settings.hypervisor.pod_root_ports,
         accel=spec.accel or settings.hypervisor.accel,
         # Only root can serve files with their owners and modes.
         # The first uid of the range is for machines without a user's code; each pod gets one of the others.
@@ -417,6 +433,18 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
             yield sandbox
 
 
+async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any]) -> None:
+    """Remove what is left of a pod's machine whose supervisor died before it could."""
+    async with resumed(around, spec):
+        pass  # which takes the network apart
+    known = document.get("vm")
+    if known:
+        with translating():
+            await around.hypervisor.destroy(store.vm_config(known), pid=known["pid"], start_time=known["start_time"])
+    await asyncio.to_thread(records.remove_tree, str(around.paths.vm))
+    await asyncio.to_thread(records.close_shared, around.paths)
+
+
 async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     """Wait for the agent and give the guest its identity, with a clock that is not older than the call."""
     from vmsandbox_protocol import agent_pb2 as pb
@@ -428,7 +456,10 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
         entropy=os.urandom(64),
         machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
         sysctls=GUEST_SYSCTLS | spec.sysctls,
+        shared_pid_namespace="pid" in spec.share,
     )
+    if "ipc" in spec.share:
+        request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
     await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
     request.time_ns = time.time_ns()
     return await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
@@ -469,4 +500,14 @@ async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) ->
         await asyncio.gather(answering, dying, return_exceptions=True)
 
 
-__all__ = ["Demand", "HypervisorError", "Sandbox", "SandboxSpec", "Surroundings", "adopted", "opened", "vm_config_for"]
+__all__ = [
+    "Demand",
+    "HypervisorError",
+    "Sandbox",
+    "SandboxSpec",
+    "Surroundings",
+    "adopted",
+    "opened",
+    "swept",
+    "vm_config_for",
+]

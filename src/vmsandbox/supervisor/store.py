@@ -32,6 +32,11 @@ def link_container(roots: Roots, paths: SandboxPaths, container_id: str) -> None
     os.symlink(os.path.relpath(paths.dir, roots.by_container_dir), f"{roots.by_container_dir}/{container_id}")
 
 
+def link_pod(roots: Roots, paths: SandboxPaths, pod_id: str) -> None:
+    """Make a pod findable by its id."""
+    os.symlink(os.path.relpath(paths.dir, roots.by_pod_dir), f"{roots.by_pod_dir}/{pod_id}")
+
+
 def vm_document(config: VmConfig, *, pid: int, start_time: int) -> dict[str, Any]:
     """What another supervisor needs to adopt the VM."""
 

@@ -84,7 +84,12 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
 
 
 def _identity(path: Path) -> list[object]:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot use '{path}': {error.strerror}; 'vmsandbox check' says what this machine lacks"
+        ) from error
     return [str(path), found.st_size, found.st_mtime_ns, found.st_ino]
 
 
@@ -185,13 +190,15 @@ def _entries(directory: Path) -> list[Path]:
 # ---------------------------------------------------------------- making one
 
 
-def build_in_background(around: Surroundings, config_file: str | None, accel: str | None) -> None:
+def build_in_background(
+    around: Surroundings, config_file: str | None, accel: str | None, *, explicit: bool = False
+) -> None:
     """Have a process of its own make the template that a pod lacked; the next pods use it."""
     roots = around.roots
     argv = [sys.executable, "-m", "vmsandbox.admin", "--root", roots.run_dir, "--data-root", roots.data_dir]
     if config_file:
         argv += ["--config", config_file]
-    argv += ["template", "build", "--quiet", *(("--accel", accel) if accel else ())]
+    argv += ["template", "build", "--quiet", *(("--accel", accel) if accel else ()), *(("--pod",) if explicit else ())]
     null = os.open(os.devnull, os.O_RDWR)
     try:
         actions = [(os.POSIX_SPAWN_DUP2, null, fd) for fd in range(3)]

@@ -16,7 +16,8 @@ def translated(error: HypervisorError) -> SandboxError:
     """The product's error for one of the library's, with the evidence it carries."""
     message, detail = str(error), error.evidence
     if isinstance(error, NoSlotError):
-        return ExhaustedError(message, detail=detail)
+        more = "remove a container of the pod, or raise 'hypervisor.pod_root_ports' ('root_ports' without a pod)"
+        return ExhaustedError(f"{message}: {more}", detail=detail)
     if isinstance(error, AccelError):
         return UnsupportedError(message, detail=detail)
     return UnavailableError(message, detail=detail)

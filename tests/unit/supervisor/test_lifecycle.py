@@ -22,6 +22,7 @@ def test_a2_a_verb_leads_on_or_is_refused_naming_state_and_verb(state: Status, v
     assert (caught.value.state, caught.value.wanted) == (state, verb)
 
 
-def test_every_state_but_the_last_can_be_left() -> None:
+def test_every_state_can_be_left_and_a_stopped_one_only_by_starting_again() -> None:
     left = {state for (state, _), after in TRANSITIONS.items() if after != state}
-    assert left == set(STATES) - {"stopped"}
+    assert left == set(STATES)
+    assert {verb for (state, verb), after in TRANSITIONS.items() if state == "stopped" != after} == {"start"}

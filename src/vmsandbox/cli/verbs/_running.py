@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 def ask(roots: Roots, name: str, request: dict[str, Any], *, wanted: str) -> dict[str, Any]:
     """Send a request about the container called `name` to its pod; `InvalidStateError` if it is stopped."""
-    return ask_about(roots, records.load(roots, records.resolve(roots, name)), request, name=name, wanted=wanted)
+
+    def attempt() -> dict[str, Any]:
+        container = records.load(roots, records.resolve(roots, name))
+        return ask_about(roots, container, request, name=name, wanted=wanted)
+
+    return client.insisting(attempt)
 
 
 def ask_about(

@@ -9,7 +9,7 @@ from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, standin, terminal
 from vmsandbox.cli.verbs.run import client_environment, end_standin, environment_files, fork_standin
-from vmsandbox.errors import InvalidStateError, SandboxError
+from vmsandbox.errors import EndingError, InvalidStateError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,6 +80,14 @@ def main(options: Options, argv: list[str]) -> int:
         with terminal.forwarding(pid):
             try:
                 client.request(sock, request)
+            except EndingError:
+                # Not tried again, since nobody knows how far it came.
+                end_standin(pid)
+                if records.load(roots, container.id).status() == "stopped":
+                    raise InvalidStateError(
+                        f"container '{arguments.container}'", state="stopped", wanted="exec in"
+                    ) from None
+                raise
             except SandboxError:
                 end_standin(pid)
                 raise

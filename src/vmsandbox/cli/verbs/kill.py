@@ -21,6 +21,9 @@ def main(options: Options, argv: list[str]) -> int:
     roots = options.roots()
 
     def kill(name: str) -> None:
+        client.insisting(lambda: attempt(name))
+
+    def attempt(name: str) -> None:
         container = records.load(roots, records.resolve(roots, name))
         if container.status() == "stopped":
             raise InvalidStateError(f"container '{name}'", state="stopped", wanted="kill")

@@ -78,6 +78,7 @@ def row(container: records.Container, status: str) -> dict[str, Any]:
     return {
         "id": container.id,
         "name": container.name,
+        "pod": document.get("pod_name", ""),
         "image": (document.get("image") or {}).get("name", ""),
         "command": document.get("args") or [],
         "created": document.get("created") or 0,
@@ -109,7 +110,7 @@ def status_text(entry: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], *, whole: bool) -> None:
-    lines = [("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME")]
+    lines = [("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "POD", "NAME")]
     for entry in rows:
         command = " ".join(entry["command"])
         if not whole and len(command) > COMMAND_WIDTH:
@@ -121,6 +122,7 @@ def table(rows: list[dict[str, Any]], *, whole: bool) -> None:
                 json.dumps(command, ensure_ascii=False),
                 f"{ago(entry['created'])} ago",
                 status_text(entry),
+                entry["pod"],
                 entry["name"],
             )
         )

@@ -8,7 +8,7 @@ from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
 from vmsandbox.cli.verbs._each import each
-from vmsandbox.errors import InvalidStateError
+from vmsandbox.errors import InvalidStateError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def main(options: Options, argv: list[str]) -> int:
     roots = options.roots()
 
     def remove(name: str) -> None:
+        client.insisting(lambda: attempt(name))
+
+    def attempt(name: str) -> None:
         container = records.load(roots, records.resolve(roots, name))
         force = arguments.force or container.status() == "created"
         if container.status() != "stopped" and not force:
@@ -38,7 +41,7 @@ def main(options: Options, argv: list[str]) -> int:
 
 def remove_by_supervisor(roots: Roots, container: records.Container, *, force: bool) -> bool:
     """Have the pod's supervisor remove the container; False where none is left to do it."""
-    running = container.document.get("status") != "stopped"
+    running = container.document.get("status") != "stopped" or machine_lives(roots, container)
     try:
         sock = (launch.connect_or_take_over(roots, container.sandbox)) if running else launch.connect(container.sandbox)
     except (ConnectionRefusedError, FileNotFoundError):
@@ -47,6 +50,15 @@ def remove_by_supervisor(roots: Roots, container: records.Container, *, force: b
         client.request(sock, {"verb": "delete", "container": container.id, "force": force})
         client.wait_for_end(sock)
     return True
+
+
+def machine_lives(roots: Roots, container: records.Container) -> bool:
+    """Whether the container's pod goes on without it, and may still hold its disks."""
+    try:
+        pod_id = records.pod_id_of(container.sandbox)
+        return bool(pod_id) and records.load_pod(roots, pod_id).status() != "stopped"
+    except SandboxError:
+        return False
 
 
 def remove_from_disk(roots: Roots, container: records.Container) -> None:

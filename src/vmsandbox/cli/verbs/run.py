@@ -1,4 +1,4 @@
-"""`vmsandbox run`: a new container in a virtual machine of its own."""
+"""`vmsandbox run`: a new container, in a virtual machine of its own or in that of a pod."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import sys
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, standin, terminal
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import Any
 
     from vmsandbox.cli.main import Options
@@ -30,6 +31,7 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
         add("-d", "--detach", action="store_true", help="print the id and leave the container running")
     else:
         made.set_defaults(detach=True)
+    add("--pod", default="", metavar="POD", help="run in the virtual machine of this pod ('vmsandbox pod create')")
     add("--rm", action="store_true", dest="autoremove", help="remove the container when it has ended")
     add("--name", default="", help="a name for the container")
     add("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="set (or pass on) a variable")
@@ -111,6 +113,31 @@ def network_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name))}
 
 
+#: option as typed -> what it is parsed into; they say what a virtual machine is, so with `--pod` they come too late
+OF_POD = {
+    "--network": "network",
+    "-p": "publish",
+    "--ip": "ip",
+    "--dns": "dns",
+    "--dns-search": "dns_search",
+    "--dns-option": "dns_option",
+    "--add-host": "add_host",
+    "--shared-fs": "shared_fs",
+    "--accel": "accel",
+    "--template": "template",
+}
+
+
+def check_in_pod(arguments: argparse.Namespace) -> None:
+    """Refuse what only a pod as a whole can have."""
+    for option, name in OF_POD.items():
+        if getattr(arguments, name):
+            raise InvalidArgumentError(
+                f"option '{option}' belongs to the pod, which all its containers share: give it to "
+                "'vmsandbox pod create'"
+            )
+
+
 def client_environment(entries: list[str]) -> dict[str, str]:
     """The values of variables that are named without one."""
     return {entry: os.environ[entry] for entry in entries if "=" not in entry and entry in os.environ}
@@ -147,13 +174,16 @@ def new_id() -> str:
 def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
     """Run a container; the exit code is its own, or docker's for what went wrong before."""
     arguments = parser(verb=verb).parse_args(argv)
+    if arguments.pod:
+        check_in_pod(arguments)
     if arguments.dry_run:
         return dry_run(options, arguments)
     if arguments.tty and arguments.interactive and not arguments.detach:
         terminal.require_terminal()
     roots = options.roots()
+    pod = records.load_pod(roots, records.resolve_pod(roots, arguments.pod)) if arguments.pod else None
     container_id = new_id()
-    request = {
+    request: dict[str, Any] = {
         "verb": verb,
         "id": container_id,
         "name": arguments.name,
@@ -173,10 +203,14 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
             "network": network_options(arguments),
         },
     }
+    if pod is not None:
+        request["sandbox"] = {"id": pod.id, "implicit": False}
     if arguments.name:
         records.reserve_name(roots, arguments.name, container_id)
     try:
-        return start(options, roots, request, arguments)
+        if pod is None:
+            return start(options, roots, request, arguments)
+        return client.insisting(lambda: join(options, roots, request, arguments))
     except BaseException:
         if arguments.name and not os.path.lexists(f"{roots.by_container_dir}/{container_id}"):
             records.release_name(roots, arguments.name, container_id)
@@ -192,6 +226,28 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
     except BaseException:
         records.remove_tree(sandbox.dir)
         raise
+    return stay(options, roots, sandbox, launch.connect(sandbox), request, arguments)
+
+
+def join(options: Options, roots: Roots, request: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Start the container in a pod that is there, bringing its machine up again if it was stopped."""
+    sandbox = records.load_pod(roots, request["sandbox"]["id"]).sandbox
+    try:
+        sock = launch.connect_or_take_over(roots, sandbox, revive=True, arguments=options.supervisor_arguments())
+    except FileNotFoundError:
+        raise NotFoundError(f"no such pod: '{arguments.pod}'; 'vmsandbox pod ls' lists them") from None
+    return stay(options, roots, sandbox, sock, request, arguments)
+
+
+def stay(
+    options: Options,
+    roots: Roots,
+    sandbox: SandboxPaths,
+    connection: socket.socket,
+    request: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> int:
+    """Ask for the container and stay with it, unless detached."""
     plan = standin.Plan(
         request["id"],
         stdin=arguments.interactive and not arguments.detach,
@@ -199,7 +255,7 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
         terminal=arguments.tty and not arguments.detach,
         kill_with=os.getpid() if arguments.autoremove and not arguments.detach else None,
     )
-    with launch.connect(sandbox) as sock, terminal.raw(wanted=plan.terminal and plan.stdin):
+    with connection as sock, terminal.raw(wanted=plan.terminal and plan.stdin):
         pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
         with terminal.forwarding(pid):
@@ -207,7 +263,8 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
                 client.request(sock, request)
             except SandboxError:
                 end_standin(pid)
-                client.wait_for_end(sock)
+                if request["sandbox"]["implicit"]:
+                    client.wait_for_end(sock)
                 clear_up(options, roots, request["id"])
                 raise
             if arguments.detach:
@@ -268,6 +325,7 @@ def dry_run(options: Options, arguments: argparse.Namespace) -> int:
         "stdin": arguments.interactive,
         "sandbox": {
             "id": "dry-run",
+            "pod": arguments.pod,
             "accel": arguments.accel,
             "shared_fs": arguments.shared_fs,
             "network": network_options(arguments),

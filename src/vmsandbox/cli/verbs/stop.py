@@ -20,6 +20,9 @@ def main(options: Options, argv: list[str]) -> int:
     roots = options.roots()
 
     def stop(name: str) -> None:
+        client.insisting(lambda: attempt(name))
+
+    def attempt(name: str) -> None:
         container = records.load(roots, records.resolve(roots, name))
         if container.document.get("status") == "stopped":
             return

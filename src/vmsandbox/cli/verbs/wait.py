@@ -19,6 +19,9 @@ def main(options: Options, argv: list[str]) -> int:
     roots = options.roots()
 
     def wait(name: str) -> str:
+        return client.insisting(lambda: attempt(name))
+
+    def attempt(name: str) -> str:
         container = records.load(roots, records.resolve(roots, name))
         status = container.document.get("exit")
         if status is None:

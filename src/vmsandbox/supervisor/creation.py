@@ -1,0 +1,169 @@
+"""Containers that come to be: run, create, start, and start again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError
+from vmsandbox.resources.images.store import ImageStore
+from vmsandbox.supervisor import composition, ending, execution, store, template
+from vmsandbox.supervisor.container import Container
+
+if TYPE_CHECKING:
+    from vmsandbox.oci.compose import Composed
+    from vmsandbox.oci.options import RunOptions
+    from vmsandbox.resources.images.store import Image
+    from vmsandbox.supervisor.sandbox import SandboxSpec
+    from vmsandbox.supervisor.service import Service
+
+#: of a container's document: what it had in the machine, and how its last life ended
+HAD = frozenset({"disks", "devices", "phases", "execs", "shares"})
+ENDED = frozenset({"exit", "finished", "oom_killed"})
+
+
+async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
+    """Make a container that `start` starts."""
+    return await run(service, request, start=False)
+
+
+async def run(service: Service, request: dict[str, Any], *, start: bool = True) -> dict[str, Any]:
+    """Create a container and, with `start`, start it; brings the pod up if this is its first."""
+    document = composition.container_document(request)
+    container_id = document["id"]
+    if container_id in service.containers:
+        raise AlreadyExistsError(f"a container with id '{container_id}' already exists in this pod")
+    service.require_lasting()
+    with service.needed():
+        try:
+            image = ImageStore(service.around.roots).resolve(str(request["image"]))
+            options = composition.run_options(request)
+            spec = _pod_of(service, request, options)
+            composition.note_pod(document, spec)
+            container, composed, options = await _composed(service, spec, document, image, options)
+            service.want(spec)
+        except BaseException as error:
+            if service.spec is None and not service.wanted.done() and isinstance(error, SandboxError):
+                service.wanted.set_exception(error)
+            raise
+        service.containers[container_id] = container
+        service.notify()
+        try:
+            store.link_container(service.around.roots, service.around.paths, container_id)
+            container.save()
+            await container.create(service.sandbox, image, composed, options, start=start)
+            _settle(service, container, "run" if start else "create")
+        except BaseException:
+            container.init.fail()
+            container.released.set()
+            service.containers.pop(container_id, None)
+            service.gone.add(container_id)
+            service.notify()
+            container.forget()
+            raise
+    return {"id": container_id, "pid": (container.init.standin or {}).get("pid", 0)}
+
+
+def _pod_of(service: Service, request: dict[str, Any], options: RunOptions) -> SandboxSpec:
+    """The pod that is there, or the one that the first container's request describes."""
+    if service.spec is not None:
+        return service.spec
+    spec = composition.sandbox_spec(request, options, network=service.around.settings.network.default)
+    if not spec.implicit:
+        raise InvalidArgumentError(f"no such pod: '{spec.id}'; 'vmsandbox pod create' makes one")
+    return spec
+
+
+async def _composed(
+    service: Service, spec: SandboxSpec, document: dict[str, Any], image: Image, options: RunOptions
+) -> tuple[Container, Composed, RunOptions]:
+    """What a container is given, and its spec; nothing is done yet."""
+    around = service.around
+    options = composition.without_pods(options, spec)
+    # In a thread, because the sources may lie on a file system that does not answer.
+    shared = await asyncio.to_thread(composition.share_plan, around, spec, options, container_id=document["id"])
+    container = Container(around, document, shared)
+    composed = composition.compose_spec(
+        around, image, options, container_id=container.id, rootfs=container.rootfs, shared=shared, pod=spec
+    )
+    composition.describe(document, image, composed, options)
+    return container, composed, options
+
+
+def _settle(service: Service, container: Container, verb: str) -> None:
+    if verb != "create":
+        container.document["started"] = time.time()
+        for key in ENDED:
+            container.document.pop(key, None)
+    container.advance(verb)
+    _want_template(service)
+    execution.watch(service, container.init)
+    container.init.settled.set()
+    if container.init.exit is not None:
+        container.ended(container.init.exit)
+    ending.retire_later(service, container)
+
+
+def _want_template(service: Service) -> None:
+    """A pod that booted cold for want of a template has it made for the next ones, once it runs itself."""
+    sandbox = service.sandbox.result()
+    around = service.around
+    mode = sandbox.spec.template or around.settings.sandbox.template
+    if mode == "auto" and sandbox.template_key and template.missing(around, sandbox.template_key):
+        template.build_in_background(around, around.config_file, sandbox.spec.accel, explicit=not sandbox.spec.implicit)
+
+
+async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
+    """Let a created container run, or a stopped one run again."""
+    container = service.container(request)
+    if container.status == "stopped":
+        try:
+            return await _start_again(service, container, request)
+        except BaseException:
+            service.unwanted.add(int((request.get("standin") or {}).get("pid") or 0))
+            service.notify()
+            raise
+    async with container.lock:
+        container.require("start")
+        await (await service.running_sandbox()).agent.start_container(container.id)
+        container.document["started"] = time.time()
+        container.advance("start")
+    return {}
+
+
+async def _start_again(service: Service, old: Container, request: dict[str, Any]) -> dict[str, Any]:
+    """Give a stopped container another life, on its writable layer and with its log.
+
+    Until it runs its document says that it is stopped, so that a death in between costs nothing of it.
+    """
+    service.require_lasting()
+    assert service.spec is not None
+    document = {key: value for key, value in old.document.items() if key not in HAD}
+    document["standin"] = request.get("standin")
+    with service.needed():
+        async with old.lock:
+            if service.containers.get(old.id) is not old:
+                raise InvalidStateError(str(old), state="being started or removed", wanted="start")
+            try:
+                image = ImageStore(service.around.roots).resolve(str((document.get("image") or {}).get("id")))
+                options = composition.run_options(document)
+                fresh, composed, options = await _composed(service, service.spec, document, image, options)
+                service.want(service.spec)
+                # The last of its output and its exit first: the new stand-in is for the new life alone.
+                await old.init.delivered.wait()
+                await old.release()
+                service.containers[old.id] = fresh
+                service.notify()
+                await fresh.create(service.sandbox, image, composed, options, start=True)
+                _settle(service, fresh, "start")
+            except BaseException:
+                fallen = service.containers.get(old.id)
+                if fallen is not None and fallen is not old:
+                    fallen.init.fail()
+                    fallen.released.set()
+                    service.containers[old.id] = old
+                old.released.set()
+                old.save()
+                raise
+    return {}
