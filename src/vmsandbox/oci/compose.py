@@ -217,6 +217,13 @@ def compose(
     )
 
 
+def add_devices(spec: dict[str, Any], devices: Sequence[Device]) -> None:
+    """Offer devices to the container of a composed spec, whose numbers were not known before."""
+    linux = spec["linux"]
+    linux.setdefault("devices", []).extend(_device(device) for device in devices)
+    linux["resources"]["devices"].extend(_allowed(device) for device in devices)
+
+
 def compose_exec(options: ExecOptions, spec: Mapping[str, Any]) -> ComposedExec:
     """The process object of an exec in the container of `spec` (`Composed.spec`), for `ExecRequest.inherit`.
 
@@ -333,11 +340,11 @@ def _device_rules(options: RunOptions, devices: Sequence[Device]) -> list[dict[s
     for kind, major, minor in _DEVICES:
         rule: dict[str, object] = {"allow": True, "type": kind, "major": major, "access": "rwm"}
         rules.append(rule if minor is None else {**rule, "minor": minor})
-    rules += [
-        {"allow": True, "type": device.type, "major": device.major, "minor": device.minor, "access": device.access}
-        for device in devices
-    ]
-    return rules
+    return [*rules, *(_allowed(device) for device in devices)]
+
+
+def _allowed(device: Device) -> dict[str, object]:
+    return {"allow": True, "type": device.type, "major": device.major, "minor": device.minor, "access": device.access}
 
 
 def _device(device: Device) -> dict[str, object]:

@@ -18,7 +18,7 @@ from vmsandbox.oci import signals, texts
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmsandbox.oci.texts import Tmpfs, Ulimit, Volume
+    from vmsandbox.oci.texts import Disk, Tmpfs, Ulimit, Volume
 
 #: option as typed -> field that holds it in bytes
 _TYPED = {"memory": "memory_bytes", "shm_size": "shm_bytes"}
@@ -63,6 +63,7 @@ class RunOptions:
     read_only: bool = False
     tmpfs: tuple[Tmpfs, ...] = ()
     volumes: tuple[Volume, ...] = ()
+    disks: tuple[Disk, ...] = ()
     memory_bytes: int | None = None
     cpus: float | None = None
     cpu_shares: int | None = None
@@ -115,6 +116,7 @@ def run_options(document: Mapping[str, object], *, cwd: str = "/") -> RunOptions
     tmpfs = [texts.tmpfs(text) for text in taken.get("tmpfs", ())]
     taken["volumes"] = (*volumes, *(mount for mount in mounts if isinstance(mount, texts.Volume)))
     taken["tmpfs"] = (*tmpfs, *(mount for mount in mounts if isinstance(mount, texts.Tmpfs)))
+    taken["disks"] = tuple(texts.disk(text, cwd=cwd) for text in taken.get("disks", ()))
     taken["ulimits"] = tuple(texts.ulimit(text) for text in taken.get("ulimits", ()))
     options = RunOptions(**taken)
     _check(options)
@@ -148,6 +150,10 @@ def _check(options: RunOptions) -> None:
     texts.user(options.user)
     _check_workdir(options.workdir)
     _check_args((*options.args, *(options.entrypoint or ())))
+    paths = [disk.path for disk in options.disks]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InvalidArgumentError(f"two devices claim the path '{path}': give each one of its own")
     if options.memory_bytes is not None and options.memory_bytes < LEAST_MEMORY:
         raise InvalidArgumentError(f"memory '{options.memory_bytes}' is too little: give at least '6m'")
     if options.shm_bytes is not None and options.shm_bytes < 4096:
@@ -263,6 +269,7 @@ _READERS: dict[str, Callable[[object, str], object]] = {
     "read_only": _flag,
     "tmpfs": _texts,
     "volumes": _texts,
+    "disks": _texts,
     "memory_bytes": _size,
     "cpus": _decimal,
     "cpu_shares": _number,

@@ -98,6 +98,35 @@ class Tmpfs:
     options: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """A block device or raw file of the host to be a block device at `path` in the container."""
+
+    source: str
+    path: str
+    #: of "rwm", as for the device cgroup; without "w" the disk itself is read-only
+    access: str = "rwm"
+
+    @property
+    def read_only(self) -> bool:
+        return "w" not in self.access
+
+
+def disk(text: str, *, cwd: str = "/") -> Disk:
+    """``SOURCE[:PATH][:ACCESS]``; a relative source is below `cwd`, without a path it is the source's own."""
+    what = f"device '{text}'"
+    source, *rest = text.split(":")
+    access = "rwm"
+    if rest and re.fullmatch("[rwm]{1,3}", rest[-1]):
+        access = rest.pop()
+        if len(set(access)) != len(access):
+            raise InvalidArgumentError(f"{what} has access '{access}': write each of 'r', 'w' and 'm' once")
+    if len(rest) > 1 or not source:
+        raise InvalidArgumentError(f"{what} is not understood: write SOURCE[:PATH][:rwm]")
+    path = _source(source, cwd, what)
+    return Disk(source=path, path=destination(rest[0] if rest else path, f"path of {what}"), access=access)
+
+
 def size(text: str, what: str) -> int:
     """Bytes of ``64m``, ``1.5g``, ``512KiB`` or ``4096``; `what` names the option in the error."""
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([bkmgtp]?)(?:i?b)?", text.strip().lower())

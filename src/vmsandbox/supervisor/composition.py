@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import compose, options
+from vmsandbox.resources import disks
 from vmsandbox.resources.network.options import requested
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.sandbox import SandboxSpec
@@ -118,7 +119,9 @@ def is_of_pod(sysctl: str) -> bool:
 
 
 def share_plan(around: Surroundings, spec: SandboxSpec, chosen: RunOptions, *, container_id: str) -> shares.Plan:
-    """What a container of the pod `spec` shares with the host.  Blocks: it looks at the sources."""
+    """What a container of the pod `spec` shares with the host, its disks checked.  Blocks: it looks at the sources."""
+    for disk in chosen.disks:
+        disks.check(disk.source, read_only=disk.read_only)
     return shares.planned(container_id, chosen.volumes, spec.shared_fs or around.settings.sandbox.shared_fs)
 
 

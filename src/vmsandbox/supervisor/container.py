@@ -11,10 +11,13 @@ import json
 import logging
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
+from vmsandbox.oci.compose import add_devices
+from vmsandbox.oci.options import Device
 from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import shares, store
@@ -24,9 +27,9 @@ from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
+    from vmsandbox.oci import texts
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
     from vmsandbox.resources.images.store import Image
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 
 STORAGE = "/run/vmsandbox/storage"
 ROOTFS = "/run/vmsandbox/rootfs"
+#: nodes of the disks of the host that containers are given
+DEVICES = "/run/vmsandbox/devices"
 #: seconds the creation of a container may take in the guest
 CREATE_TIMEOUT = 120.0
 #: tmpfs that only takes mount points of a read-only root file system
@@ -146,7 +151,7 @@ class Container:
         try:
             scratch_path = await self._prepare(image, options)
             sandbox = await asyncio.shield(sandbox_ready)
-            await self._give(sandbox, image, scratch_path, composed, start=start)
+            await self._give(sandbox, image, scratch_path, composed, options.disks, start=start)
         except BaseException:
             await self.release()
             raise
@@ -181,6 +186,7 @@ class Container:
         image: Image,
         scratch_path: Path | None,
         composed: Composed,
+        disks: Sequence[texts.Disk],
         *,
         start: bool,
     ) -> None:
@@ -199,6 +205,8 @@ class Container:
             stack.push_async_callback(sandbox.detach_disk, scratch_disk)
             self.document["disks"]["scratch"] = [scratch_disk, scratch_address]
         self.save()
+        if disks:
+            add_devices(composed.spec, await self._give_disks(sandbox, disks))
         if self.shared:
             await sandbox.shares.attach(self.shared.shared_fs, user=self.id)
             stack.push_async_callback(sandbox.shares.detach, self.shared.shared_fs, user=self.id)
@@ -223,6 +231,44 @@ class Container:
             "create": round(time.monotonic() - attached, 4),
             **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
         }
+
+    async def _give_disks(self, sandbox: Sandbox, disks: Sequence[texts.Disk]) -> list[Device]:
+        """Hot-plug the host's disks; answers what the container is to see."""
+        storages = []
+        for number, disk in enumerate(disks):
+            disk_id = f"dev-{self.id[:12]}-{number}"
+            # Noted before it is there, so that whoever takes over finds it.
+            self.document["disks"][f"device-{number}"] = [disk_id, ""]
+            self.save()
+            address = await sandbox.attach_disk(disk_id, Path(disk.source), read_only=disk.read_only)
+            self.stack.push_async_callback(sandbox.detach_disk, disk_id)
+            storages.append(
+                pb.Storage(
+                    driver=pb.Storage.DRIVER_BLOCK_DEVICE,
+                    mount_point=f"{DEVICES}/{self.id[:12]}-{number}",
+                    pci_path=address,
+                    mode=0o660,
+                )
+            )
+        found = await sandbox.agent.add_storages(storages)
+        points = [storage.mount_point for storage in storages]
+        self.stack.push_async_callback(self._forget_in_guest, sandbox, points)
+        return [
+            Device(
+                path=disk.path,
+                type="b",
+                major=found[point].major,
+                minor=found[point].minor,
+                access=disk.access,
+            )
+            for disk, point in zip(disks, points, strict=True)
+        ]
+
+    async def _forget_in_guest(self, sandbox: Sandbox, points: Sequence[str]) -> None:
+        try:
+            await sandbox.agent.remove_storages(points)
+        except NotFoundError:
+            return
 
     def demand(self) -> Demand:
         resources = self.document.get("resources") or {}
@@ -281,6 +327,9 @@ class Container:
         for disk_id in own.values():
             if f"disk-{disk_id}" in present:
                 self.stack.push_async_callback(sandbox.detach_disk, disk_id)
+        points = [f"{DEVICES}/{self.id[:12]}-{kind.partition('-')[2]}" for kind in own if kind.startswith("device-")]
+        if points:
+            self.stack.push_async_callback(self._forget_in_guest, sandbox, points)
         if shared:
             sandbox.shares.remember(user=self.id)
             self.stack.push_async_callback(sandbox.shares.detach, shared["fs"], user=self.id)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 from vmsandbox.oci import options
 from vmsandbox.oci.options import ExecOptions, RunOptions, exec_options, run_options
-from vmsandbox.oci.texts import Tmpfs, Ulimit, Volume
+from vmsandbox.oci.texts import Disk, Tmpfs, Ulimit, Volume
 
 
 def test_nothing_asked_is_the_default() -> None:
@@ -34,6 +34,7 @@ def test_every_field_can_be_sent() -> None:
         "read_only": True,
         "tmpfs": ["/t:size=1m"],
         "volumes": ["./v:/v"],
+        "disks": ["./disk.img:/dev/data:r"],
         "memory_bytes": 10**7,
         "cpus": "1.5",
         "cpu_shares": "512",
@@ -67,6 +68,7 @@ def test_every_field_can_be_sent() -> None:
         read_only=True,
         tmpfs=(Tmpfs(destination="/t", options=("size=1m",)),),
         volumes=(Volume(source="/here/v", destination="/v", create=True),),
+        disks=(Disk(source="/here/disk.img", path="/dev/data", access="r"),),
         memory_bytes=10**7,
         cpus=1.5,
         cpu_shares=512,

@@ -214,3 +214,33 @@ def test_no_text_raises_anything_but_our_errors(parse: Callable[[str], object], 
         parse(text)
     except SandboxError:
         return
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/dev/loop1", texts.Disk(source="/dev/loop1", path="/dev/loop1")),
+        ("/dev/loop1:/dev/data", texts.Disk(source="/dev/loop1", path="/dev/data")),
+        ("/dev/loop1:r", texts.Disk(source="/dev/loop1", path="/dev/loop1", access="r")),
+        ("./d.img:/dev//x/:rw", texts.Disk(source="/here/d.img", path="/dev/x", access="rw")),
+    ],
+)
+def test_a9_disks(text: str, expected: texts.Disk) -> None:
+    assert texts.disk(text, cwd="/here") == expected
+    assert expected.read_only == ("w" not in expected.access)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not understood: write SOURCE"),
+        (":/dev/x", "not understood"),
+        ("/a:/b:/c", "not understood"),
+        ("/a:/b:rww", "each of 'r', 'w' and 'm' once"),
+        ("/a:b", "has to be an absolute path"),
+        ("/a:/", "cannot be the root directory"),
+    ],
+)
+def test_bad_disks_are_explained(text: str, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        texts.disk(text)

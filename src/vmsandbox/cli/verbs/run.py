@@ -53,6 +53,7 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--dns-search", action="append", default=[], metavar="DOMAIN", help="where short names are looked up")
     add("--dns-option", action="append", default=[], metavar="OPTION", help="an option of the resolver")
     add("--add-host", action="append", default=[], metavar="NAME:ADDRESS", help="a line of /etc/hosts")
+    add("--device", action="append", default=[], metavar="DISK[:PATH[:rwm]]", help="a block device or raw file")
     add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
     add("--pids-limit", type=int, default=None, metavar="N")
@@ -88,6 +89,7 @@ def container_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "tmpfs": arguments.tmpfs,
         "volumes": arguments.volume,
         "mounts": arguments.mount,
+        "disks": arguments.device,
         "cpus": arguments.cpus,
         "memory": arguments.memory,
         "pids_limit": arguments.pids_limit,
