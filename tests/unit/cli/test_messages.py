@@ -1,0 +1,155 @@
+"""What a user can cause is said in one line: what failed, why, and what to do next.
+
+Every message that needs no virtual machine is here, caused through the command itself; the others are caused in
+tests/e2e, where they arise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmsandbox import records
+from vmsandbox.cli import main as cli
+from vmsandbox.paths import Roots
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STOPPED, POD, BROKEN, NEWER = "aa" * 32, "bb" * 32, "cc" * 32, "dd" * 32
+
+
+@pytest.fixture
+def roots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Roots]:
+    """One stopped container `done`, one stopped pod `shop`, one damaged document and one of a newer version."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as directory:  # short enough for sockets
+        yield filled(Roots(f"{directory}/run", f"{directory}/data"), monkeypatch)
+
+
+def filled(made: Roots, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    for directory in (made.sandboxes_dir, made.by_container_dir, made.by_pod_dir, made.names_dir):
+        os.makedirs(directory)
+    for container_id in (STOPPED, BROKEN, NEWER, "aa11" * 16):
+        sandbox = made.sandbox(container_id)
+        os.makedirs(sandbox.containers_dir, exist_ok=True)
+        document = {"id": container_id, "name": "done" if container_id == STOPPED else "", "status": "stopped"}
+        records.write_document(sandbox.container_file(container_id), document)
+        os.symlink(f"../s/{container_id[:12]}", f"{made.by_container_dir}/{container_id}")
+    Path(made.sandbox(BROKEN).container_file(BROKEN)).write_text("{")
+    Path(made.sandbox(NEWER).container_file(NEWER)).write_text('{"version": 9}')
+    records.reserve_name(made, "done", STOPPED)
+    pod = made.sandbox(POD)
+    os.makedirs(pod.containers_dir)
+    records.write_document(pod.document_file, {"id": POD, "name": "shop", "implicit": False, "status": "stopped"})
+    os.symlink(f"../s/{POD[:12]}", f"{made.by_pod_dir}/{POD}")
+    records.reserve_name(made, "shop", POD)
+    monkeypatch.setenv("VMSANDBOX_ROOT", made.run_dir)
+    monkeypatch.setenv("VMSANDBOX_DATA_ROOT", made.data_dir)
+    return made
+
+
+def said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["vmsandbox", *words])
+    code = cli.main()
+    return code, capsys.readouterr().err
+
+
+#: words -> exit code, and what has to be in the message, in this order
+TABLE: list[tuple[list[str], int, list[str]]] = [
+    # the command line
+    (["rnu"], 1, ["unknown verb 'rnu'", "'vmsandbox --help'", "did you mean 'run'?"]),
+    (["--rot", "/x", "ps"], 1, ["unknown option '--rot'", "'vmsandbox --help'"]),
+    (["--root"], 1, ["option '--root' needs a value"]),
+    (["ps", "--al"], 1, ["unknown argument '--al'", "'vmsandbox ps --help'"]),
+    (["ps", "--format", "xml"], 1, ["unknown format 'xml'", "'table' or 'json'"]),
+    (["run", "--nmae", "x", "box"], 125, ["'--nmae'", "did you mean '--name'?", "'vmsandbox run --help'"]),
+    (["--root", "/" + "x" * 90, "ps"], 1, ["bytes too long for unix sockets", "choose a shorter --root"]),
+    # names and ids
+    (["run", "--name", "a b", "box"], 125, ["invalid name 'a b'", "letters, digits", "at most 128"]),
+    (["run", "--name", "done", "box"], 125, ["the name 'done' is in use by 'aaaaaaaaaaaa'", "choose another name"]),
+    (["pod", "create", "--name", "done"], 1, ["the name 'done' is in use by 'aaaaaaaaaaaa'", "choose another"]),
+    (["run", "--name", "shop", "box"], 125, ["the name 'shop' is in use by 'bbbbbbbbbbbb'"]),
+    (["stop", "nothing"], 1, ["no such container: 'nothing'", "'vmsandbox ps -a' lists them"]),
+    (["start", "nothing"], 1, ["no such container: 'nothing'", "'vmsandbox ps -a' lists them"]),
+    (["rm", "../x"], 1, ["no such container: '../x'"]),
+    (["stop", "shop"], 1, ["no such container: 'shop'"]),
+    (["stop", "aa"], 1, ["'aa' is ambiguous: it fits aa11aa11aa11aa11, aaaaaaaaaaaaaaaa", "give more of the id"]),
+    (["pod", "stop", "nothing"], 1, ["no such pod: 'nothing'", "'vmsandbox pod ls' lists them"]),
+    (["run", "--pod", "nothing", "box"], 125, ["no such pod: 'nothing'", "'vmsandbox pod ls' lists them"]),
+    (["pod", "rm", "done"], 1, ["no such pod: 'done'"]),
+    # states
+    (["kill", "done"], 1, ["cannot kill container 'done'", "it is stopped"]),
+    (["exec", "done", "true"], 125, ["cannot exec in container 'done'", "it is stopped"]),
+    (["pause", "done"], 1, ["cannot pause container 'done'", "it is stopped"]),
+    (["unpause", "done"], 1, ["cannot unpause container 'done'", "it is stopped"]),
+    (["top", "done"], 1, ["cannot list the processes of container 'done'", "it is stopped"]),
+    (["stats", "--no-stream", "done"], 1, ["container 'done'", "it is stopped"]),
+    (["update", "--cpus", "1", "done"], 1, ["cannot update container 'done'", "it is stopped"]),
+    # values that a client judges itself
+    (["update", "done"], 1, ["nothing to update", "give a limit, as '--memory 512m'"]),
+    (["run", "--scratch-size", "10", "box"], 125, ["invalid size '10'", "as 10g"]),
+    (["run", "--cpus", "many", "box"], 125, ["'many'", "'vmsandbox run --help'"]),
+    (["run", "--env-file", "/no/such", "box"], 125, ["cannot read environment file '/no/such'", "No such file"]),
+    (["run", "--pod", "shop", "-p", "80:80", "box"], 125, ["option '-p' belongs to the pod", "'vmsandbox pod create'"]),
+    (["run", "--pod", "shop", "--ip", "10.0.0.9", "box"], 125, ["option '--ip' belongs to the pod"]),
+    # documents
+    (["inspect", BROKEN], 1, [f"{BROKEN}.json' is damaged", "'vmsandbox gc' removes it"]),
+    (["stop", BROKEN], 1, [f"{BROKEN}.json' is damaged", "'vmsandbox gc' removes it"]),
+    (["rm", NEWER], 1, ["was written by a newer vmsandbox", "version 9, known 1", "use that one"]),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "parts"), TABLE, ids=[" ".join(words)[:60] for words, _, _ in TABLE])
+def test_a_message_says_what_why_and_what_next_in_one_line(
+    roots: Roots,
+    words: list[str],
+    code: int,
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    got, text = said(words, monkeypatch, capsys)
+    assert got == code, text
+    assert re.fullmatch(r"vmsandbox: [^\n]+[^.\n]\n", text), text
+    place = 0
+    for part in parts:
+        assert part in text[place:], text
+        place = text.index(part, place)
+    assert "Traceback" not in text
+
+
+def test_b8_ps_names_damaged_documents_and_lists_the_others(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vmsandbox", "ps", "-a"])
+    assert cli.main() == 0
+    out, err = capsys.readouterr()
+    assert "done" in out
+    assert f"{BROKEN}.json' is damaged" in err
+    assert f"{NEWER}.json' was written by a newer vmsandbox" in err
+
+
+def test_what_a_failed_verb_reserved_is_free_again(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(["run", "--pod", "nothing", "--name", "mine", "box"], monkeypatch, capsys)[0] == 125
+    records.reserve_name(roots, "mine", STOPPED)
+
+
+def test_a_stopped_pod_is_removed_without_a_machine_with_its_containers(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pod = roots.sandbox(POD)
+    for container_id, text in (("ee" * 32, '{"version": 1, "status": "stopped"}'), ("ff" * 32, "{")):
+        Path(pod.container_file(container_id)).write_text(text)
+        os.symlink(f"../s/{POD[:12]}", f"{roots.by_container_dir}/{container_id}")
+        os.makedirs(f"{roots.container_data_dir}/{container_id}")
+    assert said(["pod", "rm", "shop"], monkeypatch, capsys) == (0, "")
+    assert (records.pod_ids(roots), os.listdir(roots.container_data_dir)) == ([], [])
+    assert {"ee" * 32, "ff" * 32}.isdisjoint(records.container_ids(roots))
+    assert sorted(os.listdir(roots.names_dir)) == ["done"]
