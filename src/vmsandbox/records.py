@@ -88,6 +88,60 @@ def read_document(path: str) -> dict[str, Any]:
     return document
 
 
+#: what readers rely on; what is absent or null is fine
+_IDENTITY: dict[str, Any] = {"pid": int, "start_time": int}
+CONTAINER_SHAPE: dict[str, Any] = {
+    "id": str,
+    "name": str,
+    "sandbox": str,
+    "pod_name": str,
+    "status": str,
+    "created": float,
+    "started": float,
+    "finished": float,
+    "standin": _IDENTITY,
+    "args": [str],
+    "image": {"id": str, "name": str},
+    "exit": {"code": int},
+}
+POD_SHAPE: dict[str, Any] = {
+    "id": str,
+    "name": str,
+    "status": str,
+    "created": float,
+    "vm": _IDENTITY,
+    "supervisor": {"pid": int},
+}
+
+
+def read_shaped(path: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """As `read_document`; what is in it but of another type than its readers take is damage as well."""
+    document = read_document(path)
+    wrong = _misfit(document, shape)
+    if wrong:
+        raise DamagedDocumentError(f"'{path}' is damaged: '{wrong}' is of the wrong type; 'vmsandbox gc' removes it")
+    return document
+
+
+def _misfit(value: object, shape: object) -> str:
+    """The key of the first value that does not fit, `.` for the value itself, empty if all do."""
+    if value is None:
+        return ""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return "."
+        for key, inner in shape.items():
+            wrong = _misfit(value.get(key), inner)
+            if wrong:
+                return key if wrong == "." else f"{key}.{wrong}"
+        return ""
+    if isinstance(shape, list):
+        fits = isinstance(value, list) and not any(_misfit(item, shape[0]) for item in value)
+        return "" if fits else "."
+    kinds = (int, float) if shape is float else shape
+    return "" if isinstance(value, kinds) else "."  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -156,7 +210,7 @@ def sandbox_of(roots: Roots, container_id: str) -> SandboxPaths:
 def load(roots: Roots, container_id: str) -> Container:
     sandbox = sandbox_of(roots, container_id)
     try:
-        document = read_document(sandbox.container_file(container_id))
+        document = read_shaped(sandbox.container_file(container_id), CONTAINER_SHAPE)
     except NotFoundError:
         raise NotFoundError(f"no such container: '{container_id}'") from None
     return Container(container_id, sandbox, document)
@@ -255,7 +309,7 @@ def load_pod(roots: Roots, pod_id: str) -> Pod:
         raise NotFoundError(f"no such pod: '{pod_id}'; 'vmsandbox pod ls' lists them") from None
     sandbox = SandboxPaths(os.path.normpath(os.path.join(roots.by_pod_dir, target)))
     try:
-        document = read_document(sandbox.document_file)
+        document = read_shaped(sandbox.document_file, POD_SHAPE)
     except NotFoundError:
         document = {"id": pod_id, "implicit": False}
     return Pod(pod_id, sandbox, document)

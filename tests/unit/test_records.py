@@ -55,6 +55,38 @@ def test_a_document_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         records.read_document(str(path))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("created", "today"),
+        ("started", []),
+        ("status", 5),
+        ("name", ["x"]),
+        ("pod_name", {}),
+        ("standin", "x"),
+        ("standin.pid", "1"),
+        ("args", "true"),
+        ("args", [1]),
+        ("image", "box"),
+        ("image.name", 3),
+        ("exit", 0),
+        ("exit.code", "0"),
+    ],
+)
+def test_a_value_of_a_foreign_type_is_damage_that_is_named(roots: Roots, key: str, value: object) -> None:
+    outer, _, inner = key.partition(".")
+    path = add(roots, "aa" * 32, **{outer: {inner: value} if inner else value})
+    with pytest.raises(records.DamagedDocumentError, match=f"'{path}' is damaged: '{key}' is of the wrong type"):
+        records.load(roots, "aa" * 32)
+
+
+def test_a_pods_value_of_a_foreign_type_is_damage_that_is_named(roots: Roots) -> None:
+    for key, value in (("vm", [1]), ("created", "x"), ("name", 1), ("supervisor", 5)):
+        path = add_pod(roots, os.urandom(32).hex(), **{key: value})
+        with pytest.raises(records.DamagedDocumentError, match=f"'{path}' is damaged: '{key}'"):
+            records.load_pod(roots, records.read_document(path)["id"])
+
+
 def test_a_damaged_container_does_not_spoil_the_others(roots: Roots) -> None:
     add(roots, "aa" * 32)
     Path(add(roots, "bb" * 32)).write_text("{")

@@ -95,7 +95,7 @@ def is_held(sandbox: SandboxPaths, found: list[records.Container]) -> bool:
     if not records.pod_id_of(sandbox):
         return False
     try:
-        vm = records.read_document(sandbox.document_file).get("vm") or {}
+        vm = records.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
     except records.ForeignDocumentError:
         raise
     except SandboxError:
@@ -107,7 +107,7 @@ def settle_pod(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], None]) 
     """Mark a pod stopped whose machine is gone, or forget one that was never finished or is damaged."""
     name = os.path.basename(sandbox.dir)
     try:
-        document = records.read_document(sandbox.document_file)
+        document = records.read_shaped(sandbox.document_file, records.POD_SHAPE)
     except SandboxError:
         records.forget_pod(roots, sandbox)
         say(f"removed pod '{name}'")
@@ -224,7 +224,7 @@ def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
             os.unlink(path)
             continue
         try:
-            document = records.read_document(path)
+            document = records.read_shaped(path, records.CONTAINER_SHAPE)
         except records.ForeignDocumentError:
             raise
         except SandboxError:
@@ -252,7 +252,7 @@ def machines(directory: str, *, known: str = "") -> Iterator[int]:
     """QEMU and virtiofsd processes of a run directory: by its document `known`, and by what command lines name."""
     found = set()
     try:
-        vm = records.read_document(known).get("vm") or {}
+        vm = records.read_shaped(known, records.POD_SHAPE).get("vm") or {}
         if records.is_alive(vm.get("pid"), vm.get("start_time")):
             found.add(int(vm["pid"]))
     except SandboxError:
