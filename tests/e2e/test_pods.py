@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +224,19 @@ def test_c5_a_pod_that_cannot_start_leaves_nothing(cli: Cli) -> None:
     failed = cli("pod", "create", "--name", "p")
     assert (failed.code, "/no/such/qemu" in failed.stderr) == (1, True), failed
     cli.config = None
+    assert cli.pods() == []
+    assert cli.leftovers() == []
+
+
+def test_c5_a_pod_that_is_killed_while_it_is_made_leaves_nothing(cli: Cli) -> None:
+    creating = cli.popen("pod", "create", "--name", "p", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any("qemu" in process.name() for process in cli.processes()):
+        assert time.monotonic() < deadline
+    for process in cli.processes():
+        if "qemu" not in process.name():
+            process.kill()
+    assert creating.wait(timeout=120) == 1
     assert cli.pods() == []
     assert cli.leftovers() == []
 

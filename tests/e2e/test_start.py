@@ -40,6 +40,15 @@ def test_a_short_container_runs_once_for_each_start(cli: Cli, box: str) -> None:
     assert cli.ok("logs", "job") == "1\n2\n3\n"
 
 
+def test_restart_stops_in_order_and_starts_again(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sh", "-c", SCRIPT)
+    machine = cli.inspect("web")["pod"]["vm"]["pid"]
+    assert cli.ok("restart", "web") == "web\n"
+    after = cli.inspect("web")
+    assert (after["status"], after["pod"]["vm"]["pid"] != machine) == ("running", True)
+    assert cli.ok("exec", "web", "sh", "-c", "wc -l < /lives") == "2\n"
+
+
 def test_what_the_death_of_everything_left_starts_again(cli: Cli, box: str) -> None:
     cli.ok("run", "-d", "--name", "web", box, "sh", "-c", SCRIPT)
     before = cli.inspect("web")

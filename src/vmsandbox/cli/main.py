@@ -28,6 +28,7 @@ VERBS = {
     "cp": "copy files between a container and the host",
     "logs": "show what a container has printed",
     "stop": "end containers in order",
+    "restart": "stop containers and start them again",
     "kill": "send a signal to containers",
     "rm": "remove containers",
     "pause": "freeze the processes of containers",

@@ -76,6 +76,7 @@ TABLE: list[tuple[list[str], int, list[str]]] = [
     (["run", "--name", "shop", "box"], 125, ["the name 'shop' is in use by 'bbbbbbbbbbbb'"]),
     (["stop", "nothing"], 1, ["no such container: 'nothing'", "'vmsandbox ps -a' lists them"]),
     (["start", "nothing"], 1, ["no such container: 'nothing'", "'vmsandbox ps -a' lists them"]),
+    (["restart", "nothing"], 1, ["no such container: 'nothing'", "'vmsandbox ps -a' lists them"]),
     (["rm", "../x"], 1, ["no such container: '../x'"]),
     (["stop", "shop"], 1, ["no such container: 'shop'"]),
     (["stop", "aa"], 1, ["'aa' is ambiguous: it fits aa11aa11aa11aa11, aaaaaaaaaaaaaaaa", "give more of the id"]),
@@ -126,10 +127,17 @@ def test_a_message_says_what_why_and_what_next_in_one_line(
 def test_b8_ps_names_damaged_documents_and_lists_the_others(
     roots: Roots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    unreadable, foreign = Path(roots.sandbox(NEWER).container_file("ab" * 32)), "cd" * 32
+    unreadable.mkdir()  # not even root can read it
+    Path(roots.sandbox(NEWER).container_file(foreign)).write_text('{"version": 1, "created": "soon", "args": 7}')
+    for container_id in ("ab" * 32, foreign):
+        os.symlink(f"../s/{NEWER[:12]}", f"{roots.by_container_dir}/{container_id}")
     monkeypatch.setattr("sys.argv", ["vmsandbox", "ps", "-a"])
     assert cli.main() == 0
     out, err = capsys.readouterr()
     assert "done" in out
+    assert f"cannot read '{unreadable}'" in err
+    assert f"{foreign}.json' is damaged: 'created' is of the wrong type" in err
     assert f"{BROKEN}.json' is damaged" in err
     assert f"{NEWER}.json' was written by a newer vmsandbox" in err
 

@@ -11,7 +11,9 @@ from vmsandbox.cli.verbs import stats, top, update
 from vmsandbox.errors import InvalidArgumentError
 
 
-@pytest.mark.parametrize("verb", ["pause", "unpause", "top", "stats", "update", "create", "start", "logs", "cp", "pod"])
+@pytest.mark.parametrize(
+    "verb", ["pause", "unpause", "top", "stats", "update", "create", "start", "restart", "logs", "cp", "pod"]
+)
 def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     from importlib import import_module
 

@@ -11,7 +11,7 @@ from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, table
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs.ps import ago
-from vmsandbox.cli.verbs.run import network_options, new_id
+from vmsandbox.cli.verbs.run import clear_up, network_options, new_id
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
@@ -117,6 +117,7 @@ def create(options: Options, roots: Roots, arguments: argparse.Namespace) -> int
                 client.request(sock, request)
             except SandboxError:
                 client.wait_for_end(sock)
+                clear_up(options, roots, pod_id)
                 raise
     except BaseException:
         if arguments.name and not os.path.lexists(f"{roots.by_pod_dir}/{pod_id}"):

@@ -10,6 +10,7 @@ from vmsandbox.cli.verbs._each import each
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmsandbox.cli.main import Options
+    from vmsandbox.paths import Roots
 
 
 def main(options: Options, argv: list[str]) -> int:
@@ -19,15 +20,21 @@ def main(options: Options, argv: list[str]) -> int:
     arguments = made.parse_args(argv)
     roots = options.roots()
 
-    def stop(name: str) -> None:
-        client.insisting(lambda: attempt(name))
+    def act(name: str) -> None:
+        stop(roots, name, arguments.time)
 
-    def attempt(name: str) -> None:
+    return each(arguments.containers, act, debug=options.debug)
+
+
+def stop(roots: Roots, name: str, timeout: float | None) -> None:
+    """Stop one container; `timeout` seconds (None: the configured ones) before SIGKILL, a stopped one is fine."""
+
+    def attempt() -> None:
         container = records.load(roots, records.resolve(roots, name))
         if container.document.get("status") == "stopped":
             return
         with launch.connect_or_take_over(roots, container.sandbox) as sock:
-            client.request(sock, {"verb": "stop", "container": container.id, "timeout": arguments.time})
+            client.request(sock, {"verb": "stop", "container": container.id, "timeout": timeout})
             client.wait_for_end(sock)
 
-    return each(arguments.containers, stop, debug=options.debug)
+    client.insisting(attempt)
