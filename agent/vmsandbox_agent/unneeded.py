@@ -1,0 +1,35 @@
+"""Keeps the agent's start from importing what it never uses.
+
+gRPC imports its asyncio half, and with it asyncio, and protobuf its implementation in Python, whoever uses them or
+not: together half of the time that the agent needs to start, which under emulation is more than a second.  In
+their places stand modules that become the real ones as soon as somebody uses anything in them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+MODULES = ("asyncio", "grpc.aio", "google.protobuf.internal.python_message")
+
+
+class _Postponed(ModuleType):
+    """A module that is imported when one of its attributes, or a submodule, is first asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        # The import system itself looks at other names with underscores; they mean no use.
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        real = import_module(self.__name__)
+        self.__dict__.update(real.__dict__)
+        found: object = getattr(real, name)
+        return found
+
+
+def postpone() -> None:
+    """Put stand-ins where nothing has been imported yet."""
+    for name in MODULES:
+        sys.modules.setdefault(name, _Postponed(name))
