@@ -7,6 +7,7 @@ it takes a quarter of an hour of CPU time.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,17 @@ META_PACKAGE: Final = "linux-source"
 FRAGMENT: Final = "guest/kernel.config"
 #: CONFIG_HZ of the fragment
 HZ: Final = 100
+#: what has to be installed: a program or a header -> its package
+TOOLS: Final = {
+    "gcc": "gcc",
+    "make": "make",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "perl": "perl",
+    "/usr/include/gelf.h": "libelf-dev",
+    "/usr/include/stdio.h": "libc6-dev",
+}
 #: what a build says of itself instead of who, where and when
 _IDENTITY: Final = {"KBUILD_BUILD_USER": "vmsandbox", "KBUILD_BUILD_HOST": "vmsandbox", "KBUILD_BUILD_TIMESTAMP": "@0"}
 
@@ -42,7 +54,16 @@ def resolve(apt: Apt) -> Package:
 
 
 def inputs() -> dict[str, Any]:
-    """What besides the source decides the result: the configuration and the compiler."""
+    """What besides the source decides the result: the configuration and the compiler.
+
+    Raises BuildError if what compiling needs is not installed.
+    """
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None and not Path(tool).exists()]
+    if missing:
+        names = " ".join(missing)
+        raise BuildError(
+            f"the tuned kernel cannot be compiled: run 'apt-get install --no-install-recommends {names}' first"
+        )
     return {"fragment": fragment().read_text(), "compiler": steps.output(["gcc", "-dumpfullversion"]).strip()}
 
 
