@@ -21,7 +21,7 @@ from vmsandbox.arguments import Parser
 from vmsandbox.config import load
 from vmsandbox.config.model import Settings
 from vmsandbox.errors import SandboxError
-from vmsandbox.guestbuild import store
+from vmsandbox.guestbuild.choice import chosen
 from vmsandbox_hypervisor.errors import AccelError
 from vmsandbox_hypervisor.qemu import probe
 
@@ -230,22 +230,18 @@ async def _acceleration(settings: Settings, machine: Machine) -> tuple[Finding, 
 
 
 def _guest(settings: Settings, roots: Roots) -> Finding:
-    chosen = settings.guest
-    own_kernel = chosen.kernel.startswith("/")
-    for path in (chosen.kernel if own_kernel else "", chosen.image):
+    wanted = settings.guest
+    for path in (wanted.kernel if wanted.kernel.startswith("/") else "", wanted.image):
         if path and not os.access(path, os.R_OK):
             return Finding(
                 name="guest", status="missing", detail=f"'{path}' does not exist", remedy="correct section 'guest'"
             )
-    if own_kernel and chosen.image:
-        return Finding(name="guest", status="ok", detail=f"kernel '{chosen.kernel}', image '{chosen.image}'")
     try:
-        guest = store.current(roots, "packaged" if own_kernel else chosen.kernel)
+        guest = chosen(roots, wanted.kernel, wanted.image)
     except SandboxError as error:
         detail, _, remedy = str(error).rpartition(": ")
         return Finding(name="guest", status="missing", detail=detail, remedy=remedy)
-    kernel, image = chosen.kernel if own_kernel else guest.kernel, chosen.image or guest.image
-    return Finding(name="guest", status="ok", detail=f"kernel '{kernel}', image '{image}'")
+    return Finding(name="guest", status="ok", detail=f"kernel '{guest.kernel}', image '{guest.image}'")
 
 
 def _tool(machine: Machine, program: str, consequence: str, packages: tuple[str, ...]) -> Finding:

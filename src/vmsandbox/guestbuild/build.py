@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from vmsandbox.errors import NotFoundError
-from vmsandbox.guestbuild import image, kernel, packages, store, tuned, wheels
+from vmsandbox.guestbuild import cmdline, image, kernel, packages, store, tuned, wheels
 from vmsandbox.guestbuild.packages import Apt, Package
 from vmsandbox.guestbuild.steps import Steps
 
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 #: our own packages that the image gets
 SOURCES: Final = ("vmsandbox_agent", "vmsandbox_protocol")
-#: what every kernel is told; docs/guest.md says why, and what depends on the machine
-CMDLINE: Final = (
-    "console=ttyS0", "quiet", "loglevel=4", "panic=-1", "reboot=t", "random.trust_cpu=on",
-    "no_timer_check", "noreplace-smp", "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable",
-)  # fmt: skip
-PACKAGED_CMDLINE: Final = ("cryptomgr.notests", "initcall_blacklist=tracer_init_tracefs")
-TUNED_CMDLINE: Final = ("root=/dev/vda", "rootfstype=erofs", "ro", "init=/sbin/init")
 #: code that decides what a part looks like
 _KERNEL_RECIPE: Final = ("kernel", "modules", "initramfs", "program", "cpio", "elf")
 _TUNED_RECIPE: Final = ("tuned",)
@@ -87,11 +80,11 @@ def plan(apt: Apt, flavour: str) -> Plan:
     if flavour == "tuned":
         kernel_package = tuned.resolve(apt)
         kernel_inputs: dict[str, Any] = {"recipe": _recipe(_TUNED_RECIPE), **tuned.inputs()}
-        cmdline: tuple[str, ...] = CMDLINE + TUNED_CMDLINE
+        parameters: tuple[str, ...] = cmdline.MONOLITHIC
     else:
         kernel_package = kernel.resolve(apt)
         kernel_inputs = {"recipe": _recipe(_KERNEL_RECIPE)}
-        cmdline = CMDLINE + PACKAGED_CMDLINE
+        parameters = cmdline.PACKAGED
     kernel_key = store.key_of({"package": asdict(kernel_package), **kernel_inputs})
     base_packages = tuple(apt.with_dependencies(*image.PACKAGES))
     pins = tuple(wheels.pins(wheels.lock_file().read_text(), image.WHEELS))
@@ -109,11 +102,11 @@ def plan(apt: Apt, flavour: str) -> Plan:
             "kernel": kernel_key,
             "base": base_key,
             "sources": [digest_of_tree(source) for source in sources],
-            "cmdline": cmdline,
+            "cmdline": parameters,
             "recipe": _recipe(("build",)),
         }
     )
-    return Plan(flavour, kernel_package, kernel_key, base_packages, pins, base_key, sources, cmdline, key)
+    return Plan(flavour, kernel_package, kernel_key, base_packages, pins, base_key, sources, parameters, key)
 
 
 def source_directory(name: str) -> Path:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox import records
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
-from vmsandbox.guestbuild import store as guests
+from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.resources import identities, share
 from vmsandbox.supervisor import shares, store, template
 from vmsandbox.supervisor.network import Connection, connected, resumed
@@ -280,7 +280,7 @@ class Sandbox:
 def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     """The machine a pod starts as; pure but for looking up the guest that is in use."""
     settings = around.settings
-    guest = guest_for(around)
+    guest = chosen(around.roots, settings.guest.kernel, settings.guest.image)
     sandbox = settings.sandbox
     base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
     first = settings.hypervisor.uid_base
@@ -309,16 +309,6 @@ def _path(text: str) -> Path:
     from pathlib import Path
 
     return Path(text)
-
-
-def guest_for(around: Surroundings) -> guests.Guest:
-    """The guest the configuration names: a built flavour, or files of the user's own."""
-    wanted = around.settings.guest
-    flavour = wanted.kernel if wanted.kernel in guests.FLAVOURS else "packaged"
-    guest = guests.current(around.roots, flavour)
-    kernel = guest.kernel if wanted.kernel == flavour else _path(wanted.kernel)
-    image = _path(wanted.image) if wanted.image else guest.image
-    return guests.Guest(key=guest.key, kernel=kernel, initrd=guest.initrd, image=image, cmdline=guest.cmdline)
 
 
 @asynccontextmanager
@@ -352,8 +342,8 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
     async with connected(around, spec) as network, AsyncExitStack() as stack:
         config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
-        chosen = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
-        clone, key = await stack.enter_async_context(chosen)
+        origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
+        clone, key = await stack.enter_async_context(origin)
         sandbox = None
         if clone is not None:
             sandbox = await _cloned(around, spec, clone, network, stack, required=mode == "require")
