@@ -157,7 +157,6 @@ def _make(roots: Roots, made: Plan, apt: Apt, steps: Steps, *, force: bool) -> N
             flavour=made.flavour,
             files=files,
             cmdline=list(made.cmdline),
-            hz=tuned.HZ if made.flavour == "tuned" else kernel.HZ,
             release=(kernel_part / "release").read_text().strip(),
             versions={
                 "kernel": {made.kernel_package.name: made.kernel_package.version},

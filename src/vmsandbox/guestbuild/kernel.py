@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from vmsandbox.guestbuild.packages import Apt, Package
 
 META_PACKAGE: Final = "linux-image-amd64"
-#: the distribution's CONFIG_HZ
-HZ: Final = 250
 #: loaded by the initramfs, in this order, with what they depend on: all that the agent needs to be reached and
 #: that nothing could load later, because the guest has no udev
 EARLY: Final = ("virtio_pci", "virtio_blk", "virtio_console", "erofs", "virtio_mem", "virtio_net")

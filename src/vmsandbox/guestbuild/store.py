@@ -49,8 +49,7 @@ _STAGING = ".staging-"
 class Guest:
     """What is needed to boot one guest.
 
-    `cmdline` is complete but for what depends on the machine it runs on: see docs/guest.md for what the caller adds;
-    `hz` is the kernel's tick rate, which ``lpj=`` depends on.
+    `cmdline` is complete: nothing in it depends on the machine.
     """
 
     key: str
@@ -58,7 +57,6 @@ class Guest:
     initrd: Path | None
     image: Path
     cmdline: tuple[str, ...]
-    hz: int = 250
 
 
 @dataclass(frozen=True)
@@ -262,7 +260,6 @@ def _guest(directory: Path, *, advice: str) -> Guest:
         initrd=paths.get("initrd"),
         image=paths["image"],
         cmdline=tuple(manifest["cmdline"]),
-        hz=int(manifest.get("hz", 250)),
     )
 
 

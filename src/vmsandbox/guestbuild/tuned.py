@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 META_PACKAGE: Final = "linux-source"
 FRAGMENT: Final = "guest/kernel.config"
-#: CONFIG_HZ of the fragment
-HZ: Final = 100
 #: what has to be installed: a program or a header -> its package
 TOOLS: Final = {
     "gcc": "gcc",
