@@ -72,6 +72,8 @@ def _build(options: argparse.Namespace, roots: Roots) -> int:
 
     entry = build(roots, options.kernel, force=options.force, stream=sys.stderr)
     print(f"guest {entry.key[:_KEY_SHOWN]} with kernel {entry.manifest['release']} is ready", file=sys.stderr)
+    if options.kernel != store.FLAVOURS[0]:
+        print(f"pods boot it where the configuration says '[guest] kernel = \"{options.kernel}\"'", file=sys.stderr)
     return 0
 
 
