@@ -84,19 +84,30 @@ class Container:
             (self.bundle / "config.json").write_text(json.dumps(self._spec))
             begun = time.monotonic_ns()
             undo.callback(self._delete)
-            self._create_init(request, ended)
+            at_once = request.start and self._is_executable_as_seen_from_outside()
+            self._create_init(request, ended, at_once=at_once)
             self.phases_us["create"] = (time.monotonic_ns() - begun) // 1000
-            if request.start:
-                begun = time.monotonic_ns()
+            if request.start and not at_once:
                 self.start()
-                self.phases_us["start"] = (time.monotonic_ns() - begun) // 1000
             undo.pop_all()
 
-    def _create_init(self, request: pb.CreateContainerRequest, ended: Callable[[Process], None]) -> None:
+    def _is_executable_as_seen_from_outside(self) -> bool:
+        """Whether the program can be executed; one on a volume of the container's is only seen in the container."""
+        try:
+            programs.check(self._root, self._spec.get("process") or {})
+        except AgentError:
+            return False
+        return True
+
+    def _create_init(
+        self, request: pb.CreateContainerRequest, ended: Callable[[Process], None], *, at_once: bool
+    ) -> None:
+        """Create the container, and start it `at_once` if that needs no further look at its program."""
         spec_process = self._spec.get("process") or {}
+        make = self._crun.run if at_once else self._crun.create
         with processes.plumbed(request.stdio, self.bundle, "init") as plumbing:
             try:
-                child = self._crun.create(
+                child = make(
                     self.id,
                     self.bundle,
                     stdio=plumbing.inner,
@@ -107,13 +118,15 @@ class Container:
                 programs.check(self._root, spec_process)
                 raise
             try:
-                self._check_program(child.pid, spec_process)
+                if not at_once:
+                    self._check_program(child.pid, spec_process)
                 streams = plumbing.connected()
             except BaseException:
                 child.kill(_SIGKILL)
                 child.wait(_KILL_TIMEOUT)
                 raise
         self.init = Process((self.id, ""), child, streams)
+        self.init.started = at_once
         self._follow(self.init, ended)
 
     def start(self) -> None:

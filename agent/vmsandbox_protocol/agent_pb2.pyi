@@ -1459,7 +1459,7 @@ class CreateContainerResponse(_message.Message):
     guest_pid: _builtins.int
     @_builtins.property
     def phases_us(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Microseconds: "storage", "create", "start"."""
+        """Microseconds: "storage", "create" (with the start)."""
 
     def __init__(
         self,
