@@ -163,7 +163,10 @@ class Standin:
         what = self.plan.exec_id or self.plan.container_id
         set_title(f"vmsandbox stand-in {what[:12]}")
         if self.plan.kill_with:
-            self.client = os.pidfd_open(self.plan.kill_with)
+            try:
+                self.client = os.pidfd_open(self.plan.kill_with)
+            except ProcessLookupError:  # it is dead already
+                self.signals.append(int(signal.SIGKILL))
         self._connect(first=True)
         while True:
             if self.sock is None:
