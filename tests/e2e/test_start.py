@@ -9,11 +9,12 @@ from tests.harness.cli import kill, wait_until_gone
 if TYPE_CHECKING:
     from tests.harness.cli import Cli
 
-SCRIPT = "echo life >> /lives; wc -l < /lives; trap 'exit 3' TERM; while :; do sleep 0.1; done"
+SCRIPT = "trap 'exit 3' TERM; echo life >> /lives; wc -l < /lives; while :; do sleep 0.1; done"
 
 
 def test_a_stopped_container_starts_again_on_its_writable_layer_and_log(cli: Cli, box: str) -> None:
     container = cli.ok("run", "-d", "--name", "web", "-e", "X=1", box, "sh", "-c", SCRIPT).strip()
+    cli.await_line("web", "1")  # from then on it obeys
     first = cli.inspect("web")
     cli.ok("stop", "web")
     assert cli.inspect("web")["exit"]["code"] == 3
@@ -25,6 +26,7 @@ def test_a_stopped_container_starts_again_on_its_writable_layer_and_log(cli: Cli
     assert again["started"] > first["started"]
     assert cli.ok("exec", "web", "sh", "-c", "wc -l < /lives; tr '\\0' '\\n' < /proc/1/environ | grep X=") == "2\nX=1\n"
     assert "it is running" in cli("start", "web").stderr
+    cli.await_line("web", "2")
     cli.ok("stop", "web")
     assert cli.inspect("web")["exit"]["code"] == 3
     assert cli.ok("logs", "web") == "1\n2\n"
