@@ -16,7 +16,6 @@ from tests.agent.served import SLOW, Served
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild import store
 from vmsandbox.paths import Roots
-from vmsandbox_hypervisor import kernel
 from vmsandbox_hypervisor.api import Cpus, Disk, Kernel, Memory, Port, VmConfig
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 from vmsandbox_protocol import agent_pb2 as pb
@@ -34,11 +33,10 @@ def config_for(directory: Path, *, memory_mib: int = 256) -> VmConfig:
     """A machine with the guest that this machine has built."""
     data = Path(os.environ.get("VMSANDBOX_DATA_ROOT", "/var/lib/vmsandbox"))
     guest = store.current(Roots(Path("/run/vmsandbox"), data), "packaged")
-    parameters = kernel.parameters("tcg", hz=guest.hz, khz=kernel.host_khz())
     return VmConfig(
         name="agent-test",
         directory=directory,
-        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=(*guest.cmdline, *parameters)),
+        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline),
         memory=Memory(size_mib=memory_mib, hotplug_mib=1024),
         cpus=Cpus(boot=1, maximum=4),
         disks=(Disk(id="root", path=guest.image, read_only=True),),
