@@ -204,8 +204,13 @@ def plan(place: Path, shared_fs: str, **more: bool) -> shares.Plan:
 def test_with_virtio_fs_a_container_has_a_mount_of_its_own(place: Path) -> None:
     made = plan(place, "virtio-fs")
     assert made.sources() == {"/data": f"/run/vmsandbox/shared/box/{made.names[0]}"}
-    expected = pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source="shared", mount_point="/run/vmsandbox/shared/box")
-    assert made.storages() == [expected]
+    whole = "/run/vmsandbox/shared/.all"
+    assert made.storages() == [
+        pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source="shared", mount_point=whole),
+        pb.Storage(
+            driver=pb.Storage.DRIVER_BIND, source=whole, options=["bind"], mount_point="/run/vmsandbox/shared/box"
+        ),
+    ]
 
 
 def test_with_9p_containers_share_one_mount(place: Path) -> None:

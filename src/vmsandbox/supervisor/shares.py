@@ -1,8 +1,8 @@
 """Bind mounts of the pod's containers: from a volume on the host to a path in the guest.
 
 The pod has one shared directory.  With virtio-fs it is served by one virtiofsd, which runs only while a container
-needs it, and every container mounts it at a place of its own: unmounting that lets go of everything below it.  With 9p
-QEMU itself serves it, from its start on, and the guest can mount it only once for all.
+needs it, and every container gets a bind mount of it at a place of its own: unmounting that lets go of everything
+below.  With 9p QEMU itself serves it, from its start on, and the guest mounts it once for all.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TAG = "shared"
 GUEST = "/run/vmsandbox/shared"
+#: where the guest mounts all of it; no container has such an id
+WHOLE = ".all"
 VIRTIO_FS, NINEP, NONE = "virtio-fs", "9p", "none"
 #: A larger message costs nothing, and a program may map files writable.
 NINEP_OPTIONS = ("trans=virtio", "version=9p2000.L", "msize=512000", "cache=mmap")
@@ -59,7 +61,12 @@ class Plan:
         if not self:
             return []
         if self.shared_fs == VIRTIO_FS:
-            return [pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source=TAG, mount_point=self.mount_point)]
+            # The kernel takes a second mount of a tag for one of what is mounted below the first.
+            whole = f"{GUEST}/{WHOLE}"
+            return [
+                pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source=TAG, mount_point=whole),
+                pb.Storage(driver=pb.Storage.DRIVER_BIND, source=whole, options=["bind"], mount_point=self.mount_point),
+            ]
         return [
             pb.Storage(driver=pb.Storage.DRIVER_9P, source=TAG, options=NINEP_OPTIONS, mount_point=self.mount_point)
         ]
