@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"vmsandbox.resources", "vmsandbox.guest", "vmsandbox.guestbuild"},
     {"vmsandbox_hypervisor", "vmsandbox_protocol", "vmsandbox.oci", "vmsandbox.config"},
     {"vmsandbox.records"},
+    {"vmsandbox.oci.annotations"},
     {"vmsandbox.arguments", "vmsandbox.cache", "vmsandbox.paths", "vmsandbox.wire", "vmsandbox.log"},
     {"vmsandbox.errors", "vmsandbox"},
 ]
@@ -36,6 +37,7 @@ ONLY: dict[str, set[str]] = {
         "vmsandbox",
         "vmsandbox.arguments",
         "vmsandbox.errors",
+        "vmsandbox.oci.annotations",
         "vmsandbox.paths",
         "vmsandbox.records",
         "vmsandbox.wire",

@@ -21,6 +21,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import nullcontext
 
 from vmsandbox import wire
 from vmsandbox.cli import launch
@@ -30,8 +31,9 @@ from vmsandbox.title import set_title
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
+    from vmsandbox.cli.runtime import namespaces
     from vmsandbox.paths import Roots, SandboxPaths
 
 #: unacknowledged input that is kept, and so the most that is read ahead of the container, in bytes
@@ -53,7 +55,7 @@ KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGTTIN, signal.
 class Plan:
     """Which process this stand-in is for, and what of its stdio is connected."""
 
-    __slots__ = ("container_id", "exec_id", "kill_with", "stdin", "stdout", "terminal")
+    __slots__ = ("container_id", "controlling", "exec_id", "home", "kill_with", "root", "stdin", "stdout", "terminal")
 
     def __init__(
         self,
@@ -64,6 +66,9 @@ class Plan:
         stdout: bool,
         terminal: bool,
         kill_with: int | None = None,
+        controlling: bool = False,
+        home: int = -1,
+        root: str = "",
     ) -> None:
         self.container_id = container_id
         self.exec_id = exec_id
@@ -73,6 +78,12 @@ class Plan:
         self.terminal = terminal
         #: the client whose death ends the process
         self.kill_with = kill_with
+        #: stdin is a terminal of our own making: it tells us its size and when its other side is gone
+        self.controlling = controlling
+        #: the host's network namespace, where a new supervisor belongs, if we are in another
+        self.home = home
+        #: the directory that is to be all it sees of the host's files; empty: it sees them all
+        self.root = root
 
 
 def fork(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> int:
@@ -80,11 +91,18 @@ def fork(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if pid:
-        return pid
+    if not pid:
+        stay(roots, sandbox, plan)
+    return pid
+
+
+def stay(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> NoReturn:
+    """Be the stand-in from now on, and end as its process does."""
     status = LOST
     try:
         os.setsid()
+        if plan.controlling:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         status = Standin(roots, sandbox, plan).run()
     except BrokenPipeError:
         pass
@@ -151,6 +169,8 @@ class Standin:
         self.signals: list[int] = []
         #: pidfd of the client whose death ends the process
         self.client = -1
+        self.me = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
+        self.enclosure: namespaces.Enclosure | None = None
         #: whether this connection brought anything: one that did not is not tried again at once
         self.heard = True
 
@@ -159,7 +179,7 @@ class Standin:
     def run(self) -> int:
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._catch_signals(wake_out)
-        self._close_inherited({wake_in, wake_out})
+        self._close_inherited({wake_in, wake_out, self.plan.home})
         what = self.plan.exec_id or self.plan.container_id
         set_title(f"vmsandbox stand-in {what[:12]}")
         if self.plan.kill_with:
@@ -167,6 +187,10 @@ class Standin:
                 self.client = os.pidfd_open(self.plan.kill_with)
             except ProcessLookupError:  # it is dead already
                 self.signals.append(int(signal.SIGKILL))
+        if self.plan.root:
+            from vmsandbox.cli.runtime.namespaces import Enclosure
+
+            self.enclosure = Enclosure(self.plan.root)
         self._connect(first=True)
         while True:
             if self.sock is None:
@@ -202,7 +226,8 @@ class Standin:
     def _connect(self, *, first: bool) -> bool:
         """(Re)connect to the supervisor and say from which offsets on; False when the pod is gone."""
         try:
-            self.sock = launch.connect(self.sandbox) if first else launch.connect_or_take_over(self.roots, self.sandbox)
+            with self.enclosure.left() if self.enclosure else nullcontext():
+                self.sock = launch.connect(self.sandbox) if first else self._found()
         except OSError:
             return False
         self.decoder = wire.Decoder()
@@ -212,7 +237,7 @@ class Standin:
             "verb": "attach",
             "container": plan.container_id,
             "exec": plan.exec_id,
-            "standin": {"pid": os.getpid(), "start_time": start_time(os.getpid())},
+            "standin": self.me,
             "stdout": self.outputs[wire.STDOUT].received,
             "stderr": self.outputs[wire.STDERR].received,
         }
@@ -228,6 +253,15 @@ class Standin:
         for number in self.signals:
             self._send({"signal": number})
         return True
+
+    def _found(self) -> socket.socket:
+        """The supervisor that is there, or a new one, which must not be in the pod's network namespace."""
+        if self.plan.home < 0:
+            return launch.connect_or_take_over(self.roots, self.sandbox)
+        from vmsandbox.cli.runtime import namespaces
+
+        with namespaces.visiting(self.plan.home):
+            return launch.connect_or_take_over(self.roots, self.sandbox)
 
     # ------------------------------------------------------------ one turn of the loop
 

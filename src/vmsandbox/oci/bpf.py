@@ -41,10 +41,12 @@ _ACTIONS = {
     "SCMP_ACT_LOG": 0x7FFC0000,
     "SCMP_ACT_ALLOW": 0x7FFF0000,
 }
+KNOWN_ACTIONS = frozenset(_ACTIONS)
 _WITH_ERRNO = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
 _EPERM = 1
 _OPERATORS = {f"SCMP_CMP_{name}": 1 + n for n, name in enumerate(("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"))}
 _ARCHITECTURES = {"SCMP_ARCH_X86_64": b"x86_64", "SCMP_ARCH_X86": b"x86", "SCMP_ARCH_X32": b"x32"}
+KNOWN_ARCHITECTURES = frozenset(_ARCHITECTURES)
 #: SCMP_FLTATR_CTL_OPTIMIZE; 2: a binary tree instead of a list
 _OPTIMIZE = (8, 2)
 _UNKNOWN = -1

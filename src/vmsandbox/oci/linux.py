@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from vmsandbox.oci.document import (
     MOST_ENTRIES,
     AbsolutePath,
-    FileMode,
     Int64,
     Many,
     Part,
@@ -45,7 +44,8 @@ class Device(Part):
     path: AbsolutePath
     major: Int64 | None = None
     minor: Int64 | None = None
-    file_mode: FileMode | None = None
+    #: engines put the type in as well
+    file_mode: Annotated[int, Field(ge=0, le=0o177777)] | None = None
     uid: UInt32 | None = None
     gid: UInt32 | None = None
 

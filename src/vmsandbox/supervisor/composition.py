@@ -16,7 +16,7 @@ from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import compose, options
 from vmsandbox.resources import disks
 from vmsandbox.resources.network.options import requested
-from vmsandbox.supervisor import shares
+from vmsandbox.supervisor import bundled, shares
 from vmsandbox.supervisor.sandbox import SandboxSpec
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -206,6 +206,8 @@ def describe(document: dict[str, Any], image: Image, result: Composed, chosen: R
 
 def exec_request(request: dict[str, Any], document: dict[str, Any]) -> pb.ExecRequest:
     """What the agent is asked for when a process is added to the container of `document`."""
+    if isinstance(request.get("process"), dict):
+        return bundled.exec_request(request, document)
     given = request.get("options")
     if not isinstance(given, dict):
         raise InvalidArgumentError("the request has no options")

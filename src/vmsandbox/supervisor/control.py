@@ -129,6 +129,6 @@ class Control:
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
         writer.write(wire.encode_message(answer))
         await writer.drain()
-        if verb in ("run", "create") and self.service.implicit():
+        if verb in ("run", "create", "create-bundle") and self.service.implicit():
             return True
         return verb in UNTIL_RELEASED and self.service.ending()

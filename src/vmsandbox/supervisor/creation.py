@@ -12,6 +12,8 @@ from vmsandbox.supervisor import composition, ending, execution, store, template
 from vmsandbox.supervisor.container import Container
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
     from vmsandbox.resources.images.store import Image
@@ -47,22 +49,34 @@ async def run(service: Service, request: dict[str, Any], *, start: bool = True) 
             if service.spec is None and not service.wanted.done() and isinstance(error, SandboxError):
                 service.wanted.set_exception(error)
             raise
-        service.containers[container_id] = container
-        service.notify()
-        try:
-            store.link_container(service.around.roots, service.around.paths, container_id)
-            container.save()
-            await container.create(service.sandbox, image, composed, options, start=start)
-            _settle(service, container, "run" if start else "create")
-        except BaseException:
-            container.init.fail()
-            container.released.set()
-            service.containers.pop(container_id, None)
-            service.gone.add(container_id)
-            service.notify()
-            container.forget()
-            raise
+        await admit(
+            service,
+            container,
+            lambda: container.create(service.sandbox, image, composed, options, start=start),
+            verb="run" if start else "create",
+        )
     return {"id": container_id, "pid": (container.init.standin or {}).get("pid", 0)}
+
+
+async def admit(
+    service: Service, container: Container, creating: Callable[[], Awaitable[None]], *, verb: str = "create"
+) -> None:
+    """Know a container from the moment on in which its creation begins; if that fails, forget it."""
+    service.containers[container.id] = container
+    service.notify()
+    try:
+        store.link_container(service.around.roots, service.around.paths, container.id)
+        container.save()
+        await creating()
+        _settle(service, container, verb)
+    except BaseException:
+        container.init.fail()
+        container.released.set()
+        service.containers.pop(container.id, None)
+        service.gone.add(container.id)
+        service.notify()
+        container.forget()
+        raise
 
 
 def _pod_of(service: Service, request: dict[str, Any], options: RunOptions) -> SandboxSpec:

@@ -104,7 +104,7 @@ async def delete(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         if service.implicit() or service.reason is not None or not service.sandbox.done():
             container.init.delivered.set()
             service.end_if_idle()
-        else:
+        if not service.ending() and service.sandbox.done():
             await remove(service, container)
     return {}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import wire
 from vmsandbox.errors import AlreadyExistsError, NotFoundError, SandboxError, UnavailableError
-from vmsandbox.supervisor import composition
+from vmsandbox.supervisor import bundled, composition
 from vmsandbox.supervisor.streams import Link, exit_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ async def attach(
         return
     container = service.containers[process.container_id]
     process.standin = hello.get("standin")
-    if not process.exec_id:
+    if not process.exec_id and container.document.get("kind") != bundled.KIND:
         log_settings = service.around.settings.container
         directory = f"{service.around.roots.container_data_dir}/{container.id}"
         place = {

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
 from vmsandbox.errors import EndingError, InvalidArgumentError, NotFoundError, SandboxError, UnavailableError
-from vmsandbox.supervisor import copying, creation, ending, execution, podding, regulation, store
-from vmsandbox.supervisor.container import Container
+from vmsandbox.supervisor import bundled, bundles, copying, creation, ending, execution, podding, regulation, store
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
 from vmsandbox.supervisor.streams import exit_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
+    from vmsandbox.supervisor.container import Container
     from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec, Surroundings
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Service:
                 continue
             try:
                 document = records.read_document(f"{directory}/{entry}")
-                container = Container(self.around, document)
+                container = bundled.container_of(self.around, document)
             except (SandboxError, KeyError) as error:
                 log.warning("a container cannot be taken over: %s", error)
                 continue
@@ -313,6 +313,7 @@ VERBS: dict[str, Callable[[Service, dict[str, Any]], Awaitable[dict[str, Any]]]]
     "inspect": Service.inspect,
     "console": Service.console,
     "ping": Service.ping,
+    **bundles.VERBS,
     "pod-create": podding.create,
     "pod-start": podding.start,
     "pod-stop": podding.stop,

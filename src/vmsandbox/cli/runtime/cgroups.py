@@ -1,0 +1,129 @@
+"""The host's cgroup of a container: where engines look for what it uses.
+
+The stand-in and, for a pod's first container, everything of its virtual machine are in it.  A container's limits are
+never written there: they hold inside the guest, and here they would kill the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from vmsandbox.errors import InvalidBundleError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: seconds for the kernel to forget processes that have ended
+REMOVE_TIMEOUT = 5.0
+
+
+def _hierarchies() -> dict[str, str]:
+    """Where each hierarchy is mounted: ``memory``, ``cpu,cpuacct``, ``name=systemd``, or empty for v2."""
+    found: dict[str, str] = {}
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            kind, _, options = right.split(" ", 2)
+            point = left.split(" ")[4]
+            if kind == "cgroup2":
+                found.setdefault("", point)
+            elif kind == "cgroup":
+                for controller in options.split(","):
+                    found.setdefault(controller, point)
+    return found
+
+
+def _own() -> dict[str, str]:
+    own = {}
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            for controller in controllers.split(","):
+                own[controller] = path
+    return own
+
+
+def directories(path: str, container_id: str) -> list[str]:
+    """The directories of a container in every hierarchy, for `linux.cgroupsPath` (empty: one named by the id)."""
+    if ".." in path.split("/") or "\0" in path:
+        raise InvalidBundleError(f"'linux.cgroupsPath' is '{path}', which is no path of a cgroup")
+    if path.count(":") == 2 and not path.startswith("/"):
+        raise InvalidBundleError(
+            f"'linux.cgroupsPath' is '{path}', which is for systemd: configure the engine for 'cgroupfs'"
+        )
+    mounted = _hierarchies()
+    found: list[str] = []
+    for controller, own in _own().items():
+        point = mounted.get(controller)
+        if point is None:
+            continue
+        if path.startswith("/"):
+            place = f"{point}/{path.strip('/')}"
+        else:
+            place = f"{point}/{own.strip('/')}/{path.strip('/') or container_id}"
+        place = os.path.normpath(place)
+        if place != point and place not in found:
+            found.append(place)
+    return found
+
+
+def make(places: Iterable[str]) -> list[str]:
+    """Make the directories; answers those that this machine lets us have."""
+    made = []
+    for place in places:
+        try:
+            _make(place)
+        except OSError:
+            continue  # a hierarchy that is read-only, or kept by somebody else
+        made.append(place)
+    return made
+
+
+def _make(place: str) -> None:
+    missing = []
+    above = place
+    while not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    for one in reversed(missing):
+        try:
+            os.mkdir(one, 0o755)
+        except FileExistsError:
+            pass
+        # Without processors and memory nothing can enter a cpuset of v1.
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            source, target = f"{os.path.dirname(one)}/{name}", f"{one}/{name}"
+            if os.path.exists(f"{one}/cpuset.sched_load_balance") and os.path.exists(source):
+                with open(source) as file:
+                    value = file.read().strip()
+                with open(target, "r+") as file:
+                    if not file.read().strip():
+                        file.write(value)
+
+
+def enter(places: Iterable[str], pid: int) -> None:
+    """Put a process into the cgroup in every hierarchy that takes it."""
+    for place in places:
+        try:
+            with open(f"{place}/cgroup.procs", "w") as file:
+                file.write(str(pid))
+        except OSError:
+            continue
+
+
+def remove(places: Iterable[str]) -> None:
+    """Remove the directories once nothing is in them any more; what others put there stays."""
+    deadline = time.monotonic() + REMOVE_TIMEOUT
+    for place in places:
+        while True:
+            try:
+                os.rmdir(place)
+            except FileNotFoundError:
+                break
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+            break

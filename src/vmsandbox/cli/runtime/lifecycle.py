@@ -1,0 +1,378 @@
+"""`create`, `start`, `run`, `kill` and `delete`: a container's life, as the runtime specification has it.
+
+What a later edit of config.json says changes nothing: everything needed is in the container's document.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmsandbox import records
+from vmsandbox.cli import client, launch, standin
+from vmsandbox.cli.runtime import cgroups, hooks, known, standins
+from vmsandbox.cli.runtime.known import entries, part
+from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
+from vmsandbox.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    InvalidBundleError,
+    InvalidStateError,
+    NotFoundError,
+    SandboxError,
+    UnavailableError,
+    UnsupportedError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmsandbox.cli.runtime.main import Options
+    from vmsandbox.paths import Roots, SandboxPaths
+
+CREATE = {
+    "bundle": VALUE,
+    "console-socket": VALUE,
+    "pid-file": VALUE,
+    "preserve-fds": VALUE,
+    "no-pivot": FLAG,
+    "no-new-keyring": FLAG,
+}
+SHORT = {"b": "bundle", "f": "force", "d": "detach", "a": "all"}
+
+
+class Plan:
+    """What is to be created: read from the command line and the bundle, nothing done yet."""
+
+    def __init__(self, roots: Roots, container_id: str, bundle: str) -> None:
+        from vmsandbox.oci.annotations import role
+
+        self.id = container_id
+        self.bundle = os.path.abspath(bundle or os.curdir)
+        self.config = known.read_document(f"{self.bundle}/config.json", what="spec")
+        self.process = part(self.config, "process")
+        self.terminal = self.process.get("terminal") is True
+        annotations = {str(key): str(value) for key, value in part(self.config, "annotations").items()}
+        self.role = role(annotations, container_id=container_id)
+        self.annotations = annotations
+        linux = part(self.config, "linux")
+        networks = [each for each in entries(linux, "namespaces") if each.get("type") == "network"]
+        self.netns = str(networks[0].get("path") or "") if networks else None
+        self.cgroups = cgroups.directories(str(linux.get("cgroupsPath") or ""), container_id)
+        self.hooks = part(self.config, "hooks")
+        self.root = os.path.normpath(os.path.join(self.bundle, str(part(self.config, "root").get("path") or "")))
+        if not os.path.isdir(self.root):
+            raise InvalidBundleError(f"'root.path' is '{self.root}', which is not a directory")
+        self.member = self.role.kind == "container"
+        if self.member:
+            self.pod_container: records.Container | None = self._pod_container(roots)
+            self.sandbox = self.pod_container.sandbox
+            self.pod = str(self.pod_container.document.get("sandbox"))
+        else:
+            self.pod_container = None
+            self.pod = known.pod_id(container_id)
+            self.sandbox = roots.sandbox(self.pod)
+
+    def _pod_container(self, roots: Roots) -> records.Container:
+        try:
+            found = known.find(roots, self.role.sandbox_id)
+        except NotFoundError:
+            raise NotFoundError(f"the pod's first container '{self.role.sandbox_id}' is not known") from None
+        if found.status() == "stopped":
+            raise InvalidStateError(
+                f"container '{self.id}'", state="without a pod: its first container has ended", wanted="create"
+            )
+        return found
+
+    def state(self, standing: dict[str, Any]) -> dict[str, Any]:
+        """What hooks are told while the container is being made."""
+        return {
+            "ociVersion": str(self.config.get("ociVersion") or ""),
+            "id": self.id,
+            "status": "creating",
+            "pid": standing["pid"],
+            "bundle": self.bundle,
+            **({"annotations": self.annotations} if self.annotations else {}),
+        }
+
+
+def create_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, CREATE, short=SHORT)
+    roots, container_id = options.roots(), known.one(given.positional)
+    _refuse_descriptors(given.text("preserve-fds"))
+    _require_free(roots, container_id)
+    plan = Plan(roots, container_id, given.text("bundle"))
+    console = given.text("console-socket")
+    standins.check_console(terminal=plan.terminal, console_socket=console, detached=True)
+    create(options, roots, plan, console_socket=console, pid_file=given.text("pid-file"))
+    return 0
+
+
+def run_verb(options: Options, argv: list[str]) -> int:
+    """Create, start and, unless detached, wait and delete; the exit code is the container's."""
+    given = parse(argv, {**CREATE, "detach": FLAG, "keep": FLAG, "no-subreaper": FLAG}, short=SHORT)
+    roots, container_id = options.roots(), known.one(given.positional)
+    _refuse_descriptors(given.text("preserve-fds"))
+    _require_free(roots, container_id)
+    plan = Plan(roots, container_id, given.text("bundle"))
+    console, detached = given.text("console-socket"), given.flag("detach")
+    standins.check_console(terminal=plan.terminal, console_socket=console, detached=detached)
+    standing = create(
+        options, roots, plan, console_socket=console, pid_file=given.text("pid-file"), foreground=not detached
+    )
+    try:
+        start(options, roots, known.find(roots, container_id))
+    except BaseException:
+        delete(options, roots, known.find(roots, container_id), force=True)
+        raise
+    if detached:
+        return 0
+    from vmsandbox.cli import terminal
+
+    with terminal.forwarding(standing["pid"]):
+        _, status = os.waitpid(standing["pid"], 0)
+    if not given.flag("keep"):
+        delete(options, roots, known.find(roots, container_id), force=True)
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def _refuse_descriptors(count: str) -> None:
+    if count not in ("", "0"):
+        raise UnsupportedError(
+            f"'--preserve-fds {count}' is not supported: open files cannot be passed into a virtual machine"
+        )
+
+
+def _require_free(roots: Roots, container_id: str) -> None:
+    if os.path.lexists(f"{roots.by_container_dir}/{container_id}"):
+        raise AlreadyExistsError("container with given ID already exists")
+
+
+def create(
+    options: Options,
+    roots: Roots,
+    plan: Plan,
+    *,
+    console_socket: str,
+    pid_file: str,
+    foreground: bool = False,
+) -> dict[str, Any]:
+    """Make the container; answers its stand-in.  If it fails nothing is left."""
+    made = cgroups.make(plan.cgroups)
+    try:
+        sandbox = plan.sandbox if plan.member else _started(options, roots, plan, made)
+        with launch.connect_or_take_over(roots, sandbox) as sock:
+            standing = standins.fork(
+                roots,
+                sandbox,
+                standin.Plan(plan.id, stdin=True, stdout=True, terminal=plan.terminal, root=plan.root),
+                places=made,
+                netns=plan.netns,
+                console_socket=console_socket,
+                size=standins.console_size(plan.process),
+                orphan=not foreground,
+            )
+            try:
+                for name in ("prestart", "createRuntime"):
+                    hooks.run(entries(plan.hooks, name), name, plan.state(standing))
+                client.request(sock, _request(plan, standing, made))
+                if pid_file:
+                    standins.write_pid(pid_file, standing["pid"])
+            except BaseException as error:
+                standins.end(standing, child=foreground)
+                _undo(options, roots, plan, sock, sandbox)
+                if isinstance(error, SandboxError):
+                    raise known.worded(error, plan.process.get("args")) from error
+                raise
+    except BaseException:
+        cgroups.remove(made)
+        raise
+    return standing
+
+
+def _started(options: Options, roots: Roots, plan: Plan, places: list[str]) -> SandboxPaths:
+    """Start the supervisor of a new pod, in the cgroup where everything of its machine will be."""
+    sandbox = launch.make_run_directory(roots, plan.pod)
+    try:
+        with launch.locked(sandbox), launch.listen(sandbox) as listener:
+            pid = launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments())
+            cgroups.enter(places, pid)
+    except BaseException:
+        records.remove_tree(sandbox.dir)
+        raise
+    return sandbox
+
+
+def _request(plan: Plan, standing: dict[str, Any], places: list[str]) -> dict[str, Any]:
+    return {
+        "verb": "create-bundle",
+        "id": plan.id,
+        "bundle": plan.bundle,
+        "pod": plan.pod,
+        # The stand-in is in it, whether it was made for it or joined.
+        "netns": f"/proc/{standing['pid']}/ns/net" if not plan.netns else os.path.abspath(plan.netns),
+        "standin": standing,
+        "cgroups": places,
+        "size": standins.console_size(plan.process),
+    }
+
+
+def _undo(options: Options, roots: Roots, plan: Plan, sock: Any, sandbox: SandboxPaths) -> None:  # noqa: ANN401
+    """Leave nothing of a container that could not be made."""
+    if os.path.lexists(f"{roots.by_container_dir}/{plan.id}"):
+        try:
+            delete(options, roots, known.find(roots, plan.id), force=True)
+        except SandboxError:
+            pass
+    if not plan.member:
+        sock.shutdown(1)
+        client.wait_for_end(sock)
+        _sweep(sandbox)
+
+
+def _sweep(sandbox: SandboxPaths) -> None:
+    """Remove what a supervisor left that never had a pod."""
+    if os.path.isdir(sandbox.dir):
+        with launch.locked(sandbox):
+            if not os.path.exists(sandbox.document_file):
+                records.forget_sandbox_if_empty(sandbox)
+
+
+# ---------------------------------------------------------------- start
+
+
+def start_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, {})
+    roots = options.roots()
+    start(options, roots, known.find(roots, known.one(given.positional)))
+    return 0
+
+
+def start(options: Options, roots: Roots, container: records.Container) -> None:
+    """Let a created container run; poststart hooks that fail are only reported, as the specification says."""
+    from vmsandbox.cli.runtime.main import report
+
+    status = container.status()
+    if status == "stopped":
+        raise UnavailableError("cannot start a container that has stopped")
+    if status != "created":
+        raise UnavailableError("cannot start an already running container")
+    try:
+        known.ask(roots, container, {"verb": "start"}, stopped="cannot start a container that has stopped")
+    except InvalidStateError as error:
+        raise UnavailableError(f"cannot start an already running container: {error}") from error
+    poststart = (container.document.get("hooks") or {}).get("poststart") or []
+    for failed in hooks.run_all(poststart, "poststart", known.state(container, status="running")):
+        report(options, str(failed), level="warning")
+
+
+# ---------------------------------------------------------------- kill
+
+
+def kill_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, {"all": FLAG}, short=SHORT)
+    if not 1 <= len(given.positional) <= 2:
+        raise InvalidArgumentError("kill needs a container id and, if not SIGTERM, a signal")
+    roots = options.roots()
+    container = known.find(roots, given.positional[0])
+    everybody = given.flag("all")
+    number = signal_number(given.positional[1] if len(given.positional) == 2 else "SIGTERM")
+    if container.status() == "stopped":
+        if everybody:
+            return 0
+        raise known.StoppedError("container not running")
+    try:
+        known.ask(
+            roots,
+            container,
+            {"verb": "kill", "signal": str(number), "all": everybody},
+            stopped="container not running",
+        )
+    except (InvalidStateError, NotFoundError):
+        if not everybody:
+            raise known.StoppedError("container not running") from None
+    except UnavailableError:
+        # The whole pod is ending.
+        if known.find(roots, container.id).status() != "stopped":
+            raise
+        if not everybody:
+            raise known.StoppedError("container not running") from None
+    return 0
+
+
+def signal_number(text: str) -> int:
+    """A signal by number or name, with or without ``SIG``."""
+    import signal
+
+    if text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= 64:
+        return int(text)
+    name = "SIG" + text.upper().removeprefix("SIG")
+    for base, lowest in (("SIGRTMIN", int(signal.SIGRTMIN)), ("SIGRTMAX", int(signal.SIGRTMAX))):
+        rest = name.removeprefix(base)
+        if name != rest and (not rest or rest[0] in "+-") and rest[1:].isascii() and (not rest or rest[1:].isdigit()):
+            number = lowest + int(rest or 0)
+            if int(signal.SIGRTMIN) <= number <= int(signal.SIGRTMAX):
+                return number
+    found = signal.Signals.__members__.get(name)
+    if found is None:
+        raise InvalidArgumentError(f"unknown signal {text!r}")
+    return int(found)
+
+
+# ---------------------------------------------------------------- delete
+
+
+def delete_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, {"force": FLAG}, short=SHORT)
+    roots, container_id = options.roots(), known.one(given.positional)
+    force = given.flag("force")
+    try:
+        container = known.find(roots, container_id)
+    except NotFoundError:
+        if force:
+            return 0
+        raise
+    delete(options, roots, container, force=force)
+    return 0
+
+
+def delete(options: Options, roots: Roots, container: records.Container, *, force: bool) -> None:
+    """Forget a container that has stopped, or with `force` any; then its poststop hooks are run."""
+    from vmsandbox.cli.runtime.main import report
+    from vmsandbox.cli.verbs.rm import remove_from_disk
+
+    status = container.status()
+    if status not in ("stopped", "creating") and not force:
+        if status != "created":
+            raise known.StoppedError(f"cannot delete container {container.id} that is not stopped: {status}")
+        force = True
+    told = known.state(container, status="stopped", pid=0)
+    if not _by_supervisor(roots, container, force=force):
+        remove_from_disk(roots, container)
+    cgroups.remove(reversed(container.document.get("cgroups") or []))
+    poststop = (container.document.get("hooks") or {}).get("poststop") or []
+    for failed in hooks.run_all(poststop, "poststop", told):
+        report(options, str(failed), level="warning")
+
+
+def _by_supervisor(roots: Roots, container: records.Container, *, force: bool) -> bool:
+    """Have the pod's supervisor remove the container; False where none is left to do it."""
+    ended = container.document.get("status") == "stopped"
+    try:
+        sock = launch.connect(container.sandbox) if ended else launch.connect_or_take_over(roots, container.sandbox)
+    except (ConnectionRefusedError, FileNotFoundError):
+        known.await_supervisor(container.sandbox)
+        return False
+    with sock:
+        try:
+            # What the stand-in's end says may not have come there yet: it is stopped, whatever stops it.
+            force = force or container.status() == "stopped"
+            client.request(sock, {"verb": "delete", "container": container.id, "force": force})
+        except NotFoundError:
+            known.await_supervisor(container.sandbox)
+            return not os.path.lexists(f"{roots.by_container_dir}/{container.id}")
+        except UnavailableError:
+            known.await_supervisor(container.sandbox)  # it has been ending with its pod
+            return not os.path.lexists(f"{roots.by_container_dir}/{container.id}")
+        client.wait_for_end(sock)
+    return True

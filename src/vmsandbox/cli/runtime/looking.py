@@ -1,0 +1,200 @@
+"""`state`, `list`, `ps` and `events`: what runc prints, field by field."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from vmsandbox import records
+from vmsandbox.cli.runtime import known
+from vmsandbox.cli.runtime.main import stamp
+from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
+from vmsandbox.errors import InvalidArgumentError, SandboxError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmsandbox.cli.runtime.main import Options
+    from vmsandbox.paths import Roots
+
+#: as Go writes "no limit"
+MOST = 2**64 - 1
+
+
+def _row(container: records.Container) -> dict[str, Any]:
+    document = container.document
+    row = {
+        "ociVersion": document["oci_version"],
+        "id": container.id,
+        "pid": known.pid_of(container),
+        "status": container.status(),
+        "bundle": document["bundle"],
+        "rootfs": document["rootfs"],
+        "created": stamp(float(document["created"])),
+    }
+    if document.get("annotations"):
+        row["annotations"] = document["annotations"]
+    row["owner"] = ""
+    return row
+
+
+def state_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, {})
+    container = known.find(options.roots(), known.one(given.positional))
+    print(json.dumps(_row(container), indent=2, ensure_ascii=False))
+    return 0
+
+
+def list_verb(options: Options, argv: list[str]) -> int:
+    given = parse(argv, {"format": VALUE, "quiet": FLAG}, short={"f": "format", "q": "quiet"})
+    kind = given.text("format", "table")
+    if kind not in ("table", "json"):
+        raise InvalidArgumentError("invalid format option")
+    rows = [
+        {**_row(each), "owner": "root"}
+        for each in records.containers(options.roots())
+        if not isinstance(each, SandboxError) and each.document.get("kind") == "bundle"
+    ]
+    if given.flag("quiet"):
+        for row in rows:
+            print(row["id"])
+    elif kind == "json":
+        print(json.dumps(rows, separators=(",", ":"), ensure_ascii=False) if rows else "null")
+    else:
+        names = ("id", "pid", "status", "bundle", "created", "owner")
+        table = [[name.upper() for name in names], *([str(row[name]) for name in names] for row in rows)]
+        widths = [max(12, *(len(line[column]) for line in table)) for column in range(len(names))]
+        for line in table:
+            print("".join(text.ljust(width + 3) for text, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def ps_verb(options: Options, argv: list[str]) -> int:
+    """The stand-ins' pids for programs that want the host's, what runs in the guest for people."""
+    given = parse(argv, {"format": VALUE}, short={"f": "format"}, stop_after=1)
+    kind = given.text("format", "table")
+    words = list(given.positional)
+    while len(words) > 1 and words[1].partition("=")[0] in ("--format", "-f"):
+        _, equals, value = words.pop(1).partition("=")
+        kind = value if equals else words.pop(1) if len(words) > 1 else kind
+    if kind not in ("table", "json"):
+        raise InvalidArgumentError("invalid format option")
+    if len(words) > 1:
+        raise UnsupportedError(f"arguments for ps(1) are not supported: '{words[1]}'; run it in the container")
+    roots = options.roots()
+    container = known.find(roots, words[0] if words else "")
+    if kind == "json":
+        print(json.dumps(_pids(container)))
+        return 0
+    answer = known.ask(roots, container, {"verb": "top"}, stopped="container not running")
+    print(f"{'UID':<12}{'PID':>8}{'PPID':>8}  {'STIME':<10}{'TTY':<8}{'TIME':<10}CMD")
+    for row in answer["processes"]:
+        began = time.strftime("%H:%M:%S", time.localtime(row["start_time_ns"] / 1e9))
+        seconds = row["cpu_ms"] // 1000
+        used = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        user, tty = row["user"] or str(row["uid"]), row["tty"] or "?"
+        print(f"{user:<12}{row['pid']:>8}{row['parent_pid']:>8}  {began:<10}{tty:<8}{used:<10}{row['command']}")
+    return 0
+
+
+def _pids(container: records.Container) -> list[int]:
+    standing = [container.document.get("standin") or {}]
+    standing += [each.get("standin") or {} for each in (container.document.get("execs") or {}).values()]
+    return [each["pid"] for each in standing if records.is_alive(each.get("pid"), each.get("start_time"))]
+
+
+# ---------------------------------------------------------------- events
+
+
+def events_verb(options: Options, argv: list[str]) -> int:
+    """One reading with `--stats`, else one every interval, and a line for each OOM kill, until the container ends."""
+    given = parse(argv, {"stats": FLAG, "interval": VALUE})
+    interval = _seconds(given.text("interval", "5s"))
+    roots = options.roots()
+    container = known.find(roots, known.one(given.positional))
+    if container.status() == "stopped":
+        raise known.StoppedError("container is not running")
+    if given.flag("stats"):
+        _print(_stats(roots, container))
+        return 0
+    killed = None
+    while container.status() != "stopped":
+        try:
+            read = _reading(roots, container)
+        except SandboxError:
+            if known.find(roots, container.id).status() == "stopped":
+                return 0
+            raise
+        if killed is not None and read["oom_kills"] > killed:
+            _print({"type": "oom", "id": container.id})
+        killed = read["oom_kills"]
+        _print({"type": "stats", "id": container.id, "data": shown(read)})
+        time.sleep(interval)
+    return 0
+
+
+def _print(event: dict[str, Any]) -> None:
+    print(json.dumps(event, separators=(",", ":")), flush=True)
+
+
+def _seconds(text: str) -> float:
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+    for unit, factor in units.items():
+        digits = text.removesuffix(unit)
+        if digits != text and digits.replace(".", "", 1).isdigit() and digits.isascii() and float(digits) > 0:
+            return float(digits) * factor
+    raise InvalidArgumentError(f"duration interval must be greater than 0 and like '5s', and it is '{text[:32]}'")
+
+
+def _reading(roots: Roots, container: records.Container) -> dict[str, Any]:
+    read: dict[str, Any] = known.ask(roots, container, {"verb": "stats"}, stopped="container is not running")["stats"]
+    return read
+
+
+def _stats(roots: Roots, container: records.Container) -> dict[str, Any]:
+    return {"type": "stats", "id": container.id, "data": shown(_reading(roots, container))}
+
+
+def shown(read: dict[str, Any]) -> dict[str, Any]:
+    """A reading of the guest's cgroup in the shape of runc's."""
+    memory = read.get("memory_stat") or {}
+    none = {"failcnt": 0}
+    return {
+        "cpu": {
+            "usage": {
+                "total": read["cpu_usage_us"] * 1000,
+                "kernel": read["cpu_system_us"] * 1000,
+                "user": read["cpu_user_us"] * 1000,
+            },
+            "throttling": {
+                "periods": read["cpu_periods"],
+                "throttledPeriods": read["cpu_throttled_periods"],
+                "throttledTime": read["cpu_throttled_us"] * 1000,
+            },
+        },
+        "cpuset": {},
+        "memory": {
+            "cache": memory.get("file", 0),
+            "usage": {
+                "limit": read["memory_limit_bytes"] or MOST,
+                "usage": read["memory_bytes"],
+                "max": read["memory_max_bytes"],
+                "failcnt": read["oom_kills"],
+            },
+            "swap": {"limit": 0, **none},
+            "kernel": {"limit": 0, **none},
+            "kernelTCP": {"limit": 0, **none},
+            "raw": memory,
+        },
+        "pids": {"current": read["pids"], **({"limit": read["pids_limit"]} if read["pids_limit"] else {})},
+        "blkio": {
+            "ioServiceBytesRecursive": [
+                {"op": "Read", "value": read["io_read_bytes"]},
+                {"op": "Write", "value": read["io_write_bytes"]},
+            ]
+        },
+        "hugetlb": {},
+        "intel_rdt": {},
+        "network_interfaces": None,
+    }

@@ -1,0 +1,191 @@
+"""Containers that an engine describes by an OCI bundle, instead of a user by an image and options.
+
+The root file system and every bind mount are directories and files of the host, so they all go through the pod's
+shared directory.  The engine keeps the container's output and writable layer, so here is neither a log nor a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    SandboxError,
+    UnavailableError,
+    UnsupportedError,
+)
+from vmsandbox.oci import bundle as bundles
+from vmsandbox.oci import translate
+from vmsandbox.oci.annotations import Role, role
+from vmsandbox.oci.document import checked
+from vmsandbox.oci.linux import Resources
+from vmsandbox.oci.texts import Volume
+from vmsandbox.resources import share
+from vmsandbox.resources.network.options import NetworkOptions
+from vmsandbox.supervisor import bundled, creation, shares
+from vmsandbox.supervisor.regulation import wider
+from vmsandbox.supervisor.sandbox import Demand, SandboxSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from vmsandbox.oci.bundle import Bundle
+    from vmsandbox.oci.translate import Translated
+    from vmsandbox.supervisor.service import Service
+
+MIB = 1 << 20
+
+
+async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
+    """Create the container of a bundle; the first one of a pod brings the pod up.
+
+    The request names ``id``, ``bundle``, ``pod`` (the pod's id), ``netns``, ``standin``, ``cgroups`` and ``size``.
+    """
+    container_id = str(request.get("id"))
+    if container_id in service.containers:
+        raise AlreadyExistsError(f"a container with id '{container_id}' already exists in this pod")
+    service.require_lasting()
+    around = service.around
+    with service.needed():
+        try:
+            # In a thread: the bundle may lie on a file system that does not answer.
+            bundle = await asyncio.to_thread(bundles.load, str(request.get("bundle")))
+            place = role(bundle.spec.annotations, container_id=container_id)
+            cache = around.roots.run / "cache"
+            parts = await asyncio.to_thread(translate.translated, bundle, kind=place.kind, cache=cache)
+            spec = service.spec or pod_spec(request, bundle, parts)
+            _check_sysctls(parts, spec)
+            plan = _share_plan(parts, container_id, around.settings.sandbox.shared_fs)
+            document = _document(request, bundle, place, parts)
+            service.want(spec)
+        except BaseException as error:
+            if service.spec is None and not service.wanted.done():
+                known = isinstance(error, SandboxError)
+                service.wanted.set_exception(error if known else UnavailableError(f"no pod was described: {error!r}"))
+            raise
+        container = bundled.BundleContainer(around, document, plan)
+        await creation.admit(service, container, lambda: container.create_bundle(service.sandbox, parts))
+    return {"id": container_id}
+
+
+def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> SandboxSpec:
+    """The pod that a first container brings up."""
+    netns = request.get("netns")
+    if not isinstance(netns, str) or not netns.startswith("/"):
+        raise InvalidArgumentError("the request names no network namespace")
+    return SandboxSpec(
+        id=str(request.get("pod")),
+        hostname=bundle.spec.hostname or os.uname().nodename,
+        # Directories come with every container.
+        shareable=True,
+        network=NetworkOptions(kind="namespace", path=netns).document(),
+        sysctls=parts.sysctls,
+    )
+
+
+def _check_sysctls(parts: Translated, spec: SandboxSpec) -> None:
+    for name, value in parts.sysctls.items():
+        if spec.sysctls.get(name) != value:
+            raise UnsupportedError(
+                f"'linux.sysctl' sets '{name}', which is the pod's: its first container has to set it"
+            )
+
+
+def _share_plan(parts: Translated, container_id: str, shared_fs: str) -> shares.Plan:
+    if shared_fs != shares.VIRTIO_FS:
+        raise UnsupportedError(
+            f"containers of bundles need 'sandbox.shared_fs' to be 'virtio-fs', and it is '{shared_fs}'"
+        )
+    return shares.Plan(
+        shared_fs=shared_fs,
+        container_id=container_id,
+        volumes=tuple(
+            Volume(source=source.path, destination=source.destination, read_only=source.read_only)
+            for source in parts.sources
+        ),
+        names=tuple(share.name_for(container_id, source.path) for source in parts.sources),
+    )
+
+
+def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Translated) -> dict[str, Any]:
+    """The first state of the container's document: what `state` and `list` tell, and what later verbs need."""
+    process = parts.document["process"]
+    return {
+        "id": str(request.get("id")),
+        "name": "",
+        "kind": bundled.KIND,
+        "sandbox": str(request.get("pod")),
+        "role": place.kind,
+        "status": "creating",
+        "created": time.time(),
+        "terminal": bool(process.get("terminal")),
+        "stdin": True,
+        "size": request.get("size"),
+        "standin": request.get("standin"),
+        "oci_version": bundle.spec.oci_version,
+        "bundle": str(bundle.directory),
+        "rootfs": str(bundle.rootfs),
+        "annotations": dict(bundle.spec.annotations),
+        "hooks": {
+            name: bundle.document["hooks"].get(name) or []
+            for name in ("poststart", "poststop")
+            if bundle.document.get("hooks")
+        },
+        "cgroups": request.get("cgroups") or [],
+        "process": process,
+        "args": process["args"],
+        "resources": bundled.demand_of(parts.document["linux"].get("resources") or {}),
+    }
+
+
+async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
+    """Change limits by an OCI LinuxResources document; what it leaves out or sets to 0 stays."""
+    container = service.container(request)
+    text = json.dumps(request.get("resources")).encode()
+    checked(Resources, text, name="resources")
+    resources = translate.guest_resources(json.loads(text))
+    asked = bundled.demand_of(resources)
+    sandbox = await service.running_sandbox()
+    async with container.lock:
+        container.require("update")
+        if not resources:
+            return {}
+        before = container.demand()
+        quota_said = "quota" in (resources.get("cpu") or {})
+        limit_said = "limit" in (resources.get("memory") or {})
+        after = Demand(
+            cpus=asked["cpus"] if quota_said else before.cpus,
+            memory_mib=-(-asked["memory"] // MIB) if limit_said else before.memory_mib,
+        )
+        await sandbox.give(container.id, wider(before, after, service.around.settings.sandbox))
+        try:
+            await sandbox.agent.update_container(container.id, json.dumps(resources).encode())
+        except BaseException:
+            await sandbox.give(container.id, before)
+            raise
+        known = container.document.setdefault("resources", {})
+        known["cpus"] = after.cpus
+        known["memory"] = asked["memory"] if limit_said else known.get("memory") or 0
+        container.save()
+        await sandbox.give(container.id, after)
+    return {}
+
+
+async def refresh(service: Service, request: dict[str, Any]) -> dict[str, Any]:
+    """Give the guest what interfaces the pod's network namespace has got since the machine started."""
+    service.container(request)
+    sandbox = await service.running_sandbox()
+    return {"changed": await sandbox.network.refresh(sandbox.vm, sandbox.agent)}
+
+
+#: requests of engines
+VERBS: dict[str, Callable[[Service, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+    "create-bundle": create,
+    "update-resources": update,
+    "refresh-network": refresh,
+}

@@ -1,0 +1,141 @@
+"""The runtime's command line, without a container."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmsandbox.cli.runtime import known
+from vmsandbox.cli.runtime.lifecycle import signal_number
+from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
+from vmsandbox.errors import InvalidArgumentError, InvalidBundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
+KNOWN = {"force": FLAG, "bundle": VALUE, "env": VALUES}
+
+
+def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-c", CODE, *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False, env={}, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--force", "--bundle", "/b", "id"],
+        ["id", "--bundle=/b", "--force"],
+        ["-force", "id", "-b", "/b"],
+        ["--bundle=/b", "id", "--force=true"],
+    ],
+)
+def test_options_may_be_written_as_engines_write_them(argv: list[str]) -> None:
+    given = parse(argv, KNOWN, short={"b": "bundle"})
+    assert given.positional == ["id"]
+    assert given.text("bundle") == "/b"
+    assert given.flag("force")
+
+
+def test_what_follows_the_command_is_its_own() -> None:
+    given = parse(["-e", "A=1", "--env", "B=2", "id", "--", "sh", "--force"], KNOWN, short={"e": "env"}, stop_after=1)
+    assert given.texts("env") == ["A=1", "B=2"]
+    assert given.positional == ["id", "sh", "--force"]
+    assert not given.flag("force")
+
+
+@pytest.mark.parametrize("argv", [["--nosuch"], ["--bundle"], ["--force=perhaps"]])
+def test_wrong_options_are_refused(argv: list[str]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        parse(argv, KNOWN)
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "a\n", "x" * 129, "-x"])
+def test_ids_that_are_no_file_names_are_refused(name: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        known.check_id(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("TERM", 15), ("sigkill", 9), ("9", 9), ("RTMIN+3", 37), ("SIGRTMAX-1", 63), ("64", 64)]
+)
+def test_signals_are_known_by_name_and_number(text: str, number: int) -> None:
+    assert signal_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "65", "NOSUCH", "RTMIN+", "RTMIN+99", "-1", "1e1", "RTMAX+1"])
+def test_unknown_signals_are_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        signal_number(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000])
+def test_documents_that_are_none_give_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InvalidBundleError, match=r"config\.json"):
+        known.read_document(str(tmp_path / "config.json"), what="spec")
+
+
+def test_a_fifo_is_no_document(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InvalidBundleError, match="regular file"):
+        known.read_document(str(tmp_path / "config.json"), what="spec")
+
+
+def test_the_version_has_the_lines_of_runc() -> None:
+    lines = run("--version").stdout.splitlines()
+    assert lines[0].startswith("vmsandbox-runtime version ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["commit", "spec"]
+
+
+def test_errors_go_to_the_log_as_engines_read_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    root = f"/tmp/vs-{os.urandom(8).hex()}"
+    done = run("--root", root, "--log", str(log), "--log-format", "json", "state", "nosuch")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "container does not exist\n")
+    record = json.loads(log.read_text())
+    assert (record["level"], record["msg"]) == ("error", "container does not exist")
+    assert run("--root", root, "delete", "--force", "nosuch").returncode == 0
+    assert run("--root", root, "exec", "nosuch", "true").returncode == 255
+    assert run("--root", root, "list", "--format=json").stdout == "null\n"
+    assert not os.path.exists(root)
+
+
+@pytest.mark.parametrize("words", [("--systemd-cgroup", "state", "x"), ("checkpoint", "x"), ("restore", "x")])
+def test_what_is_not_supported_is_refused(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert done.returncode == 1
+    assert "not supported" in done.stderr
+
+
+def test_a_spec_is_written_once(tmp_path: Path) -> None:
+    assert run("spec", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "config.json").read_text())["process"]["args"] == ["sh"]
+    assert "exists" in run("spec", "--bundle", str(tmp_path)).stderr
+
+
+def test_a_broken_bundle_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"ociVersion": 1')
+    root = f"/tmp/vs-{os.urandom(8).hex()}"
+    done = run("--root", root, "create", "--bundle", str(tmp_path), "x")
+    assert done.returncode == 1
+    assert "not valid JSON" in done.stderr
+    assert os.listdir(tmp_path) == ["config.json"]
+    assert not os.path.exists(root)
+
+
+def test_the_client_imports_nothing_heavy() -> None:
+    heavy = ("asyncio", "pydantic", "grpc", "subprocess", "argparse", "pathlib", "dataclasses", "ctypes")
+    code = (
+        "import sys; import vmsandbox.cli.runtime.lifecycle, vmsandbox.cli.runtime.looking, "
+        f"vmsandbox.cli.runtime.main; print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "[]\n"
