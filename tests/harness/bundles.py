@@ -1,0 +1,110 @@
+"""The `vmsandbox-runtime` command as an engine calls it, and bundles for it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.harness.cli import TIMEOUT, Result
+from vmsandbox.cli.runtime.static import default_spec
+
+CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
+SANDBOX = {"io.kubernetes.cri.container-type": "sandbox"}
+
+
+class Runtime:
+    """Runs `vmsandbox-runtime` with its own root and a data root that tests share."""
+
+    def __init__(self, scratch: Path, data_root: Path) -> None:
+        self.scratch = scratch
+        self.root = scratch / "r"
+        self.data_root = data_root
+        self.log = scratch / "log.json"
+
+    def argv(self, *words: str) -> list[str]:
+        roots = ("--root", str(self.root), "--data-root", str(self.data_root))
+        return [sys.executable, "-c", CODE, *roots, "--log", str(self.log), "--log-format", "json", *words]
+
+    def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
+        given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+        # An engine may give no environment at all.
+        more.setdefault("env", {})
+        done = subprocess.run(self.argv(*words), capture_output=True, timeout=timeout, check=False, **given, **more)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *words: str, **more: Any) -> str:
+        result = self(*words, **more)
+        assert result.code == 0, (words, result, self.said())
+        return result.stdout
+
+    def refused(self, *words: str, **more: Any) -> str:
+        """Run a command that has to fail as runc fails; its last message in the log."""
+        result = self(*words, **more)
+        assert result.code == (255 if words[0] == "exec" else 1), (words, result)
+        message = str(json.loads(self.log.read_text().splitlines()[-1])["msg"])
+        assert message in result.stderr
+        return message
+
+    def said(self) -> str:
+        """What supervisors said, for the evidence of a failed test."""
+        return "".join(path.read_text(errors="replace")[-4000:] for path in self.root.glob("s/*/supervisor.log"))
+
+    # ------------------------------------------------------------ bundles
+
+    def bundle(self, name: str, rootfs: Path, *args: str, **changes: Any) -> Path:
+        """A bundle whose process is `args`; `changes` replace members of config.json."""
+        directory = self.scratch / name
+        directory.mkdir()
+        spec = copy.deepcopy(default_spec())
+        spec["process"].update(terminal=False, args=list(args))
+        spec["root"] = {"path": str(rootfs)}
+        spec.update(changes)
+        (directory / "config.json").write_text(json.dumps(spec))
+        return directory
+
+    def create(self, container_id: str, bundle: Path, *words: str, stdout: Any = subprocess.DEVNULL) -> int:
+        """Create a container as an engine does, its output into `stdout`; answers the pid of the pid file."""
+        pid_file = bundle / "pid"
+        argv = self.argv("create", "--bundle", str(bundle), "--pid-file", str(pid_file), *words, container_id)
+        with (self.scratch / "create.err").open("w+b") as errors:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=errors, timeout=TIMEOUT, check=False, env={}
+            )
+            errors.seek(0)
+            assert done.returncode == 0, (errors.read(), self.said())
+        return int(pid_file.read_text())
+
+    def state(self, container_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.ok("state", container_id))
+        return found
+
+    def await_status(self, container_id: str, status: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while self.state(container_id)["status"] != status:
+            assert time.monotonic() < deadline, f"container '{container_id}' does not become {status}"
+
+    # ------------------------------------------------------------ what is left
+
+    def remove_all(self) -> None:
+        for container_id in self("list", "-q").stdout.split():
+            self("delete", "--force", container_id)
+
+    def leftovers(self) -> list[str]:
+        left = []
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            if str(self.root) in line and ("qemu-system" in line or "virtiofsd" in line):
+                left.append(line[:200])
+        left += [f"file {path}" for directory in "scn" for path in (self.root / directory).glob("*")]
+        left += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.root) in line]
+        return left

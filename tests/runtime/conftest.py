@@ -1,0 +1,71 @@
+"""Stages of the runtime's tests: a data root with a guest and a template, a bundle, engines in namespaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.boxes import make_rootfs
+from tests.harness.bundles import Runtime
+from tests.harness.cli import Cli
+from tests.harness.engines import Engines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: where `scripts/setup` and `scripts/test` build the guest
+BUILT = Path(os.environ.get("VMSANDBOX_DATA_ROOT", "/var/lib/vmsandbox"))
+
+
+@pytest.fixture(scope="session")
+def runtime_data_root() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="vmsandbox-data-"))
+    (directory / "guest").symlink_to(BUILT / "guest")
+    with tempfile.TemporaryDirectory(prefix="vs-") as run:
+        Cli(Path(run), directory).ok("template", "build", timeout=300)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def box_rootfs() -> Iterator[Path]:
+    """A root file system that tests only read."""
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+        yield make_rootfs(Path(scratch, "rootfs"))
+
+
+@pytest.fixture
+def runtime(runtime_data_root: Path) -> Iterator[Runtime]:
+    """The command with a root of its own; afterwards nothing of it may be left."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
+        made = Runtime(Path(scratch), runtime_data_root)
+        yield made
+        made.remove_all()
+        assert made.leftovers() == []
+
+
+@pytest.fixture(scope="session")
+def engines_session(runtime_data_root: Path) -> Iterator[Engines]:
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+        made = Engines(Path(scratch), runtime_data_root)
+        try:
+            made.start()
+            made.import_image()
+            made.start_containerd()
+            yield made
+        finally:
+            made.stop()
+
+
+@pytest.fixture
+def engines(engines_session: Engines) -> Iterator[Engines]:
+    """Podman and containerd; afterwards nothing of our runtime may be left."""
+    yield engines_session
+    engines_session("podman", "rm", "-af", "-t", "0")
+    engines_session("podman", "pod", "rm", "-af", "-t", "0")
+    assert engines_session.leftovers() == []

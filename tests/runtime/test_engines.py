@@ -1,0 +1,124 @@
+"""Podman and containerd over our runtime, each with a control that tells whose fault a failure is."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.harness.engines import Engines
+
+BOX = "localhost/box:1"
+OBEDIENT = 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done'
+
+runtimes = pytest.mark.parametrize("name", ["crun", "vmsandbox"])
+
+
+@runtimes
+def test_podman_runs_a_container_to_its_end(engines: Engines, name: str) -> None:
+    done = engines.podman("run", "--rm", "-i", "--runtime", name, BOX, "sh", "-c", "cat; exit 4", stdin=b"given\n")
+    assert (done.code, done.stdout) == (4, "given\n"), (done, engines.logs())
+
+
+@runtimes
+def test_podman_tells_why_a_program_cannot_run(engines: Engines, name: str) -> None:
+    done = [engines.podman("run", "--rm", "--runtime", name, BOX, program) for program in ("nosuch", "/etc/passwd")]
+    assert [each.code for each in done] == [127, 126], done
+
+
+@runtimes
+def test_podman_has_a_terminal(engines: Engines, name: str) -> None:
+    master, slave = pty.openpty()
+    argv = engines.argv("podman", "run", "--rm", "-it", "--runtime", name, BOX, "sh", "-c", "tty; read x; echo got $x")
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=engines.environment) as process:
+        os.close(slave)
+        os.write(master, b"word\n")
+        said = b""
+        while True:
+            try:
+                said += os.read(master, 4096)
+            except OSError:
+                break
+    os.close(master)
+    assert process.returncode == 0
+    assert b"/dev/pts/0" in said
+    assert b"got word" in said
+
+
+@runtimes
+def test_podman_keeps_a_container_with_its_own_network(engines: Engines, name: str) -> None:
+    engines.ok("podman", "run", "-d", "--name", "kept", "--runtime", name, "-m", "100m", BOX, "sh", "-c", OBEDIENT)
+    done = engines.podman("exec", "kept", "sh", "-c", "echo inside; exit 6")
+    assert (done.code, done.stdout) == (6, "inside\n")
+    assert engines.podman("exec", "kept", "nosuch").code == 127
+    address = engines.inspect("kept")["NetworkSettings"]["Networks"]["podman"]["IPAddress"]
+    assert f"{address}/" in engines.ok("podman", "exec", "kept", "ip", "-o", "addr", "show", "eth0")
+    engines.ok("podman", "pause", "kept")
+    assert engines.inspect("kept")["State"]["Status"] == "paused"
+    engines.ok("podman", "unpause", "kept")
+    engines.ok("podman", "update", "--memory", "200m", "kept")
+    engines.ok("podman", "stop", "-t", "20", "kept")
+    assert engines.inspect("kept")["State"]["ExitCode"] == 9
+    assert engines.ok("podman", "logs", "kept") == "up\n"
+    engines.ok("podman", "rm", "kept")
+
+
+def test_a_copy_never_reaches_the_host(engines: Engines) -> None:
+    engines.ok("podman", "run", "-d", "--name", "copied", "--runtime", "vmsandbox", BOX, "sleep", "1000")
+    engines.ok("podman", "cp", "/etc/hostname", "copied:/var/copy")
+    assert engines("test", "-e", "/var/copy").code == 1
+    assert engines.ok("podman", "exec", "copied", "cat", "/var/copy") == engines.ok("cat", "/etc/hostname")
+
+
+@runtimes
+def test_podman_has_pods(engines: Engines, name: str) -> None:
+    podman = ("podman", "--runtime", name)
+    infra = ("--infra-image", BOX, "--infra-command", "/bin/sleep 100000")
+    engines.ok(*podman, "pod", "create", "--name", "group", "--hostname", "podname", *infra)
+    engines.ok(*podman, "run", "-d", "--pod", "group", BOX, "sh", "-c", "echo shared > /dev/shm/x; exec sleep 1000")
+    script = "until cat /dev/shm/x 2>/dev/null; do sleep 0.1; done; hostname"
+    assert engines.ok(*podman, "run", "--rm", "--pod", "group", BOX, "sh", "-c", script) == "shared\npodname\n"
+    if name == "vmsandbox":
+        assert len(engines.ok("ls", "/run/vmsandbox/s").split()) == 1
+    engines.ok(*podman, "pod", "rm", "-f", "-t", "0", "group")
+
+
+def test_what_no_virtual_machine_can_do_is_said(engines: Engines) -> None:
+    for option, word in (("--network=host", "network"), ("--pid=host", "pid"), ("--ipc=host", "ipc")):
+        done = engines.podman("run", "--rm", "--runtime", "vmsandbox", option, BOX, "true")
+        assert done.code == 126
+        assert f"'linux.namespaces' has no {word} namespace" in done.stderr
+
+
+def _ctr(engines: Engines, name: str) -> tuple[str, ...]:
+    return ("--runc-binary", str(engines.runtime) if name == "vmsandbox" else "runc")
+
+
+@pytest.mark.parametrize("name", ["runc", "vmsandbox"])
+def test_containerd_runs_a_container_to_its_end(engines: Engines, name: str) -> None:
+    done = engines("ctr", "run", "--rm", *_ctr(engines, name), BOX, "brief", "sh", "-c", "echo said; exit 3")
+    assert (done.code, done.stdout) == (3, "said\n"), done
+
+
+@pytest.mark.parametrize("name", ["runc", "vmsandbox"])
+def test_containerd_keeps_a_task(engines: Engines, name: str) -> None:
+    engines.ok("ctr", "run", "-d", *_ctr(engines, name), BOX, "task", "sh", "-c", OBEDIENT)
+    try:
+        done = engines("ctr", "task", "exec", "--exec-id", "e", "task", "sh", "-c", "echo inside; exit 6")
+        assert (done.code, done.stdout) == (6, "inside\n"), done
+        assert "memory.usage_in_bytes" in engines.ok("ctr", "task", "metrics", "task")
+        assert len(engines.ok("ctr", "task", "ps", "task").splitlines()) > 1
+        engines.ok("ctr", "task", "pause", "task")
+        assert "PAUSED" in engines.ok("ctr", "task", "ls")
+        engines.ok("ctr", "task", "resume", "task")
+        if name == "vmsandbox":
+            assert "checkpoint is not supported" in engines("ctr", "task", "checkpoint", "task").stderr
+    finally:
+        engines("ctr", "task", "kill", "-s", "SIGTERM", "task")
+        engines("ctr", "task", "rm", "-f", "task")
+        engines("ctr", "container", "rm", "task")
+    assert "task" not in engines.ok("ctr", "task", "ls", "-q").split()

@@ -1,0 +1,207 @@
+"""A container's life by the runtime's own verbs: what an engine sees of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tests.harness.cli import TIMEOUT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.harness.bundles import Runtime
+
+OBEDIENT = 'trap "echo ended; exit 7" TERM; echo up; while :; do sleep 0.1; done'
+
+
+def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootfs: Path) -> None:
+    spec = {"annotations": {"a": "b"}}
+    bundle = runtime.bundle("one", box_rootfs, "sh", "-c", OBEDIENT, **spec)
+    output = runtime.scratch / "out"
+    with output.open("wb") as stdout:
+        pid = runtime.create("one", bundle, stdout=stdout)
+
+    # created: the program does not run, and everything is told as runc tells it
+    state = runtime.state("one")
+    assert list(state) == ["ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "annotations", "owner"]
+    assert (state["pid"], state["status"], state["bundle"]) == (pid, "created", str(bundle))
+    assert output.read_bytes() == b""
+    assert psutil.Process(pid).cmdline()[0].startswith("vmsandbox stand-in one")
+    assert runtime.refused("create", "--bundle", str(bundle), "one") == "container with given ID already exists"
+
+    # later edits of config.json change nothing
+    (bundle / "config.json").write_text("{}")
+    runtime.ok("start", "one")
+    assert runtime.state("one")["status"] == "running"
+    assert runtime.refused("start", "one") == "cannot start an already running container"
+    assert runtime.refused("delete", "one") == "cannot delete container one that is not stopped: running"
+    assert runtime.ok("list", "-q").split() == ["one"]
+    assert json.loads(runtime.ok("ps", "--format", "json", "one")) == [pid]
+
+    # other processes of it
+    process = json.dumps({"args": ["sh", "-c", "cat; id -u; exit 5"], "cwd": "/", "user": {"uid": 1000, "gid": 1000}})
+    (bundle / "process.json").write_text(process)
+    done = runtime("exec", "--process", str(bundle / "process.json"), "one", stdin=b"fed ")
+    assert (done.code, done.stdout) == (5, "fed 1000\n")
+    done = runtime("exec", "-e", "A=b c", "--cwd", "/tmp", "one", "sh", "-c", "echo $A; pwd")
+    assert (done.code, done.stdout) == (0, "b c\n/tmp\n")
+    assert "executable file not found in $PATH" in runtime.refused("exec", "one", "nosuch")
+    assert "no such file or directory" in runtime.refused("exec", "one", "/nosuch")
+    assert "permission denied" in runtime.refused("exec", "one", "/etc/not-executable")
+
+    # limits
+    runtime.ok("update", "--resources", "-", "one", stdin=b'{"memory": {"limit": 104857600}, "cpu": {"shares": 0}}')
+    assert runtime.ok("exec", "one", "cat", "/sys/fs/cgroup/memory.max") == "104857600\n"
+    stats = json.loads(runtime.ok("events", "--stats", "one"))
+    assert stats["data"]["memory"]["usage"]["limit"] == 104857600
+    runtime.ok("pause", "one")
+    assert runtime.state("one")["status"] == "paused"
+    assert "paused" in runtime.refused("exec", "one", "true")
+    assert runtime.refused("pause", "one") == "container not running"
+    runtime.ok("resume", "one")
+
+    # the end
+    assert "unknown signal" in runtime.refused("kill", "one", "NOSUCH")
+    runtime.ok("kill", "one", "SIGTERM")
+    runtime.await_status("one", "stopped")
+    assert output.read_bytes() == b"up\nended\n"
+    assert runtime.state("one")["pid"] == 0
+    assert runtime.refused("kill", "one", "TERM") == "container not running"
+    runtime.ok("kill", "--all", "one", "9")
+    assert runtime.refused("exec", "one", "true") == "cannot exec in a stopped container"
+    runtime.ok("delete", "one")
+    assert runtime.refused("delete", "one") == "container does not exist"
+    assert runtime.refused("state", "one") == "container does not exist"
+    runtime.ok("delete", "--force", "one")
+
+
+def test_run_waits_and_ends_as_the_program_does(runtime: Runtime, box_rootfs: Path) -> None:
+    shared = runtime.scratch / "shared"
+    shared.mkdir()
+    (shared / "there").write_text("of the host\n")
+    mounts = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/s", "type": "bind", "source": str(shared), "options": ["rbind", "ro"]},
+        {"destination": "/w", "type": "bind", "source": str(shared), "options": ["rbind", "rw"]},
+    ]
+    script = "cat; cat /s/there; touch /s/x 2>/dev/null || echo refused; touch /w/made; hostname; exit 3"
+    bundle = runtime.bundle("two", box_rootfs, "sh", "-c", script, mounts=mounts, hostname="named")
+    done = runtime("run", "--bundle", str(bundle), "two", stdin=b"input\n")
+    assert (done.code, done.stdout) == (3, "input\nof the host\nrefused\nnamed\n"), (done, runtime.said())
+    assert (shared / "made").exists()
+
+
+def test_hooks_see_the_container_and_its_network(runtime: Runtime, box_rootfs: Path) -> None:
+    """A hook gives the namespace an interface, as docker's does; the guest then has it."""
+    told = runtime.scratch / "told"
+    script = (
+        f"cat > {told}; pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/' {told}); "
+        "in='nsenter -t '$pid' -n ip'; $in link add eth0 type veth peer name other && "
+        "$in addr add 10.9.8.7/24 dev eth0 && $in link set eth0 up"
+    )
+    after = runtime.scratch / "after"
+    hooks = {
+        "prestart": [{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}],
+        "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", f"cat > {after}"]}],
+    }
+    bundle = runtime.bundle("three", box_rootfs, "ip", "-o", "-4", "addr", "show", "eth0", hooks=hooks)
+    done = runtime("run", "--bundle", str(bundle), "three")
+    assert "10.9.8.7/24" in done.stdout, (done, runtime.said())
+    assert json.loads(told.read_text())["bundle"] == str(bundle)
+    assert json.loads(after.read_text())["status"] == "stopped"
+
+
+def test_a_failed_hook_leaves_nothing(runtime: Runtime, box_rootfs: Path) -> None:
+    hooks = {"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", "echo because; exit 4"]}]}
+    bundle = runtime.bundle("four", box_rootfs, "true", hooks=hooks)
+    message = runtime.refused("create", "--bundle", str(bundle), "four")
+    assert "failed with status 4: because" in message
+    assert runtime.leftovers() == []
+
+
+def test_who_kills_the_stand_in_kills_the_container(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("five", box_rootfs, "sleep", "1000")
+    pid = runtime.create("five", bundle)
+    runtime.ok("start", "five")
+    assert os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    # Whoever joins its view of files sees the container's root and nothing of the host.
+    assert sorted(os.listdir(f"/proc/{pid}/root")) == sorted(os.listdir(box_rootfs))
+    psutil.Process(pid).kill()
+    runtime.await_status("five", "stopped")
+    runtime.ok("delete", "five")
+
+
+def test_containers_of_a_pod_share_one_machine(runtime: Runtime, box_rootfs: Path) -> None:
+    ids = {"io.kubernetes.cri.sandbox-id": "pause"}
+    sandbox = runtime.bundle(
+        "pause",
+        box_rootfs,
+        "sleep",
+        "1000",
+        annotations={"io.kubernetes.cri.container-type": "sandbox", **ids},
+        hostname="podname",
+    )
+    pid = runtime.create("pause", sandbox)
+    runtime.ok("start", "pause")
+    spec = json.loads((sandbox / "config.json").read_text())["linux"]
+    for namespace in spec["namespaces"]:
+        if namespace["type"] in ("network", "ipc", "uts"):
+            name = {"network": "net"}.get(namespace["type"], namespace["type"])
+            namespace["path"] = f"/proc/{pid}/ns/{name}"
+    member = {"annotations": {"io.kubernetes.cri.container-type": "container", **ids}, "linux": spec}
+    said = []
+    for name in ("first", "second"):
+        bundle = runtime.bundle(name, box_rootfs, "sh", "-c", "hostname; cat /proc/sys/kernel/random/boot_id", **member)
+        document = json.loads((bundle / "config.json").read_text())
+        del document["hostname"]
+        (bundle / "config.json").write_text(json.dumps(document))
+        said.append(runtime.ok("run", "--bundle", str(bundle), name))
+    assert said[0] == said[1]
+    assert said[0].startswith("podname\n")
+    assert runtime.ok("list", "-q").split() == ["pause"]
+    assert len([*runtime.root.glob("s/*")]) == 1
+
+
+def test_a_console_socket_gets_the_terminal(runtime: Runtime, box_rootfs: Path) -> None:
+    import array
+    import socket
+
+    bundle = runtime.bundle("six", box_rootfs, "sh", "-c", "tty; stty size; read line; echo got $line; exit 9")
+    document = json.loads((bundle / "config.json").read_text())
+    document["process"].update(terminal=True, consoleSize={"width": 91, "height": 17})
+    (bundle / "config.json").write_text(json.dumps(document))
+    assert "console socket" in runtime.refused("create", "--bundle", str(bundle), "six")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(bundle / "console"))
+        listener.listen()
+        runtime.create("six", bundle, "--console-socket", str(bundle / "console"))
+        connection, _ = listener.accept()
+    with connection:
+        _, ancillary, _, _ = connection.recvmsg(64, socket.CMSG_SPACE(4))
+    master = array.array("i", ancillary[0][2])[0]
+    runtime.ok("start", "six")
+    os.write(master, b"word\n")
+    said = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        said += piece
+    os.close(master)
+    lines = said.decode().split("\r\n")
+    assert "17 91" in lines
+    assert "got word" in lines
+    runtime.await_status("six", "stopped")
+
+
+def test_stdio_may_be_closed_and_descriptors_leaked(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("seven", box_rootfs, "true")
+    argv = runtime.argv("run", "--bundle", str(bundle), "seven")
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&- 5</dev/null', "sh", *argv], timeout=TIMEOUT, check=False)
+    assert done.returncode == 0
