@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidBundleError
 from vmsandbox.oci import translate
-from vmsandbox.oci.document import checked
-from vmsandbox.oci.spec import Process
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.container import CREATE_TIMEOUT, Container
 from vmsandbox_protocol import agent_pb2 as pb
@@ -77,6 +75,10 @@ def container_of(around: Surroundings, document: dict[str, Any]) -> Container:
 def exec_request(request: dict[str, Any], document: dict[str, Any]) -> pb.ExecRequest:
     """What the agent is asked for when an engine adds a process that it describes completely."""
     given = request["process"]
+    # Late, because pods that no engine makes have nothing for pydantic to check.
+    from vmsandbox.oci.document import checked
+    from vmsandbox.oci.spec import Process
+
     process = checked(Process, json.dumps(given).encode(), name="process")
     if not process.args:
         raise InvalidBundleError("process is not valid: 'args' is empty: there is no program to run")

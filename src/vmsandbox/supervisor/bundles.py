@@ -19,11 +19,8 @@ from vmsandbox.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from vmsandbox.oci import bundle as bundles
 from vmsandbox.oci import translate
 from vmsandbox.oci.annotations import Role, role
-from vmsandbox.oci.document import checked
-from vmsandbox.oci.linux import Resources
 from vmsandbox.oci.texts import Volume
 from vmsandbox.resources import share
 from vmsandbox.resources.network.options import NetworkOptions
@@ -54,7 +51,7 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     with service.needed():
         try:
             # In a thread: the bundle may lie on a file system that does not answer.
-            bundle = await asyncio.to_thread(bundles.load, str(request.get("bundle")))
+            bundle = await asyncio.to_thread(_loaded, str(request.get("bundle")))
             place = role(bundle.spec.annotations, container_id=container_id)
             cache = around.roots.run / "cache"
             parts = await asyncio.to_thread(translate.translated, bundle, kind=place.kind, cache=cache)
@@ -143,10 +140,20 @@ def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Trans
     }
 
 
+def _loaded(directory: str) -> Bundle:
+    # Late, because pods that no engine makes have nothing for pydantic to check.
+    from vmsandbox.oci import bundle
+
+    return bundle.load(directory)
+
+
 async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Change limits by an OCI LinuxResources document; what it leaves out or sets to 0 stays."""
     container = service.container(request)
     text = json.dumps(request.get("resources")).encode()
+    from vmsandbox.oci.document import checked
+    from vmsandbox.oci.linux import Resources
+
     checked(Resources, text, name="resources")
     resources = translate.guest_resources(json.loads(text))
     asked = bundled.demand_of(resources)
