@@ -51,6 +51,8 @@ GUEST_SYSCTLS = {
 }
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
+#: seconds the guest may take to be told the time, before it is told once more
+LATE_CLOCK = 0.04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +454,11 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
     await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
     request.time_ns = time.time_ns()
-    return await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
+    asked = time.monotonic()
+    details = await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
+    if time.monotonic() - asked > LATE_CLOCK:
+        await sandbox.agent.set_time(time.time_ns())
+    return details
 
 
 async def _both(*work: Coroutine[Any, Any, object]) -> None:
