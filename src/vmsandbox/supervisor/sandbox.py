@@ -51,8 +51,9 @@ GUEST_SYSCTLS = {
 }
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
-#: seconds the guest may take to be told the time, before it is told once more
-LATE_CLOCK = 0.04
+#: nanoseconds the guest may take to be told the time, before it is told once more, and how often that is done
+LATE_CLOCK_NS = 40_000_000
+CLOCK_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,10 +455,14 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
     await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
     request.time_ns = time.time_ns()
-    asked = time.monotonic()
+    asked = time.monotonic_ns()
     details = await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
-    if time.monotonic() - asked > LATE_CLOCK:
-        await sandbox.agent.set_time(time.time_ns())
+    for _ in range(CLOCK_TRIES):
+        took = time.monotonic_ns() - asked
+        if took <= LATE_CLOCK_NS:
+            break
+        asked = time.monotonic_ns()
+        await sandbox.agent.set_time(time.time_ns() + took // 2)
     return details
 
 
