@@ -163,19 +163,25 @@ def is_alive(pid: object, started: object) -> bool:
 # ---------------------------------------------------------------- looking up
 
 
-class Container:
-    """A container's document and where it is."""
+class _Known:
+    """Whatever has an id, perhaps a name, and a document in a pod's directory."""
 
     __slots__ = ("document", "id", "sandbox")
 
-    def __init__(self, container_id: str, sandbox: SandboxPaths, document: dict[str, Any]) -> None:
-        self.id = container_id
+    def __init__(self, known_id: str, sandbox: SandboxPaths, document: dict[str, Any]) -> None:
+        self.id = known_id
         self.sandbox = sandbox
         self.document = document
 
     @property
     def name(self) -> str:
         return str(self.document.get("name", ""))
+
+
+class Container(_Known):
+    """A container's document and where it is."""
+
+    __slots__ = ()
 
     def status(self) -> str:
         """The stored status while its stand-in lives, else `stopped`."""
@@ -255,19 +261,10 @@ def _resolved(roots: Roots, reference: str, directory: str, *, what: str, listin
 # ---------------------------------------------------------------- pods
 
 
-class Pod:
+class Pod(_Known):
     """The document of a pod that was made on purpose, and where it is."""
 
-    __slots__ = ("document", "id", "sandbox")
-
-    def __init__(self, pod_id: str, sandbox: SandboxPaths, document: dict[str, Any]) -> None:
-        self.id = pod_id
-        self.sandbox = sandbox
-        self.document = document
-
-    @property
-    def name(self) -> str:
-        return str(self.document.get("name", ""))
+    __slots__ = ()
 
     def status(self) -> str:
         """``running`` while its machine lives, ``creating`` before, else ``stopped``."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.e2e.conftest import BUILT
 from tests.harness.boxes import make_rootfs
 from tests.harness.cli import Cli
 from tests.harness.netns import namespace
+from tests.harness.roots import BUILT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,24 +10,17 @@ import pytest
 
 from tests.harness.boxes import make_rootfs
 from tests.harness.bundles import Runtime
-from tests.harness.cli import Cli
 from tests.harness.engines import Engines
+from tests.harness.roots import prepared_data_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: where `scripts/setup` and `scripts/test` build the guest
-BUILT = Path(os.environ.get("VMSANDBOX_DATA_ROOT", "/var/lib/vmsandbox"))
-
 
 @pytest.fixture(scope="session")
 def runtime_data_root() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="vmsandbox-data-"))
-    (directory / "guest").symlink_to(BUILT / "guest")
-    with tempfile.TemporaryDirectory(prefix="vs-") as run:
-        Cli(Path(run), directory).ok("template", "build", timeout=300)
-    yield directory
-    shutil.rmtree(directory)
+    with prepared_data_root() as directory:
+        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -183,16 +183,8 @@ async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-async def refresh(service: Service, request: dict[str, Any]) -> dict[str, Any]:
-    """Give the guest what interfaces the pod's network namespace has got since the machine started."""
-    service.container(request)
-    sandbox = await service.running_sandbox()
-    return {"changed": await sandbox.network.refresh(sandbox.vm, sandbox.agent)}
-
-
 #: requests of engines
 VERBS: dict[str, Callable[[Service, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "create-bundle": create,
     "update-resources": update,
-    "refresh-network": refresh,
 }

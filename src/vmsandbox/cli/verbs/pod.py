@@ -11,7 +11,7 @@ from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, table
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs.ps import ago
-from vmsandbox.cli.verbs.run import clear_up, network_options, new_id
+from vmsandbox.cli.verbs.run import add_pod_options, clear_up, network_options, new_id
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
@@ -36,16 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--share", default=None, metavar="LIST", help="of 'ipc,uts,pid' (default ipc,uts), or 'none'")
     add("--shm-size", default=None, metavar="SIZE", help="size of the shared /dev/shm")
     add("--sysctl", action="append", default=[], metavar="KEY=VALUE", help="of the network")
-    add("--shared-fs", choices=("virtio-fs", "9p", "none"), default=None, help="how files are shared with the host")
-    add("--network", default="", metavar="NETWORK", help="none, default, or ns:PATH of a network namespace")
-    add("-p", "--publish", action="append", default=[], metavar="[IP:]HOST:CONTAINER[/udp]", help="lead a port here")
-    add("--ip", default="", metavar="ADDRESS", help="an address of the default network")
-    add("--dns", action="append", default=[], metavar="ADDRESS", help="a name server instead of the host's")
-    add("--dns-search", action="append", default=[], metavar="DOMAIN", help="where short names are looked up")
-    add("--dns-option", action="append", default=[], metavar="OPTION", help="an option of the resolver")
-    add("--add-host", action="append", default=[], metavar="NAME:ADDRESS", help="a line of /etc/hosts")
-    add("--accel", choices=("auto", "kvm", "tcg"), default=None, help="acceleration of the virtual machine")
-    add("--template", choices=("auto", "require", "off"), default=None, help="start as a clone of a warmed template")
+    add_pod_options(creating)
     listing = verbs.add_parser("ls", help="list pods")
     listing.add_argument("-q", "--quiet", action="store_true", help="ids only")
     listing.add_argument("--no-trunc", action="store_true", help="whole ids")

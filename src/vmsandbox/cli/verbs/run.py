@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from vmsandbox.paths import Roots, SandboxPaths
 
 
+def add_pod_options(made: Parser) -> None:
+    """What a pod is told, whether it is made on purpose or for a container."""
+    add = made.add_argument
+    add("--shared-fs", choices=("virtio-fs", "9p", "none"), default=None, help="how files are shared with the host")
+    add("--network", default="", metavar="NETWORK", help="none, default, or ns:PATH of a network namespace")
+    add("-p", "--publish", action="append", default=[], metavar="[IP:]HOST:CONTAINER[/udp]", help="lead a port here")
+    add("--ip", default="", metavar="ADDRESS", help="an address of the default network")
+    add("--dns", action="append", default=[], metavar="ADDRESS", help="a name server instead of the host's")
+    add("--dns-search", action="append", default=[], metavar="DOMAIN", help="where short names are looked up")
+    add("--dns-option", action="append", default=[], metavar="OPTION", help="an option of the resolver")
+    add("--add-host", action="append", default=[], metavar="NAME:ADDRESS", help="a line of /etc/hosts")
+    add("--accel", choices=("auto", "kvm", "tcg"), default=None, help="acceleration of the virtual machine")
+    add("--template", choices=("auto", "require", "off"), default=None, help="start as a clone of a warmed template")
+
+
 def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     """The options that `run` and `create` share."""
     made = Parser(prog=f"vmsandbox {verb}", allow_abbrev=False)
@@ -45,14 +60,7 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs in the container")
     add("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]", help="share a host file or directory")
     add("--mount", action="append", default=[], metavar="type=bind|tmpfs,...", help="the same spelled out, or a tmpfs")
-    add("--shared-fs", choices=("virtio-fs", "9p", "none"), default=None, help="how files are shared with the host")
-    add("--network", default="", metavar="NETWORK", help="none, default, or ns:PATH of a network namespace")
-    add("-p", "--publish", action="append", default=[], metavar="[IP:]HOST:CONTAINER[/udp]", help="lead a port here")
-    add("--ip", default="", metavar="ADDRESS", help="an address of the default network")
-    add("--dns", action="append", default=[], metavar="ADDRESS", help="a name server instead of the host's")
-    add("--dns-search", action="append", default=[], metavar="DOMAIN", help="where short names are looked up")
-    add("--dns-option", action="append", default=[], metavar="OPTION", help="an option of the resolver")
-    add("--add-host", action="append", default=[], metavar="NAME:ADDRESS", help="a line of /etc/hosts")
+    add_pod_options(made)
     add("--device", action="append", default=[], metavar="DISK[:PATH[:rwm]]", help="a block device or raw file")
     add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
@@ -67,8 +75,6 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--privileged", action="store_true", help="all capabilities in the guest; the host stays out of reach")
     add("--stop-signal", default=None, metavar="SIGNAL")
     add("--scratch-size", default=None, metavar="SIZE", help="how much the container may write, as 10g")
-    add("--accel", choices=("auto", "kvm", "tcg"), default=None, help="acceleration of the virtual machine")
-    add("--template", choices=("auto", "require", "off"), default=None, help="start as a clone of a warmed template")
     add("--dry-run", action="store_true", help="print what would be run, and do nothing")
     add("image", metavar="IMAGE")
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
