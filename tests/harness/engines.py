@@ -1,6 +1,7 @@
 """Real container engines, away from the machine: in namespaces of their own, ended by one signal.
 
-Everything an engine keeps is on a tmpfs in there; what it runs, it runs by the runtime it is told.
+Everything an engine keeps is on a tmpfs in there; what it runs, it runs by the runtime it is told.  Daemons are
+started by the first test that needs them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from tests.harness import daemons
 from tests.harness.boxes import make_rootfs
 from tests.harness.cli import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 #: seconds one command of an engine may take on a busy machine
@@ -33,6 +35,7 @@ PREPARE = """set -e
 mount -t proc proc /proc
 umount /sys/fs/cgroup/unified 2>/dev/null || true
 mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /var/lib/cni
 mkdir /run/engines
 ip link set lo up
 exec catatonit -P
@@ -63,17 +66,17 @@ driver = "overlay"
 graphroot = "/run/engines/storage"
 runroot = "/run/engines/runroot"
 """
-CONTAINERD_CONF = """version = 2
-root = "/run/engines/containerd-root"
-state = "/run/engines/containerd"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
-[grpc]
-  address = "/run/engines/containerd.sock"
-"""
+#: where programs of CNI keep what they know, whatever they are told
+CNI = Path("/var/lib/cni")
+#: state directories of our runtime, as engines name them; of everything below `{0}`
+ROOTS = "/run/vmsandbox/{0} /run/*/*/{0} /run/engines/docker/*/*/{0}"
+BOX = "localhost/box:1"
+#: the same with a program of its own, as the first container of a pod needs one
+PAUSE = "localhost/pause:1"
 
 
 class Engines:
-    """Namespaces in which podman and containerd run, with our runtime beside crun and runc."""
+    """Namespaces in which engines run, with our runtime beside crun and runc."""
 
     def __init__(self, scratch: Path, data_root: Path) -> None:
         self.scratch = scratch
@@ -82,7 +85,8 @@ class Engines:
         self.rootfs = scratch / "rootfs"
         self._unshare: subprocess.Popen[bytes] | None = None
         self._init = 0
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._made_cni = False
 
     # ------------------------------------------------------------ the namespaces
 
@@ -94,8 +98,11 @@ class Engines:
         self.runtime.chmod(0o755)
         (self.scratch / "containers.conf").write_text(CONTAINERS_CONF.format(runtime=self.runtime))
         (self.scratch / "storage.conf").write_text(STORAGE_CONF)
-        (self.scratch / "containerd.toml").write_text(CONTAINERD_CONF)
+        daemons.configure(self.scratch, self.runtime)
         make_rootfs(self.rootfs)
+        if not CNI.exists():
+            CNI.mkdir()
+            self._made_cni = True
         self._unshare = subprocess.Popen(
             ["unshare", *NAMESPACES, "--fork", "--kill-child=SIGKILL", "--propagation", "private", "sh", "-c", PREPARE]
         )
@@ -113,8 +120,10 @@ class Engines:
             if self._init:
                 os.kill(self._init, signal.SIGKILL)
             self._unshare.wait()
-        if self._daemon is not None:
-            self._daemon.wait()
+        for daemon in self._daemons.values():
+            daemon.wait()
+        if self._made_cni:
+            CNI.rmdir()
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
@@ -126,6 +135,10 @@ class Engines:
     def argv(self, *words: str) -> list[str]:
         return ["nsenter", "-t", str(self._init), *NAMESPACES, *words]
 
+    def inside(self, path: str) -> Path:
+        """Where a file of the engines is found from outside."""
+        return Path(f"/proc/{self._init}/root{path}")
+
     @property
     def environment(self) -> Mapping[str, str]:
         return {
@@ -133,12 +146,13 @@ class Engines:
             "HOME": "/run/engines",
             "CONTAINERS_CONF": str(self.scratch / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.scratch / "storage.conf"),
-            "CONTAINERD_ADDRESS": "/run/engines/containerd.sock",
+            "CONTAINERD_ADDRESS": daemons.CONTAINERD,
+            "DOCKER_HOST": f"unix://{daemons.DOCKER}",
         }
 
     def ok(self, *words: str, **more: Any) -> str:
         result = self(*words, **more)
-        assert result.code == 0, (words, result)
+        assert result.code == 0, (words, result, self.logs())
         return result.stdout
 
     # ------------------------------------------------------------ podman
@@ -146,31 +160,32 @@ class Engines:
     def podman(self, *words: str, **more: Any) -> Result:
         return self("podman", *words, **more)
 
-    def import_image(self) -> None:
-        """Make the image 'localhost/box' known to podman."""
+    def import_images(self) -> None:
+        """Make the images known to podman."""
         tar = subprocess.run(["tar", "-C", self.rootfs, "-c", "."], capture_output=True, check=True).stdout
-        self.ok("podman", "import", "-q", "-", "localhost/box:1", stdin=tar)
+        self.ok("podman", "import", "-q", "-", BOX, stdin=tar)
+        self.ok("podman", "import", "-q", "--change", 'CMD ["/bin/sleep","100000"]', "-", PAUSE, stdin=tar)
 
-    # ------------------------------------------------------------ containerd
+    def inspect(self, name: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(self.ok("podman", "inspect", name))
+        return found[0]
 
-    def start_containerd(self) -> None:
-        """Start containerd and give it podman's image."""
-        log = (self.scratch / "containerd.log").open("wb")
-        with log:
-            self._daemon = subprocess.Popen(
-                self.argv("containerd", "--config", str(self.scratch / "containerd.toml")),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
+    # ------------------------------------------------------------ daemons
+
+    def daemon(self, name: str, argv: Sequence[str], ready: Sequence[str]) -> None:
+        """Start a daemon, unless it runs, and wait until the command `ready` succeeds."""
+        if name in self._daemons:
+            return
+        with (self.scratch / f"{name}.log").open("wb") as log:
+            self._daemons[name] = subprocess.Popen(
+                self.argv(*argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
             )
         deadline = time.monotonic() + START_TIMEOUT
-        while self("ctr", "version").code:
-            assert time.monotonic() < deadline, "containerd does not start"
+        while self(*ready).code:
+            said = (self.scratch / f"{name}.log").read_text(errors="replace")[-2000:]
+            assert self._daemons[name].poll() is None, f"{name} has ended: {said}"
+            assert time.monotonic() < deadline, f"{name} does not start: {said}"
             time.sleep(0.2)
-        archive = self.scratch / "box.tar"
-        self.ok("podman", "save", "-q", "--format", "oci-archive", "-o", str(archive), "localhost/box:1")
-        self.ok("ctr", "image", "import", str(archive))
 
     # ------------------------------------------------------------ what is left
 
@@ -186,7 +201,7 @@ class Engines:
             program = line.partition(" ")[0].rpartition("/")[2]
             if inside and program.startswith(("qemu-system", "virtiofsd", "vmsandbox")):
                 left.append(f"process {process.pid} {line[:200]}")
-        kept = self("sh", "-c", "ls -d /run/vmsandbox/[scn]/* /run/*/*/[sc]/* 2>/dev/null").stdout.split()
+        kept = self("sh", "-c", f"ls -d {ROOTS.format('[scn]/*')} 2>/dev/null").stdout.split()
         left += [f"file {path}" for path in kept]
         mounts = self("cat", "/proc/self/mounts").stdout.splitlines()
         left += [line for line in mounts if "/shared/" in line]
@@ -194,8 +209,4 @@ class Engines:
 
     def logs(self) -> str:
         """What supervisors said, for the evidence of a failed test."""
-        return self("sh", "-c", "tail -n 30 /run/vmsandbox/s/*/supervisor.log /run/*/*/s/*/supervisor.log").stdout
-
-    def inspect(self, name: str) -> dict[str, Any]:
-        found: list[dict[str, Any]] = json.loads(self.ok("podman", "inspect", name))
-        return found[0]
+        return self("sh", "-c", f"tail -n 30 {ROOTS.format('s/*/supervisor.log')} 2>/dev/null").stdout

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness import daemons
 from tests.harness.boxes import make_rootfs
 from tests.harness.bundles import Runtime
 from tests.harness.engines import Engines
@@ -46,8 +47,7 @@ def engines_session(runtime_data_root: Path) -> Iterator[Engines]:
         made = Engines(Path(scratch), runtime_data_root)
         try:
             made.start()
-            made.import_image()
-            made.start_containerd()
+            made.import_images()
             yield made
         finally:
             made.stop()
@@ -55,8 +55,37 @@ def engines_session(runtime_data_root: Path) -> Iterator[Engines]:
 
 @pytest.fixture
 def engines(engines_session: Engines) -> Iterator[Engines]:
-    """Podman and containerd; afterwards nothing of our runtime may be left."""
+    """Namespaces with podman; afterwards nothing of our runtime may be left."""
     yield engines_session
     engines_session("podman", "rm", "-af", "-t", "0")
     engines_session("podman", "pod", "rm", "-af", "-t", "0")
     assert engines_session.leftovers() == []
+
+
+@pytest.fixture(scope="session")
+def containerd_session(engines_session: Engines) -> Engines:
+    daemons.start_containerd(engines_session)
+    return engines_session
+
+
+@pytest.fixture
+def containerd(containerd_session: Engines) -> Iterator[Engines]:
+    """The engines with containerd; afterwards nothing of our runtime may be left."""
+    yield containerd_session
+    assert containerd_session.leftovers() == []
+
+
+@pytest.fixture(scope="session")
+def docker_session(containerd_session: Engines) -> Engines:
+    daemons.start_docker(containerd_session)
+    return containerd_session
+
+
+@pytest.fixture
+def docker(docker_session: Engines) -> Iterator[Engines]:
+    """The engines with docker; afterwards nothing of our runtime may be left."""
+    yield docker_session
+    left = docker_session.ok("docker", "ps", "-aq").split()
+    if left:
+        docker_session("docker", "rm", "-f", *left)
+    assert docker_session.leftovers() == []

@@ -178,6 +178,7 @@ def worded(error: SandboxError, args: object) -> SandboxError:
         why = f"stat {program}: no such file or directory" if "/" in program else "executable file not found in $PATH"
         return CommandNotFoundError(f'{start}"{program}": {why}')
     if isinstance(error, CommandNotExecutableError):
-        what = "is a directory" if "directory" in str(error) else "permission denied"
+        # docker looks for the second half only, and so does podman.
+        what = "is a directory: permission denied" if "directory" in str(error) else "permission denied"
         return CommandNotExecutableError(f'{start}"{program}": {what}')
     return error

@@ -1,4 +1,4 @@
-"""Podman and containerd over our runtime, each with a control that tells whose fault a failure is."""
+"""Podman over our runtime, with crun as the control that tells whose fault a failure is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.engines import BOX
+
 if TYPE_CHECKING:
     from tests.harness.engines import Engines
 
-BOX = "localhost/box:1"
 OBEDIENT = 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done'
 
 runtimes = pytest.mark.parametrize("name", ["crun", "vmsandbox"])
@@ -92,33 +93,3 @@ def test_what_no_virtual_machine_can_do_is_said(engines: Engines) -> None:
         done = engines.podman("run", "--rm", "--runtime", "vmsandbox", option, BOX, "true")
         assert done.code == 126
         assert f"'linux.namespaces' has no {word} namespace" in done.stderr
-
-
-def _ctr(engines: Engines, name: str) -> tuple[str, ...]:
-    return ("--runc-binary", str(engines.runtime) if name == "vmsandbox" else "runc")
-
-
-@pytest.mark.parametrize("name", ["runc", "vmsandbox"])
-def test_containerd_runs_a_container_to_its_end(engines: Engines, name: str) -> None:
-    done = engines("ctr", "run", "--rm", *_ctr(engines, name), BOX, "brief", "sh", "-c", "echo said; exit 3")
-    assert (done.code, done.stdout) == (3, "said\n"), done
-
-
-@pytest.mark.parametrize("name", ["runc", "vmsandbox"])
-def test_containerd_keeps_a_task(engines: Engines, name: str) -> None:
-    engines.ok("ctr", "run", "-d", *_ctr(engines, name), BOX, "task", "sh", "-c", OBEDIENT)
-    try:
-        done = engines("ctr", "task", "exec", "--exec-id", "e", "task", "sh", "-c", "echo inside; exit 6")
-        assert (done.code, done.stdout) == (6, "inside\n"), done
-        assert "memory.usage_in_bytes" in engines.ok("ctr", "task", "metrics", "task")
-        assert len(engines.ok("ctr", "task", "ps", "task").splitlines()) > 1
-        engines.ok("ctr", "task", "pause", "task")
-        assert "PAUSED" in engines.ok("ctr", "task", "ls")
-        engines.ok("ctr", "task", "resume", "task")
-        if name == "vmsandbox":
-            assert "checkpoint is not supported" in engines("ctr", "task", "checkpoint", "task").stderr
-    finally:
-        engines("ctr", "task", "kill", "-s", "SIGTERM", "task")
-        engines("ctr", "task", "rm", "-f", "task")
-        engines("ctr", "container", "rm", "task")
-    assert "task" not in engines.ok("ctr", "task", "ls", "-q").split()

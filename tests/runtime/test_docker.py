@@ -1,0 +1,93 @@
+"""Docker over our runtime, with runc as the control that tells whose fault a failure is."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.harness.engines import Engines
+
+BOX = "box:1"
+SERVING = (
+    'trap "exit 9" TERM; mkdir /www; echo page > /www/index.html; httpd -h /www -p 80; echo up; '
+    "while :; do sleep 0.1; done"
+)
+runtimes = pytest.mark.parametrize("name", ["runc", "vmsandbox"])
+
+
+@runtimes
+def test_docker_runs_a_container_to_its_end(docker: Engines, name: str) -> None:
+    options = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "-v", f"{docker.scratch}/cni:/config:ro")
+    script = "cat; touch /x 2>&1; touch /tmp/x && ls /config; touch /config/x 2>&1; exit 4"
+    done = docker("docker", "run", "--rm", "-i", "--runtime", name, *options, BOX, "sh", "-c", script, stdin=b"given\n")
+    refused = "touch: /{}: Read-only file system\n"
+    said = "given\n" + refused.format("x") + "10-pods.conflist\n" + refused.format("config/x")
+    assert (done.code, done.stdout) == (4, said), (done, docker.logs())
+
+
+@runtimes
+def test_docker_tells_why_a_program_cannot_run(docker: Engines, name: str) -> None:
+    for program, code in (("nosuch", 127), ("/nosuch", 127), ("/etc/passwd", 126), ("/etc", 126)):
+        done = docker("docker", "run", "--rm", "--network", "none", "--runtime", name, BOX, program)
+        assert done.code == code, (program, done)
+
+
+@runtimes
+def test_docker_has_a_terminal(docker: Engines, name: str) -> None:
+    master, slave = pty.openpty()
+    options = ("--rm", "-it", "--network", "none", "--runtime", name)
+    argv = docker.argv("docker", "run", *options, BOX, "sh", "-c", "tty; read x; echo got $x; exit 3")
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=docker.environment) as process:
+        os.close(slave)
+        os.write(master, b"word\n")
+        said = b""
+        while True:
+            try:
+                said += os.read(master, 4096)
+            except OSError:
+                break
+    os.close(master)
+    assert process.returncode == 3
+    assert b"/dev/pts/0" in said or b"/dev/console" in said
+    assert b"got word" in said
+
+
+@runtimes
+def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> None:
+    """The hook of docker's network, and every verb that needs a container which runs."""
+    options = ("--name", "kept", "--runtime", name, "-m", "100m", "-p", "8080:80", "-v", "kept:/data")
+    docker.ok("docker", "run", "-d", *options, BOX, "sh", "-c", SERVING)
+    done = docker("docker", "exec", "-i", "-e", "A=b", "kept", "sh", "-c", "cat; echo $A; exit 6", stdin=b"inside\n")
+    assert (done.code, done.stdout) == (6, "inside\nb\n")
+    for program, code in (("nosuch", 126), ("/etc/passwd", 126)):  # docker's own codes, as with runc
+        assert docker("docker", "exec", "kept", program).code == code
+    address = docker.ok("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "kept").strip()
+    assert f"{address}/" in docker.ok("docker", "exec", "kept", "ip", "-o", "addr", "show", "eth0")
+    for url in ("http://127.0.0.1:8080/", f"http://{address}/"):
+        assert docker.ok("wget", "-qO-", url) == "page\n"
+    usage = docker.ok("docker", "stats", "--no-stream", "--format", "{{.MemUsage}} {{.PIDs}}", "kept")
+    assert not usage.startswith("0B"), usage
+    assert len(docker.ok("docker", "top", "kept", "-eo", "pid,args").splitlines()) > 1
+    docker.ok("docker", "update", "-m", "200m", "--memory-swap", "200m", "kept")
+    docker.ok("docker", "pause", "kept")
+    assert docker.ok("docker", "inspect", "-f", "{{.State.Status}}", "kept") == "paused\n"
+    docker.ok("docker", "unpause", "kept")
+    docker.ok("docker", "exec", "kept", "sh", "-c", "echo kept > /data/file")
+    docker.ok("docker", "cp", "/etc/hostname", "kept:/var/copy")
+    assert docker.ok("docker", "exec", "kept", "cat", "/var/copy") == docker.ok("cat", "/etc/hostname")
+
+    docker.ok("docker", "stop", "-t", "20", "kept")
+    assert docker.ok("docker", "inspect", "-f", "{{.State.ExitCode}}", "kept") == "9\n"
+    assert docker.ok("docker", "logs", "kept") == "up\n"
+    docker.ok("docker", "start", "kept")
+    assert docker.ok("docker", "exec", "kept", "cat", "/data/file", "/var/copy").startswith("kept\n")
+    docker.ok("docker", "kill", "kept")
+    assert docker.ok("docker", "wait", "kept") == "137\n"
+    docker.ok("docker", "start", "kept")
+    docker.ok("docker", "rm", "-f", "kept")
+    docker.ok("docker", "volume", "rm", "kept")
