@@ -22,11 +22,15 @@ Accel = Literal["auto", "kvm", "tcg"]
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What is booted: an ELF vmlinux (PVH) or a bzImage, and its command line in order."""
+    """What is booted: an ELF vmlinux (PVH) or a bzImage, and its command line in order.
+
+    `emulated_cmdline` follows where the processor turns out to be emulated.
+    """
 
     path: Path
     initrd: Path | None = None
     cmdline: tuple[str, ...] = ()
+    emulated_cmdline: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,9 @@ LAST_SLOT = 0x1E
 VIRTIO_MEM_BLOCK_MIB = 2
 #: All that QEMU emulates but "enhanced rep movsb": a guest that sees it clears and copies memory byte by byte, each an
 #: iteration for the emulator, where it would otherwise use eight bytes or vectors.  Starting Python takes a third fewer
-#: instructions without it.
-EMULATED_CPU = "max,-erms,-fsrm"
+#: instructions without it.  And all but SMAP, whose two instructions around each access to user memory cut the
+#: kernel's code into pieces that are translated one by one.
+EMULATED_CPU = "max,-erms,-fsrm,-smap"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 NODE_NAME_MAX = 31
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -189,8 +190,9 @@ def argv(
     ]
     if "initrd" in fds:
         line += ["-initrd", f"/proc/self/fd/{fds['initrd']}"]
-    if config.kernel.cmdline:
-        line += ["-append", " ".join(config.kernel.cmdline)]
+    parameters = config.kernel.cmdline + (config.kernel.emulated_cmdline if accel == "tcg" else ())
+    if parameters:
+        line += ["-append", " ".join(parameters)]
     line += [
         "-chardev", f"socket,id=monitor,fd={fds['monitor']},server=on,wait=off",
         "-mon", "chardev=monitor,mode=control",

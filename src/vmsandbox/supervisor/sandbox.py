@@ -21,6 +21,7 @@ from vmsandbox import records
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
+from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
 from vmsandbox.supervisor import shares, store, template
 from vmsandbox.supervisor.network import Connection, connected, resumed
@@ -291,7 +292,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     return VmConfig(
         name=f"vmsandbox-{spec.id[:12]}",
         directory=around.paths.vm,
-        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline),
+        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline, emulated_cmdline=EMULATED),
         memory=Memory(size_mib=base, hotplug_mib=max(0, sandbox.memory_ceiling_mib() - base) // 128 * 128),
         cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
         disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),

@@ -73,6 +73,7 @@ def vm_config(document: Mapping[str, Any]) -> VmConfig:
             path=Path(kernel["path"]),
             initrd=Path(kernel["initrd"]) if kernel["initrd"] else None,
             cmdline=tuple(kernel["cmdline"]),
+            emulated_cmdline=tuple(kernel.get("emulated_cmdline", ())),
         ),
         memory=Memory(**memory, backing=PrivateMemory(fd=-1)) if private else Memory(**memory),
         cpus=Cpus(**described["cpus"]),

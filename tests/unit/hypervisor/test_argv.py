@@ -87,6 +87,13 @@ def rendered(name: str) -> str:
     return text + "\n"
 
 
+def test_parameters_for_emulation_are_for_emulation_alone() -> None:
+    config = replace(FULL, kernel=replace(FULL.kernel, emulated_cmdline=("tsc=reliable",)))
+    emulated, real = argv(config, "tcg", vsock_cid=7), argv(config, "kvm", vsock_cid=7)
+    assert emulated[emulated.index("-append") + 1] == "console=ttyS0 quiet tsc=reliable"
+    assert real[real.index("-append") + 1] == "console=ttyS0 quiet"
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_the_command_line_is_the_reviewed_one(name: str) -> None:
     assert rendered(name) == (GOLDEN / f"{name}.txt").read_text()
