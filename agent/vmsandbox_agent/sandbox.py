@@ -140,8 +140,12 @@ class Sandbox:
         self._calls.add_entropy(entropy)
         random.seed(entropy + os.urandom(16))
 
-    def set_time(self, time_ns: int) -> None:
-        self._calls.set_time(time_ns)
+    def set_time(self, time_ns: int, shift_ns: int) -> None:
+        """Set the clock and shift it; 0 leaves it as it is."""
+        if time_ns:
+            self._calls.set_time(time_ns)
+        if shift_ns:
+            self._calls.shift_time(shift_ns)
 
     def write_etc(self, name: str, content: bytes) -> None:
         """Replace what a file says, but not the file: containers have it mounted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -123,8 +124,8 @@ class SandboxService(pb_grpc.SandboxServicer):
 
     @_rpc
     def SetTime(self, request: pb.SetTimeRequest, context: grpc.ServicerContext) -> pb.SetTimeResponse:
-        self._sandbox.set_time(request.time_ns)
-        return pb.SetTimeResponse()
+        self._sandbox.set_time(request.time_ns, request.shift_ns)
+        return pb.SetTimeResponse(time_ns=time.time_ns())
 
     @_rpc
     def Reseed(self, request: pb.ReseedRequest, context: grpc.ServicerContext) -> pb.ReseedResponse:

@@ -309,6 +309,30 @@ Global___GuestDetails: _TypeAlias = GuestDetails  # noqa: Y015
 
 @_typing.final
 class SetTimeRequest(_message.Message):
+    """Sets the clock, unless to 0, then shifts it, which needs no hurry; the answer is what it shows afterwards."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    SHIFT_NS_FIELD_NUMBER: _builtins.int
+    time_ns: _builtins.int
+    shift_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        time_ns: _builtins.int = ...,
+        shift_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shift_ns", b"shift_ns", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTimeRequest: _TypeAlias = SetTimeRequest  # noqa: Y015
+
+@_typing.final
+class SetTimeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TIME_NS_FIELD_NUMBER: _builtins.int
@@ -321,21 +345,6 @@ class SetTimeRequest(_message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["time_ns", b"time_ns"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SetTimeRequest: _TypeAlias = SetTimeRequest  # noqa: Y015
-
-@_typing.final
-class SetTimeResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,7 +38,10 @@ class Evidence:
         if stderr := self.stderr().strip():
             parts.append(f"stderr of QEMU:\n{stderr}")
         if lines := self.console.lines(CONSOLE_LINES):
-            parts.append("\n".join(["last lines of the console:", *lines]))
+            # The registers and calls that a kernel prints after it can be more lines than are shown.
+            panic = self.panic()
+            first = [panic, "..."] if panic and not any(panic in line for line in lines) else []
+            parts.append("\n".join(["last lines of the console:", *first, *lines]))
         return "\n".join(parts)
 
     def reason(self) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
-from vmsandbox.guest.replies import broken, check_bounds, check_exit, protocol, translated
+from vmsandbox.guest.replies import broken, check_bounds, check_exit, moment, protocol, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -112,8 +112,14 @@ class AgentClient:
         )
         return answer
 
-    async def set_time(self, time_ns: int, *, timeout: float = QUICK) -> None:
-        await self._call(self._sandbox.SetTime, protocol().SetTimeRequest(time_ns=time_ns), timeout)
+    async def read_time(self, *, timeout: float = QUICK) -> int:
+        """What the guest's clock shows, in nanoseconds."""
+        return await self.shift_time(0, timeout=timeout)
+
+    async def shift_time(self, shift_ns: int, *, timeout: float = QUICK) -> int:
+        """Set the guest's clock forward or back by so much, and answer what it shows then."""
+        answer = await self._call(self._sandbox.SetTime, protocol().SetTimeRequest(shift_ns=shift_ns), timeout)
+        return moment(answer.time_ns)
 
     async def reseed(self, entropy: bytes, *, timeout: float = QUICK) -> None:
         await self._call(self._sandbox.Reseed, protocol().ReseedRequest(entropy=entropy), timeout)

@@ -45,6 +45,13 @@ def check_exit(status: pb.ExitStatus) -> None:
         raise broken(f"exit code {status.code} with signal {status.signal}")
 
 
+def moment(time_ns: int) -> int:
+    """Refuse what no clock shows."""
+    if time_ns >= 1 << 62:
+        raise broken(f"its clock shows {time_ns} ns")
+    return time_ns
+
+
 def check_bounds(message: Any) -> None:
     """Refuse answers with more entries or longer texts than an honest agent has, and free texts of control characters.
 

@@ -171,6 +171,7 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> SandboxError:
 
 async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: Service, *, adopt: bool) -> None:
     loop = asyncio.get_running_loop()
+    from vmsandbox.supervisor import clock
     from vmsandbox.supervisor.execution import watch_events
 
     async with holding as sandbox, asyncio.TaskGroup() as watchers:
@@ -180,6 +181,7 @@ async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: S
             watchers.create_task(sandbox.watch_vm(), name="watch-vm"),
             watchers.create_task(watch_events(service, sandbox), name="watch-events"),
             watchers.create_task(sandbox.network.follow(sandbox.agent), name="follow-names"),
+            watchers.create_task(clock.keep(sandbox.agent, at_once=adopt), name="keep-time"),
         ]
         if adopt:
             await service.take_over(sandbox)

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
+from vmsandbox.guest import replies
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import shares, store, template
+from vmsandbox.supervisor import clock, shares, store, template
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
@@ -52,9 +53,6 @@ GUEST_SYSCTLS = {
 }
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
-#: nanoseconds the guest may take to be told the time, before it is told once more, and how often that is done
-LATE_CLOCK_NS = 40_000_000
-CLOCK_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,14 +454,8 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
     await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
     request.time_ns = time.time_ns()
-    asked = time.monotonic_ns()
     details = await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
-    for _ in range(CLOCK_TRIES):
-        took = time.monotonic_ns() - asked
-        if took <= LATE_CLOCK_NS:
-            break
-        asked = time.monotonic_ns()
-        await sandbox.agent.set_time(time.time_ns() + took // 2)
+    await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))
     return details
 
 

@@ -38,6 +38,10 @@ class Recorder:
         self.journal.append("time")
         self.time_ns = time_ns
 
+    def shift_time(self, shift_ns: int) -> None:
+        self.journal.append("shift")
+        self.time_ns += shift_ns
+
     def set_hostname(self, name: str) -> None:
         self.journal.append("hostname")
         self.hostname = name

@@ -17,7 +17,7 @@ from vmsandbox_hypervisor import kernel, virtiofsd, vsock
 from vmsandbox_hypervisor.aio import background, finish
 from vmsandbox_hypervisor.api import Event, VirtiofsShare
 from vmsandbox_hypervisor.console import FILE_MAX, RING, Console
-from vmsandbox_hypervisor.evidence import reason_in
+from vmsandbox_hypervisor.evidence import CONSOLE_LINES, CONSOLE_LOG, Evidence, reason_in
 from vmsandbox_hypervisor.sockets import listening
 from vmsandbox_hypervisor.subscription import BACKLOG, Subscription
 
@@ -241,3 +241,13 @@ def test_qemu_can_be_executed_before_anything_heavy_is_imported(module: str) -> 
     )
     heavy = {"qemu", "qemu.qmp", "pydantic", "grpc", "pyroute2", "psutil", "vmsandbox_hypervisor.qemu.vm"}
     assert not loaded & heavy
+
+
+@pytest.mark.parametrize("calls", [0, CONSOLE_LINES, 3 * CONSOLE_LINES])
+def test_evidence_says_why_a_kernel_gave_up_however_much_it_prints_after_that(tmp_path: Path, calls: int) -> None:
+    panic = "Kernel panic - not syncing: sysrq triggered crash"
+    trace = [f"[    9.1] call{number}+0x118/0x2f4" for number in range(calls)]
+    (tmp_path / CONSOLE_LOG).write_text("\r\n".join(["booted", f"[    9.0] {panic}", *trace, ""]))
+    shown = Evidence(tmp_path).text().splitlines()
+    assert sum(panic in line for line in shown) == 1
+    assert shown[-min(calls, CONSOLE_LINES) :] == trace[-CONSOLE_LINES:] or not calls
