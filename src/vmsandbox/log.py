@@ -29,3 +29,6 @@ def configure(stream: TextIO, *, debug: bool = False) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else logging.INFO)
+    # They say what they do with their event loop, for every channel.
+    for library in ("grpc", "asyncio"):
+        logging.getLogger(library).setLevel(logging.WARNING)
