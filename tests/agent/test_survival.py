@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -200,6 +201,18 @@ async def test_processes_are_chosen_by_the_kernel_as_if_the_agent_were_not_prote
         assert (await everything_of(machine, "plain")).stdout == b"0\n"
     heard = await machine.exec("bystander", "score", ["cat", "/proc/self/oom_score_adj"])
     assert heard.stdout == b"0\n"
+
+
+# ---------------------------------------------------------------- the clock
+
+
+async def test_the_clock_is_shifted_by_exactly_what_is_told(machine: VmAgent) -> None:
+    began, shown = time.monotonic_ns(), await machine.client.read_time()
+    hour = 3600 * 10**9
+    for shift in (hour, -hour):
+        after = await machine.client.shift_time(shift)
+        assert 0 <= after - shown - shift <= time.monotonic_ns() - began
+        shown = after
 
 
 # ---------------------------------------------------------------- disks
