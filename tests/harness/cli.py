@@ -38,17 +38,19 @@ class Cli:
         self.config: Path | None = None
         #: in front of every command: the tests of the network run it in a namespace
         self.prefix: tuple[str, ...] = ()
-        #: of containers that name none: what is tested elsewhere needs none, and the machine keeps its own untouched
+        #: of pods that name none: what is tested elsewhere needs none, and the machine keeps its own untouched; with ""
+        #: they get what vmsandbox gives by default
         self.network = "none"
         #: "cold": containers that do not say otherwise boot without a template
         self.boot = boot
 
     def argv(self, *words: str) -> list[str]:
         template = ("--template", "off") if self.boot == "cold" else ()
+        network = ("--network", self.network) if self.network else ()
         if words[0] in ("run", "create") and "--pod" not in words:
-            words = (words[0], "--network", self.network, *template, *words[1:])
+            words = (words[0], *network, *template, *words[1:])
         elif words[:2] == ("pod", "create"):
-            words = (*words[:2], *template, *words[2:])
+            words = (*words[:2], *network, *template, *words[2:])
         config = ("--config", str(self.config)) if self.config else ()
         roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
         return [*self.prefix, *COMMAND, "--debug", *roots, *config, *words]
@@ -121,7 +123,11 @@ class Cli:
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no container is left."""
         left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
-        left += [f"file {path}" for directory in ("s", "c", "n", "p") for path in (self.run_root / directory).glob("*")]
+        left += [
+            f"file {path}"
+            for directory in ("s", "c", "n", "p", "net")
+            for path in (self.run_root / directory).glob("*")
+        ]
         left += [f"uid {path}" for path in (self.run_root / "u").glob("[0-9]*")]
         containers = self.data_root / "containers"
         left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]

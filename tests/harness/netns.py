@@ -85,7 +85,7 @@ class Netns:
             "ip rule; ip -6 rule; ip neigh show nud permanent; tc qdisc;"
             "for i in $(ls /sys/class/net); do tc filter show dev $i ingress; done"
         )
-        return re.sub(r"NO-CARRIER,|,LOWER_UP| state \w+| tentative| linkdown", "", text).splitlines()
+        return re.sub(r"NO-CARRIER,|,LOWER_UP| state \w+| tentative| linkdown|\w+_timer +[\d.]+", "", text).splitlines()
 
 
 @contextmanager

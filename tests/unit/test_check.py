@@ -13,6 +13,7 @@ from vmsandbox.admin import check
 from vmsandbox.admin.check import Finding, Machine, Report, as_json, as_text, cgroup_mode, checked
 from vmsandbox.guestbuild import store
 from vmsandbox.paths import Roots
+from vmsandbox.resources.network.bridge import PLUGINS
 from vmsandbox_hypervisor.api import AccelChoice
 from vmsandbox_hypervisor.errors import AccelError
 
@@ -48,7 +49,7 @@ class Bench:
         (root / "firmware").mkdir()
         (root / "firmware" / "qboot.rom").touch()
         self.qemu()
-        for program in ("virtiofsd", "mkfs.erofs", "mkfs.ext4", "apt-get"):
+        for program in ("virtiofsd", "mkfs.erofs", "mkfs.ext4", "apt-get", "iptables", *PLUGINS):
             self.program(program, "#!/bin/sh\n")
         for path, text in (
             ("proc/meminfo", "MemTotal: 4000000 kB\nMemAvailable: 2000000 kB\n"),
@@ -79,7 +80,8 @@ class Bench:
 
     def configure(self, text: str = "") -> None:
         hypervisor = f"[hypervisor]\nbinary = '{self.bin}/qemu-system-x86_64'\nvirtiofsd = '{self.bin}/virtiofsd'\n"
-        (self.etc / "config.toml").write_text(hypervisor + text)
+        network = f"[network]\nplugins = '{self.bin}'\n"
+        (self.etc / "config.toml").write_text(hypervisor + network + text)
 
     def build_guest(self) -> None:
         with store.staging(self.roots.guests / ("0" * 32)) as directory:
@@ -209,12 +211,22 @@ async def test_a_guest_of_ones_own_needs_no_built_one(bench: Bench) -> None:
     assert (await bench.finding("guest")).detail == f"kernel '{kernel}', image '{image}'"
 
 
+async def test_without_its_plugins_there_is_no_default_network(bench: Bench) -> None:
+    for program, package in (("portmap", "containernetworking-plugins"), ("iptables", "iptables")):
+        (bench.bin / program).unlink()
+        finding = await bench.finding("network")
+        assert (finding.status, finding.packages) == ("warning", (package,))
+        assert f"'{program}'" in finding.detail
+        bench.program(program, "")
+    assert (await bench.finding("network")).status == "ok"
+
+
 async def test_a_bad_configuration_is_a_finding_and_the_rest_is_checked(bench: Bench) -> None:
     bench.configure("[sandbox]\nbase_cpuz = 1\n")
     report = await bench.report()
     assert report.findings[0].status == "missing"
     assert "did you mean 'sandbox.base_cpus'" in report.findings[0].detail
-    assert len(report.findings) == 15
+    assert len(report.findings) == 16
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,14 @@ def disk_device(identifier: str, *, bus: str, addr: str) -> dict[str, object]:
     }
 
 
+def tap_netdev(identifier: str, *, fd: str, vhost_fd: str = "") -> dict[str, object]:
+    """The host's side of an interface; descriptors are given by name.  Offloads are as the tap has them."""
+    made: dict[str, object] = {"type": "tap", "id": f"net-{identifier}", "fd": fd}
+    if vhost_fd:
+        made |= {"vhost": True, "vhostfd": vhost_fd}
+    return made
+
+
 def ninep_device(tag: str, *, bus: str, addr: str) -> dict[str, object]:
     return {
         "driver": "virtio-9p-pci",

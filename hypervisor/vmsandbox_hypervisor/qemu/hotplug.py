@@ -23,6 +23,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     hotplug_address,
     ninep_device,
     node_name,
+    tap_netdev,
 )
 from vmsandbox_hypervisor.qemu.hotplug_rules import check_slot_id
 from vmsandbox_hypervisor.qemu.monitor import CommandError, LinkError, record, records
@@ -113,7 +114,11 @@ class Devices:
         name = f"nic-{nic.id}"
         async with self._plugging(name) as port:
             await self._monitor.getfd(name, nic.tap_fd)
-            await self._monitor.execute("netdev_add", {"type": "tap", "id": f"net-{nic.id}", "fd": name})
+            vhost = ""
+            if nic.vhost_fd is not None:
+                vhost = f"vhost-{nic.id}"
+                await self._monitor.getfd(vhost, nic.vhost_fd)
+            await self._monitor.execute("netdev_add", tap_netdev(nic.id, fd=name, vhost_fd=vhost))
             await self._monitor.execute(
                 "device_add",
                 {
@@ -264,6 +269,7 @@ class Devices:
         elif kind == "nic":
             await self._try("netdev_del", {"id": f"net-{identifier}"})
             await self._try("closefd", {"fdname": name})
+            await self._try("closefd", {"fdname": f"vhost-{identifier}"})
         elif kind == "fs":
             await self._try("chardev-remove", {"id": f"char-{identifier}"})
             await self._try("closefd", {"fdname": name})

@@ -22,6 +22,8 @@ from vmsandbox.config import load
 from vmsandbox.config.model import Settings
 from vmsandbox.errors import SandboxError
 from vmsandbox.guestbuild.choice import chosen
+from vmsandbox.resources.network import cni
+from vmsandbox.resources.network.bridge import PLUGINS
 from vmsandbox_hypervisor.errors import AccelError
 from vmsandbox_hypervisor.qemu import probe
 
@@ -126,6 +128,7 @@ async def checked(
         _tool(machine, "mkfs.ext4", "containers get no writable layer", ("e2fsprogs",)),
         _vsock(machine),
         _tun(machine),
+        _plugins(settings, machine),
         _cgroup(machine),
         _memory(settings, machine),
         _space("run root", roots.run, LEAST_RUN_MIB),
@@ -266,6 +269,21 @@ def _tun(machine: Machine) -> Finding:
         detail=f"'{machine.dev}/net/tun' does not exist: pods get no network interfaces",
         remedy="modprobe tun",
     )
+
+
+def _plugins(settings: Settings, machine: Machine) -> Finding:
+    """The programs of the default network; without them pods run with another one, or with none."""
+    without = "only '--network none' and 'ns:PATH' work"
+    try:
+        for name in PLUGINS:
+            cni.find(name, settings.network.plugins.split(":"))
+    except SandboxError as error:
+        detail = f"{str(error).partition(': ')[0]}: {without}"
+        return _absent("network", detail, ("containernetworking-plugins",), machine, status="warning")
+    if not shutil.which("iptables", path=machine.search_path):
+        detail = f"the network plugins need 'iptables': {without}"
+        return _absent("network", detail, ("iptables",), machine, status="warning")
+    return Finding(name="network", status="ok", detail="the default network's plugins are there")
 
 
 def _cgroup(machine: Machine) -> Finding:

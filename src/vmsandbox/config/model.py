@@ -146,7 +146,7 @@ class NetworkSettings:
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
 
     #: of a pod for which none is named
-    default: Literal["default", "none"] = "none"
+    default: Literal["default", "none"] = "default"
     #: IPv4 addresses of the default network; empty: a private range that the host does not use
     subnet: Annotated[str, Matching(r"^([0-9.]+/[0-9]+)?$")] = ""
     #: the default network has IPv6 addresses too

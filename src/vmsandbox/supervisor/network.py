@@ -87,7 +87,8 @@ class Connection:
 
     async def _attach(self, vm: Vm, tap: Tap) -> str:
         endpoint = tap.endpoint
-        nic = Nic(id=f"if{endpoint.index}", tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu)
+        identifier = f"if{endpoint.index}"
+        nic = Nic(id=identifier, tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu, vhost_fd=tap.vhost_fd)
         address = await vm.attach_nic(nic)
         self.plugged[endpoint.name] = nic.id
         return address.pci_path

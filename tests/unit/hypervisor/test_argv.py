@@ -33,6 +33,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     disk_device,
     hotplug_address,
     node_name,
+    tap_netdev,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -151,6 +152,11 @@ def test_a_read_only_disk_discards_nothing_and_a_writable_one_does() -> None:
     assert (read_only["discard"], writable["discard"]) == ("ignore", "unmap")
     assert isinstance(writable["file"], dict)
     assert writable["file"]["driver"] == "host_device"
+
+
+def test_frames_go_past_qemu_where_the_host_lends_a_hand() -> None:
+    assert tap_netdev("eth", fd="tap") == {"type": "tap", "id": "net-eth", "fd": "tap"}
+    assert tap_netdev("eth", fd="tap", vhost_fd="v").items() >= {"vhost": True, "vhostfd": "v"}.items()
 
 
 def test_errors_of_the_host_s_disk_are_reported_to_the_guest() -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vmsandbox.paths import Roots
 
 NAME = "vmsandbox"
+#: programs that make the network
+PLUGINS = ("bridge", "host-local", "portmap", "firewall")
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCBRDELBR, _SIOCDEVPRIVATE = 0x8913, 0x8914, 0x89A1, 0x89F0
 _BRCTL_GET_PORT_LIST, _MOST_PORTS = 7, 1024
 _IFF_UP = 1

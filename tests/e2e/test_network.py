@@ -1,0 +1,313 @@
+"""The networks of `vmsandbox run`, on a host of the tests' own: see `tests.harness.hosts`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shutil
+import socket
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness import hosts
+from tests.harness.boxes import add_program, make_rootfs
+from tests.harness.cli import Cli, kill, wait_until_gone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.hosts import Host
+    from tests.harness.netns import Netns
+
+pytestmark = pytest.mark.cloned
+
+#: serves its hostname by HTTP, and by UDP what it is sent
+SERVE = "mkdir /tmp/w; hostname > /tmp/w/index.html; socat UDP-RECVFROM:53,fork EXEC:cat & exec httpd -f -h /tmp/w"
+#: asks an HTTP server by name or address; busybox is static, and so resolves no names
+FETCH = "#!/bin/sh\nprintf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' | socat -t 20 - TCP:$1:${2:-80} | tail -n 1\n"
+#: seconds a connection may take
+PATIENCE = 20.0
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch, hosts.host(Path(scratch)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cli(data_root: Path, host: Host) -> Iterator[Cli]:
+    """The command on the host, with a data root of its own, because the default network is part of that."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch, tempfile.TemporaryDirectory(prefix="vsd-") as data:
+        for name in ("guest", "templates"):
+            Path(data, name).symlink_to(data_root / name)
+        made = Cli(Path(scratch), Path(data))
+        made.prefix = host.prefix
+        made.network = ""
+        rootfs = make_rootfs(Path(scratch, "rootfs"))
+        add_program(rootfs, Path("/usr/bin/socat"))
+        (rootfs / "bin/fetch").write_text(FETCH)
+        (rootfs / "bin/fetch").chmod(0o755)
+        made.ok("image", "import", f"rootfs:{rootfs}", "--name", "box", "--cmd", "/bin/sh")
+        shutil.rmtree(rootfs)
+        before = host.state()
+        yield made
+        made.remove_all()
+        made("gc", "-q")
+        assert made.leftovers() == []
+        assert scratch not in host.call("cat", "/proc/mounts")
+        assert host.state() == before
+        assert host.rules() == []
+
+
+@pytest.fixture(scope="module")
+def town(cli: Cli) -> tuple[str, str]:
+    """Two pods on the default network, one of which serves; their addresses."""
+    ports = ("-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "5300:53/udp")
+    cli.ok("run", "-d", "--name", "web", "--hostname", "webhost", *ports, "box", "sh", "-c", SERVE)
+    cli.ok("run", "-d", "--name", "peer", "box", "sleep", "100000")
+    await_server(cli, "web")
+    return address_of(cli, "web"), address_of(cli, "peer")
+
+
+def await_server(cli: Cli, name: str) -> None:
+    """Return when a container's server listens."""
+    cli.ok("exec", name, "sh", "-c", "until nc 127.0.0.1 80 </dev/null; do sleep 0.1; done 2>/dev/null")
+
+
+def address_of(cli: Cli, name: str, *, family: str = "inet") -> str:
+    shown = cli.ok("exec", name, "ip", "-o", "addr", "show", "dev", "eth0", "scope", "global")
+    found = re.search(rf"{family} ([0-9a-f.:]+)/", shown)
+    assert found, shown
+    return found[1]
+
+
+def fetched(space: Netns, address: str, port: int) -> str:
+    """What an HTTP server says to who asks from a namespace."""
+
+    def ask() -> str:
+        with socket.create_connection((address, port), timeout=PATIENCE) as sock:
+            sock.sendall(b"GET /index.html HTTP/1.0\r\n\r\n")
+            parts = b""
+            while part := sock.recv(4096):
+                parts += part
+        return parts.decode().rpartition("\r\n\r\n")[2].strip()
+
+    return space.within(ask)
+
+
+def echoed(space: Netns, address: str, port: int, data: bytes) -> bytes:
+    """What a UDP server answers to who asks from a namespace; lost datagrams are sent again."""
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE / 10)
+            sock.connect((address, port))
+            for _ in range(10):
+                sock.send(data)
+                try:
+                    return sock.recv(4096)
+                except TimeoutError:
+                    continue
+        return b""
+
+    return space.within(ask)
+
+
+# ---------------------------------------------------------------- the default network
+
+
+def test_pods_have_a_network_that_collides_with_nothing(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    for address in town:
+        assert ipaddress.ip_address(address).is_private
+        for taken in hosts.TAKEN:
+            assert ipaddress.ip_address(address) not in ipaddress.ip_network(taken)
+    assert "default via" in cli.ok("exec", "peer", "ip", "route")
+    assert "UP" in cli.ok("exec", "peer", "ip", "link", "show", "lo")
+
+
+def test_pods_reach_each_other_by_address_and_name(cli: Cli, town: tuple[str, str]) -> None:
+    web, peer = town
+    identifier = cli.inspect("web")["id"][:12]
+    for name in (web, "web", "webhost", identifier):
+        assert cli.ok("exec", "peer", "fetch", name) == "webhost\n"
+    assert "1 packets received" in cli.ok("exec", "web", "ping", "-c", "1", "-W", "20", peer)
+
+
+def test_published_ports_answer_everywhere(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    assert fetched(host, "127.0.0.1", 8080) == "webhost"
+    assert fetched(host, "127.0.0.1", 8081) == "webhost"
+    assert fetched(host, hosts.ADDRESS, 8080) == "webhost"
+    assert fetched(host.world, hosts.ADDRESS, 8080) == "webhost"
+    with pytest.raises(OSError, match="refused"):  # published on the loopback only
+        fetched(host.world, hosts.ADDRESS, 8081)
+    assert echoed(host, "127.0.0.1", 5300, b"here") == b"here"
+    assert echoed(host.world, hosts.ADDRESS, 5300, b"there") == b"there"
+    for who in ("peer", "web"):  # pods too, and the one that serves itself
+        assert cli.ok("exec", who, "fetch", hosts.ADDRESS, "8080") == "webhost\n"
+
+
+def test_outgoing_traffic_is_the_hosts(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    def listen() -> socket.socket:
+        return socket.create_server((hosts.WORLD, 7000))
+
+    with host.world.within(listen) as server:
+        server.settimeout(PATIENCE)
+        with cli.popen("exec", "peer", "nc", "-w", "20", hosts.WORLD, "7000") as client:
+            connection, (address, _) = server.accept()
+            connection.close()
+            client.wait()
+    assert address == hosts.ADDRESS
+
+
+def test_segments_and_checksums_are_left_to_the_hosts_kernel(cli: Cli, town: tuple[str, str]) -> None:
+    """The features that guest and QEMU agreed on, by the bits of the virtio specification."""
+    bits = cli.ok("exec", "peer", "cat", "/sys/class/net/eth0/device/features").strip()
+    wanted = {"CSUM": 0, "GUEST_CSUM": 1, "GUEST_TSO4": 7, "GUEST_TSO6": 8, "HOST_TSO4": 11, "HOST_TSO6": 12}
+    assert {name for name, bit in wanted.items() if bits[bit] == "1"} == set(wanted)
+
+
+def test_a_loopback_resolver_is_no_pods(cli: Cli, town: tuple[str, str]) -> None:
+    told = cli.ok("exec", "peer", "cat", "/etc/resolv.conf")
+    assert "127." not in told
+    assert "nameserver 1.1.1.1" in told  # the host of the tests notes nobody whom its resolver asks
+    assert "search lan.example" in told
+    assert "options ndots:2" in told
+
+
+def test_a_pod_is_told_what_its_options_say(cli: Cli, town: tuple[str, str]) -> None:
+    web, _ = town
+    wanted = str(ipaddress.ip_address(web) + 40)
+    options = ("--dns", "192.0.2.53", "--dns-search", "example.org", "--dns-option", "timeout:1", "--ip", wanted)
+    names = ("--add-host", "db:10.1.2.3", "--add-host", "gate:host-gateway", "--hostname", "told")
+    script = "cat /etc/resolv.conf /etc/hosts /etc/hostname; ip -o addr show eth0; ip route"
+    said = cli.ok("run", "--rm", *options, *names, "box", "sh", "-c", script)
+    for line in ("nameserver 192.0.2.53", "search example.org", "options timeout:1"):
+        assert line in said, said
+    assert "1.1.1.1" not in said
+    gateway = re.search(r"default via (\S+)", said)
+    assert gateway
+    for line in ("10.1.2.3\tdb", f"{gateway[1]}\tgate", f"{wanted}\ttold"):
+        assert line in said, said
+    assert f"{web}\twebhost web" in said
+    assert f"inet {wanted}/" in said
+
+
+def test_pods_learn_of_each_other_while_they_run(cli: Cli, town: tuple[str, str]) -> None:
+    cli.ok("run", "-d", "--name", "late", "box", "sleep", "100000")
+    until = "until grep -w late /etc/hosts; do sleep 0.1; done"
+    assert address_of(cli, "late") in cli.ok("exec", "peer", "sh", "-c", until)
+    cli.ok("rm", "-f", "late")
+    cli.ok("exec", "peer", "sh", "-c", "while grep -qw late /etc/hosts; do sleep 0.1; done")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@contextmanager
+def untouched(cli: Cli, host: Host) -> Iterator[None]:
+    """Nothing of the host's network changes during the block, and no pod stays."""
+    before = (host.state(), host.rules(), [row["id"] for row in cli.ps()])
+    yield
+    assert (host.state(), host.rules(), [row["id"] for row in cli.ps()]) == before
+
+
+REFUSED = {
+    "an unknown network": (("--network", "nowhere"), "unknown network 'nowhere'"),
+    "the host's network": (("--network", "host"), "network 'host' is refused"),
+    "the host's namespace": (("--network", "ns:/proc/self/ns/net"), "cannot join the host's network"),
+    "no namespace": (("--network", "ns:/etc/passwd"), "'/etc/passwd' is not a network namespace"),
+    "a missing namespace": (("--network", "ns:/run/netns/nowhere"), "cannot use network namespace"),
+    "a port that a pod has": (("-p", "8080:80"), "port '8080/tcp' of the host is in use"),
+    "a port that is none": (("-p", "99999:80"), "port '99999:80' is out of range"),
+    "an address the host has not": (("-p", "192.0.2.99:9000:80"), "cannot publish at '192.0.2.99'"),
+    "an address of another network": (("--ip", "192.168.77.7"), "address '192.168.77.7' is not of the default network"),
+    "an address that is none": (("--ip", "10.92.0"), "'10.92.0' (--ip) is not an IP address"),
+    "a port without a network": (("--network", "none", "-p", "8082:80"), "'-p' needs the default network"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_one_clear_error(cli: Cli, town: tuple[str, str], host: Host, what: str) -> None:
+    options, reason = REFUSED[what]
+    with untouched(cli, host):
+        done = cli("run", "--rm", *options, "box", "true")
+    assert done.code == 125, done
+    assert reason in last_line(done.stderr), done
+
+
+def last_line(text: str) -> str:
+    return next(line for line in reversed(text.splitlines()) if line.startswith("vmsandbox: "))
+
+
+def test_an_address_in_use_is_one_clear_error(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    with untouched(cli, host):
+        done = cli("run", "--rm", "--ip", town[0], "box", "true")
+    assert done.code == 125
+    assert f"address '{town[0]}' is in use by another pod" in done.stderr
+
+
+def test_a_port_of_another_program_is_one_clear_error(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    with host.within(lambda: socket.create_server(("127.0.0.1", 8090))), untouched(cli, host):
+        done = cli("run", "--rm", "-p", "8090:80", "box", "true")
+    assert done.code == 125
+    assert "port '8090/tcp' of the host is in use" in done.stderr
+
+
+def test_a_missing_plugin_is_one_clear_error(cli: Cli, host: Host, tmp_path: Path) -> None:
+    cli.config = tmp_path / "config.toml"
+    cli.config.write_text(f'[network]\nplugins = "{tmp_path}"\n')
+    try:
+        with untouched(cli, host):
+            done = cli("run", "--rm", "box", "true")
+        assert done.code == 125
+        assert "install 'containernetworking-plugins', or run with '--network none'" in last_line(done.stderr)
+        assert cli.ok("run", "--rm", "--network", "none", "box", "ip", "-o", "link").count("\n") == 1
+    finally:
+        cli.config = None
+
+
+# ---------------------------------------------------------------- ends
+
+
+def test_a_pod_keeps_its_network_when_its_supervisor_is_killed_and_the_host_gets_it_back_in_the_end(
+    cli: Cli, town: tuple[str, str], host: Host
+) -> None:
+    with untouched(cli, host):
+        others = {process.pid for process in cli.processes()}
+        cli.ok("run", "-d", "--name", "doomed", "-p", "8083:80", "box", "sh", "-c", SERVE)
+        await_server(cli, "doomed")
+        assert fetched(host, "127.0.0.1", 8083) == cli.inspect("doomed")["id"][:12]
+        for pid in own(cli, others, "vmsandbox supervisor"):
+            kill(pid)
+        assert cli.ok("exec", "doomed", "fetch", "web") == "webhost\n"
+        assert fetched(host, "127.0.0.1", 8083) == cli.inspect("doomed")["id"][:12]
+        done = cli("run", "--rm", "-p", "8083:80", "box", "true")
+        assert "port '8083/tcp' of the host is in use" in done.stderr
+        while left := own(cli, others, ""):  # a stand-in that dies late starts another supervisor
+            for pid in left:
+                kill(pid)
+                wait_until_gone(pid)
+        cli.ok("gc", "-q")
+        cli.ok("rm", "-f", "doomed")
+        assert own(cli, others, "") == []
+
+
+def own(cli: Cli, others: set[int], title: str) -> list[int]:
+    """Processes that are not the others', with a title."""
+    found = [process for process in cli.processes() if process.pid not in others]
+    return [process.pid for process in found if title in " ".join(process.cmdline())]
+
+
+# ---------------------------------------------------------------- another network
+
+
+def test_a_container_has_no_network_if_it_is_told_so(cli: Cli) -> None:
+    said = cli.ok("run", "--rm", "--network", "none", "box", "sh", "-c", "ip -o link; ip route; cat /etc/hosts")
+    assert "lo:" in said
+    assert "eth0" not in said
+    assert "default" not in said
