@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from vmsandbox_hypervisor.errors import ExitedError
@@ -257,6 +257,10 @@ class Vm(Protocol):
     async def detach_9p(self, tag: str, *, timeout: float = 10.0) -> None: ...
     async def set_cpus(self, count: int, *, timeout: float = 10.0) -> CpuState: ...
     async def cpus(self) -> CpuState: ...
+    async def bind_cpus(self, host_cpus: Collection[int]) -> None:
+        """Let the vCPUs that there are now run on these of the host's processors only; `DeviceError` if they cannot."""
+        ...
+
     async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState:
         """Grow to `total_mib` or raise `DeviceError`; or shrink as far as the guest gives back in time."""
         ...

@@ -26,7 +26,14 @@ LAYERS: list[set[str]] = [
     {"vmsandbox_hypervisor", "vmsandbox_protocol", "vmsandbox.oci", "vmsandbox.config"},
     {"vmsandbox.records"},
     {"vmsandbox.oci.annotations"},
-    {"vmsandbox.arguments", "vmsandbox.cache", "vmsandbox.paths", "vmsandbox.wire", "vmsandbox.log"},
+    {
+        "vmsandbox.arguments",
+        "vmsandbox.cache",
+        "vmsandbox.cgroups",
+        "vmsandbox.paths",
+        "vmsandbox.wire",
+        "vmsandbox.log",
+    },
     {"vmsandbox.errors", "vmsandbox"},
 ]
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
@@ -36,6 +43,7 @@ ONLY: dict[str, set[str]] = {
     "vmsandbox.cli": {
         "vmsandbox",
         "vmsandbox.arguments",
+        "vmsandbox.cgroups",
         "vmsandbox.errors",
         "vmsandbox.oci.annotations",
         "vmsandbox.paths",

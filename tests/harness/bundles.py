@@ -69,14 +69,19 @@ class Runtime:
         (directory / "config.json").write_text(json.dumps(spec))
         return directory
 
-    def create(self, container_id: str, bundle: Path, *words: str, stdout: Any = subprocess.DEVNULL) -> int:
-        """Create a container as an engine does, its output into `stdout`; answers the pid of the pid file."""
+    def create(
+        self,
+        container_id: str,
+        bundle: Path,
+        *words: str,
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = subprocess.DEVNULL,
+    ) -> int:
+        """Create a container as an engine does, with this stdio; answers the pid of the pid file."""
         pid_file = bundle / "pid"
         argv = self.argv("create", "--bundle", str(bundle), "--pid-file", str(pid_file), *words, container_id)
         with (self.scratch / "create.err").open("w+b") as errors:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=errors, timeout=TIMEOUT, check=False, env={}
-            )
+            done = subprocess.run(argv, stdin=stdin, stdout=stdout, stderr=errors, timeout=TIMEOUT, check=False, env={})
             errors.seek(0)
             assert done.returncode == 0, (errors.read(), self.said())
         return int(pid_file.read_text())
@@ -89,6 +94,17 @@ class Runtime:
         deadline = time.monotonic() + TIMEOUT
         while self.state(container_id)["status"] != status:
             assert time.monotonic() < deadline, f"container '{container_id}' does not become {status}"
+
+    def supervisor(self, *, other_than: int = 0) -> psutil.Process:
+        """The supervisor of the only pod, once it says that it is."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            (document,) = self.root.glob("s/*/sandbox.json")
+            pid = json.loads(document.read_text())["supervisor"]["pid"]
+            if pid != other_than:
+                return psutil.Process(pid)
+            assert time.monotonic() < deadline, "no supervisor takes the pod over"
+            time.sleep(0.02)
 
     # ------------------------------------------------------------ what is left
 

@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from tests.harness.cli import TIMEOUT
+from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.harness.bundles import Runtime
 
+CGROUPS = Path("/sys/fs/cgroup")
 OBEDIENT = 'trap "echo ended; exit 7" TERM; echo up; while :; do sleep 0.1; done'
 
 
+def vcpu_affinities(runtime: Runtime) -> list[set[int]]:
+    """Where the host lets each vCPU of the only pod run."""
+    document = json.loads(next(runtime.root.glob("s/*/sandbox.json")).read_text())
+    tasks = Path(f"/proc/{document['vm']['pid']}/task").iterdir()
+    return [os.sched_getaffinity(int(task.name)) for task in tasks if (task / "comm").read_text().startswith("CPU ")]
+
+
 def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootfs: Path) -> None:
-    spec = {"annotations": {"a": "b"}}
-    bundle = runtime.bundle("one", box_rootfs, "sh", "-c", OBEDIENT, **spec)
+    parent = f"/vs-{os.getpid()}"
+    linux = {**default_spec()["linux"], "cgroupsPath": f"{parent}/one", "resources": {"cpu": {"cpus": "0"}}}
+    bundle = runtime.bundle("one", box_rootfs, "sh", "-c", OBEDIENT, annotations={"a": "b"}, linux=linux)
     output = runtime.scratch / "out"
     with output.open("wb") as stdout:
         pid = runtime.create("one", bundle, stdout=stdout)
@@ -33,6 +42,12 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     assert output.read_bytes() == b""
     assert psutil.Process(pid).cmdline()[0].startswith("vmsandbox stand-in one")
     assert runtime.refused("create", "--bundle", str(bundle), "one") == "container with given ID already exists"
+
+    # all that the host has of it is in the cgroup it was given, without its limits, and its processors are bound
+    for place in CGROUPS.glob(f"*{parent}/one"):
+        names = {psutil.Process(int(number)).name() for number in (place / "cgroup.procs").read_text().split()}
+        assert names >= {"vmsandbox-super", "qemu-system-x86_64", "virtiofsd", "vmsandbox-stand"}, (place, names)
+    assert vcpu_affinities(runtime) == [{0}]
 
     # later edits of config.json change nothing
     (bundle / "config.json").write_text("{}")
@@ -57,6 +72,9 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     # limits
     runtime.ok("update", "--resources", "-", "one", stdin=b'{"memory": {"limit": 104857600}, "cpu": {"shares": 0}}')
     assert runtime.ok("exec", "one", "cat", "/sys/fs/cgroup/memory.max") == "104857600\n"
+    runtime.ok("update", "--cpuset-cpus", "0-1", "one")
+    assert vcpu_affinities(runtime) == [{0, 1}]
+    assert "no processor 8191" in runtime.refused("update", "--cpuset-cpus", "0,8191", "one")
     stats = json.loads(runtime.ok("events", "--stats", "one"))
     assert stats["data"]["memory"]["usage"]["limit"] == 104857600
     runtime.ok("pause", "one")
@@ -75,6 +93,7 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     runtime.ok("kill", "--all", "one", "9")
     assert runtime.refused("exec", "one", "true") == "cannot exec in a stopped container"
     runtime.ok("delete", "one")
+    assert [*CGROUPS.glob(f"*{parent}")] == []
     assert runtime.refused("delete", "one") == "container does not exist"
     assert runtime.refused("state", "one") == "container does not exist"
     runtime.ok("delete", "--force", "one")
@@ -129,11 +148,47 @@ def test_who_kills_the_stand_in_kills_the_container(runtime: Runtime, box_rootfs
     pid = runtime.create("five", bundle)
     runtime.ok("start", "five")
     assert os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
-    # Whoever joins its view of files sees the container's root and nothing of the host.
+    # Whoever joins its view of files sees the container's root and nothing of the host, processes included.
     assert sorted(os.listdir(f"/proc/{pid}/root")) == sorted(os.listdir(box_rootfs))
+    assert [name for name in os.listdir(f"/proc/{pid}/root/proc") if name.isdigit()] == ["1"]
+    assert os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino
+    assert psutil.Process(pid).cmdline()[0].startswith("vmsandbox stand-in five: sleep 1000")
     psutil.Process(pid).kill()
     runtime.await_status("five", "stopped")
     runtime.ok("delete", "five")
+
+
+def test_a_pod_outlives_its_supervisor_and_who_could_start_another(runtime: Runtime, box_rootfs: Path) -> None:
+    """A stand-in is in namespaces where no supervisor may be: what is outside for it starts one, or the next verb."""
+    script = "echo one; read x; echo $x; read x; echo $x; exit 5"
+    bundle = runtime.bundle("eight", box_rootfs, "sh", "-c", script)
+    reading, writing = os.pipe()
+    output = runtime.scratch / "out"
+    with output.open("wb") as stdout:
+        pid = runtime.create("eight", bundle, stdin=reading, stdout=stdout)
+    os.close(reading)
+    runtime.ok("start", "eight")
+    home = os.stat("/proc/self/ns/pid").st_ino
+    first = runtime.supervisor()
+    first.kill()
+    first.wait()
+    os.write(writing, b"two\n")
+    second = runtime.supervisor(other_than=first.pid)
+    assert os.stat(f"/proc/{second.pid}/ns/pid").st_ino == home
+    assert os.stat(f"/proc/{second.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+
+    for each in psutil.process_iter():
+        if each.name().startswith("vmsandbox-start") and "eight" in each.cmdline()[0]:
+            each.kill()
+    second.kill()
+    assert runtime.state("eight")["pid"] == pid
+    assert runtime.ok("exec", "eight", "echo", "there") == "there\n"
+    os.write(writing, b"three\n")
+    os.close(writing)
+    runtime.await_status("eight", "stopped")
+    assert output.read_bytes() == b"one\ntwo\nthree\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    runtime.ok("delete", "eight")
 
 
 def test_containers_of_a_pod_share_one_machine(runtime: Runtime, box_rootfs: Path) -> None:

@@ -32,6 +32,11 @@ class Cpus:
         sockets = await self._sockets()
         return CpuState(present=sum("qom-path" in one for one in sockets), maximum=len(sockets))
 
+    async def threads(self) -> list[int]:
+        """The host's threads that run the vCPUs."""
+        answer = records(await self._monitor.execute("query-cpus-fast"), "query-cpus-fast")
+        return [thread for one in answer if isinstance(thread := one.get("thread-id"), int)]
+
     async def change(self, count: int, *, timeout: float) -> CpuState:
         """Come as near to `count` as possible; too many is `NoSlotError`, and nothing is plugged."""
         if count < 1:

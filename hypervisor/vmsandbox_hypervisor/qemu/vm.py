@@ -26,7 +26,7 @@ from vmsandbox_hypervisor.qemu.hotplug_memory import Memory
 from vmsandbox_hypervisor.qemu.monitor import LinkError, integer, record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping
     from pathlib import Path
 
     from vmsandbox_hypervisor.api import (
@@ -213,6 +213,16 @@ class QemuVm:
     async def cpus(self) -> CpuState:
         async with self._operation():
             return await self._cpus.state()
+
+    async def bind_cpus(self, host_cpus: Collection[int]) -> None:
+        async with self._operation():
+            for thread in await self._cpus.threads():
+                # Only what is QEMU's: it says itself which threads these are, and need not be trusted.
+                if os.path.exists(f"/proc/{self.pid}/task/{thread}"):
+                    try:
+                        os.sched_setaffinity(thread, host_cpus)
+                    except OSError as error:
+                        raise DeviceError(f"cannot bind vCPUs to processors: {error.strerror}") from error
 
     async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState:
         async with self._operation():

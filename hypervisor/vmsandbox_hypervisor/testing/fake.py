@@ -21,7 +21,7 @@ from vmsandbox_hypervisor.qemu.hotplug_rules import check_dimm, check_slot_id, m
 from vmsandbox_hypervisor.subscription import Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from pathlib import Path
 
     from vmsandbox_hypervisor.api import Accel, Disk, Nic, NinePShare, VirtiofsShare, VmConfig
@@ -211,6 +211,9 @@ class FakeVm:
         lowest = self.config.cpus.boot if self.accel.accel == "kvm" and self.guest_cooperates else self._cpus
         self._cpus = max(count, lowest)
         return CpuState(present=self._cpus, maximum=maximum, surplus=max(0, self._cpus - count))
+
+    async def bind_cpus(self, host_cpus: Collection[int]) -> None:
+        self._did(f"bind cpus {sorted(host_cpus)}")
 
     async def cpus(self) -> CpuState:
         self._did("cpus")

@@ -55,7 +55,18 @@ KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGTTIN, signal.
 class Plan:
     """Which process this stand-in is for, and what of its stdio is connected."""
 
-    __slots__ = ("container_id", "controlling", "exec_id", "home", "kill_with", "root", "stdin", "stdout", "terminal")
+    __slots__ = (
+        "command",
+        "container_id",
+        "controlling",
+        "exec_id",
+        "kill_with",
+        "root",
+        "starter",
+        "stdin",
+        "stdout",
+        "terminal",
+    )
 
     def __init__(
         self,
@@ -67,8 +78,8 @@ class Plan:
         terminal: bool,
         kill_with: int | None = None,
         controlling: bool = False,
-        home: int = -1,
         root: str = "",
+        command: str = "",
     ) -> None:
         self.container_id = container_id
         self.exec_id = exec_id
@@ -80,8 +91,10 @@ class Plan:
         self.kill_with = kill_with
         #: stdin is a terminal of our own making: it tells us its size and when its other side is gone
         self.controlling = controlling
-        #: the host's network namespace, where a new supervisor belongs, if we are in another
-        self.home = home
+        #: by which a process outside of our namespaces is asked for the supervisor; -1: we are in none of our own
+        self.starter = -1
+        #: what runs in the guest, for people who list processes
+        self.command = command
         #: the directory that is to be all it sees of the host's files; empty: it sees them all
         self.root = root
 
@@ -169,7 +182,9 @@ class Standin:
         self.signals: list[int] = []
         #: pidfd of the client whose death ends the process
         self.client = -1
-        self.me = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
+        # In a pid namespace of its own it is number 1; what counts is what others know it by.
+        pid = int(os.readlink("/proc/self"))
+        self.me = {"pid": pid, "start_time": start_time(pid)}
         self.enclosure: namespaces.Enclosure | None = None
         #: whether this connection brought anything: one that did not is not tried again at once
         self.heard = True
@@ -179,19 +194,19 @@ class Standin:
     def run(self) -> int:
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._catch_signals(wake_out)
-        self._close_inherited({wake_in, wake_out, self.plan.home})
-        what = self.plan.exec_id or self.plan.container_id
-        set_title(f"vmsandbox stand-in {what[:12]}")
+        self._close_inherited({wake_in, wake_out, self.plan.starter})
+        what = (self.plan.exec_id or self.plan.container_id)[:12]
+        set_title(f"vmsandbox stand-in {what}" + (f": {self.plan.command}" if self.plan.command else ""))
         if self.plan.kill_with:
             try:
                 self.client = os.pidfd_open(self.plan.kill_with)
             except ProcessLookupError:  # it is dead already
                 self.signals.append(int(signal.SIGKILL))
-        if self.plan.root:
-            from vmsandbox.cli.runtime.namespaces import Enclosure
-
-            self.enclosure = Enclosure(self.plan.root)
         self._connect(first=True)
+        if self.plan.root:
+            from vmsandbox.cli.runtime import namespaces
+
+            self.enclosure = namespaces.Enclosure(self.plan.root)
         while True:
             if self.sock is None:
                 if not self.heard:
@@ -226,8 +241,7 @@ class Standin:
     def _connect(self, *, first: bool) -> bool:
         """(Re)connect to the supervisor and say from which offsets on; False when the pod is gone."""
         try:
-            with self.enclosure.left() if self.enclosure else nullcontext():
-                self.sock = launch.connect(self.sandbox) if first else self._found()
+            self.sock = launch.connect(self.sandbox) if first else self._found()
         except OSError:
             return False
         self.decoder = wire.Decoder()
@@ -255,13 +269,26 @@ class Standin:
         return True
 
     def _found(self) -> socket.socket:
-        """The supervisor that is there, or a new one, which must not be in the pod's network namespace."""
-        if self.plan.home < 0:
+        """The supervisor that is there, or a new one, which must not be in our namespaces."""
+        if self.plan.starter < 0:
             return launch.connect_or_take_over(self.roots, self.sandbox)
-        from vmsandbox.cli.runtime import namespaces
+        from vmsandbox.cli.runtime import starter
 
-        with namespaces.visiting(self.plan.home):
-            return launch.connect_or_take_over(self.roots, self.sandbox)
+        try:
+            return starter.ask(self.plan.starter)
+        except starter.StarterDiedError:
+            return self._awaited()
+
+    def _awaited(self) -> socket.socket:
+        """The supervisor that the next verb starts, since we cannot; FileNotFoundError once the pod is gone."""
+        while True:
+            with self.enclosure.left() if self.enclosure else nullcontext():
+                try:
+                    return launch.connect(self.sandbox)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    if not os.path.exists(self.sandbox.document_file):
+                        raise
+            time.sleep(RECONNECT_PAUSE)
 
     # ------------------------------------------------------------ one turn of the loop
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidBundleError
-from vmsandbox.oci import translate
+from vmsandbox.oci import cpusets, translate
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.container import CREATE_TIMEOUT, Container
 from vmsandbox_protocol import agent_pb2 as pb
@@ -29,6 +30,18 @@ def demand_of(resources: dict[str, Any]) -> dict[str, Any]:
         "cpus": quota / period if quota > 0 else 0,
         "memory": max(0, int(memory.get("limit") or 0)),
     }
+
+
+def host_cpus(resources: dict[str, Any]) -> list[int]:
+    """The processors of the host that LinuxResources name, checked against those that there are."""
+    text = str((resources.get("cpu") or {}).get("cpus") or "")
+    wanted = cpusets.parse(text, name="linux.resources.cpu.cpus")
+    missing = sorted(wanted - os.sched_getaffinity(0))
+    if missing:
+        raise InvalidBundleError(
+            f"'linux.resources.cpu.cpus' is '{text[:64]}': this host has no processor {missing[0]}"
+        )
+    return sorted(wanted)
 
 
 class BundleContainer(Container):

@@ -41,7 +41,8 @@ MIB = 1 << 20
 async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Create the container of a bundle; the first one of a pod brings the pod up.
 
-    The request names ``id``, ``bundle``, ``pod`` (the pod's id), ``netns``, ``standin``, ``cgroups`` and ``size``.
+    The request names ``id``, ``bundle``, ``pod`` (the pod's id), ``netns``, ``standin``, ``cgroups``, ``cgroups_above``
+    and ``size``.
     """
     container_id = str(request.get("id"))
     if container_id in service.containers:
@@ -82,6 +83,7 @@ def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> Sand
         shareable=True,
         network=NetworkOptions(kind="namespace", path=netns).document(),
         sysctls=parts.sysctls,
+        cgroups=tuple(request.get("cgroups") or ()),
     )
 
 
@@ -134,9 +136,13 @@ def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Trans
             if bundle.document.get("hooks")
         },
         "cgroups": request.get("cgroups") or [],
+        "cgroups_above": request.get("cgroups_above") or [],
         "process": process,
         "args": process["args"],
-        "resources": bundled.demand_of(parts.document["linux"].get("resources") or {}),
+        "resources": {
+            **bundled.demand_of(parts.document["linux"].get("resources") or {}),
+            "host_cpus": bundled.host_cpus((bundle.document.get("linux") or {}).get("resources") or {}),
+        },
     }
 
 
@@ -155,12 +161,13 @@ async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     from vmsandbox.oci.linux import Resources
 
     checked(Resources, text, name="resources")
-    resources = translate.guest_resources(json.loads(text))
+    given = json.loads(text)
+    resources, host_cpus = translate.guest_resources(given), bundled.host_cpus(given)
     asked = bundled.demand_of(resources)
     sandbox = await service.running_sandbox()
     async with container.lock:
         container.require("update")
-        if not resources:
+        if not resources and not host_cpus:
             return {}
         before = container.demand()
         quota_said = "quota" in (resources.get("cpu") or {})
@@ -168,14 +175,17 @@ async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         after = Demand(
             cpus=asked["cpus"] if quota_said else before.cpus,
             memory_mib=-(-asked["memory"] // MIB) if limit_said else before.memory_mib,
+            host_cpus=frozenset(host_cpus) or before.host_cpus,
         )
         await sandbox.give(container.id, wider(before, after, service.around.settings.sandbox))
         try:
-            await sandbox.agent.update_container(container.id, json.dumps(resources).encode())
+            if resources:
+                await sandbox.agent.update_container(container.id, json.dumps(resources).encode())
         except BaseException:
             await sandbox.give(container.id, before)
             raise
         known = container.document.setdefault("resources", {})
+        known["host_cpus"] = sorted(after.host_cpus)
         known["cpus"] = after.cpus
         known["memory"] = asked["memory"] if limit_said else known.get("memory") or 0
         container.save()

@@ -272,7 +272,11 @@ class Container:
 
     def demand(self) -> Demand:
         resources = self.document.get("resources") or {}
-        return Demand(cpus=float(resources.get("cpus") or 0), memory_mib=-(-int(resources.get("memory") or 0) >> 20))
+        return Demand(
+            cpus=float(resources.get("cpus") or 0),
+            memory_mib=-(-int(resources.get("memory") or 0) >> 20),
+            host_cpus=frozenset(resources.get("host_cpus") or ()),
+        )
 
     def stdio(self) -> pb.Stdio:
         size = self.document.get("size") or [0, 0]

@@ -14,8 +14,8 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import cgroups, records
 from vmsandbox import log as logs
-from vmsandbox import records
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.paths import Roots, SandboxPaths
 from vmsandbox.title import set_title
@@ -132,6 +132,8 @@ async def _pod(
     if known:
         document = records.read_document(around.paths.document_file)
         spec = SandboxSpec.of(document)
+        # Whoever started it was somewhere else.
+        cgroups.enter(spec.cgroups, os.getpid())
         service.restore(spec)
         vm = document.get("vm") or {}
         if vm and (not revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):

@@ -103,6 +103,7 @@ async def update(container: Container, sandbox: Sandbox, request: dict[str, Any]
         after = Demand(
             cpus=before.cpus if chosen.cpus is None else chosen.cpus,
             memory_mib=before.memory_mib if chosen.memory_bytes is None else -(-chosen.memory_bytes // MIB),
+            host_cpus=before.host_cpus,
         )
         if chosen.memory_bytes is not None:
             _require_room(container, await sandbox.agent.stats(container.id), chosen.memory_bytes)
@@ -173,6 +174,7 @@ def wider(before: Demand, after: Demand, settings: SandboxSettings) -> Demand:
     return Demand(
         cpus=max(before, after, key=cpus).cpus,
         memory_mib=max(before, after, key=memory).memory_mib,
+        host_cpus=after.host_cpus,
     )
 
 

@@ -92,6 +92,8 @@ class SandboxSpec:
     share: tuple[str, ...] = ()
     #: size of a shared /dev/shm; 0: as configured for a container's own
     shm_bytes: int = 0
+    #: of the host, where everything of the machine is; empty: wherever its supervisor is
+    cgroups: tuple[str, ...] = ()
     #: a pod that was made on purpose has come up once: what fails later does not undo it
     established: bool = False
     created: float = field(default_factory=time.time)
@@ -111,6 +113,7 @@ class SandboxSpec:
             "sysctls": self.sysctls,
             "share": [*self.share],
             "shm_bytes": self.shm_bytes,
+            "cgroups": [*self.cgroups],
             "established": self.established,
             "created": self.created,
         }
@@ -121,7 +124,7 @@ class SandboxSpec:
         if not isinstance(document.get("id"), str):
             raise records.DamagedDocumentError("the pod's document has no id; 'vmsandbox gc' removes it")
         values = {field.name: document[field.name] for field in fields(cls) if field.name in document}
-        for name in ("aliases", "share"):
+        for name in ("aliases", "share", "cgroups"):
             values[name] = tuple(values.get(name) or ())
         return cls(**values)
 
@@ -132,6 +135,8 @@ class Demand:
 
     cpus: float = 0.0
     memory_mib: int = 0
+    #: of the host's processors, those that the vCPUs may run on; empty: any
+    host_cpus: frozenset[int] = frozenset()
 
 
 class Sandbox:
@@ -155,6 +160,8 @@ class Sandbox:
         self._sizing = asyncio.Lock()
         #: vCPUs the guest was last told to use; None after a take-over, which does not know
         self.cpus_online: int | None = None
+        #: the host's processors that the vCPUs were last bound to; empty: any
+        self._bound: frozenset[int] = frozenset()
         #: shared disks (images): id -> (pci path, users)
         self._shared_disks: dict[str, tuple[str, set[str]]] = {}
         self._disks_lock = asyncio.Lock()
@@ -219,6 +226,17 @@ class Sandbox:
         )
         return total + total % 2
 
+    def wanted_host_cpus(self) -> frozenset[int]:
+        """All that any container names: what runs in the machine cannot be told apart from outside."""
+        return frozenset().union(*(demand.host_cpus for demand in self._demands.values()))
+
+    async def _bind(self, *, anew: bool) -> None:
+        """Bind the vCPUs to the processors that are wanted; `anew` says that there may be others than before."""
+        wanted = self.wanted_host_cpus()
+        if wanted != self._bound or (anew and wanted):
+            await self.vm.bind_cpus(wanted or os.sched_getaffinity(0))
+            self._bound = wanted
+
     async def _resize(self) -> None:
         async with self._sizing:
             memory, cpus = self.wanted_memory_mib(), self.wanted_cpus()
@@ -233,10 +251,12 @@ class Sandbox:
                 if state.base_mib + state.requested_mib != memory:
                     await self.vm.set_memory(max(memory, state.base_mib))
                 # Under TCG vCPUs are taken offline instead of out, so what is present says too little.
-                if cpus != self.cpus_online:
+                changing = cpus != self.cpus_online
+                if changing:
                     plugged = await self.vm.set_cpus(cpus)
                     await self.agent.online_cpus(plugged.present - plugged.surplus, timeout=RPC_TIMEOUT)
                     self.cpus_online = cpus
+                await self._bind(anew=changing)
 
     # ------------------------------------------------------------ disks
 
@@ -273,6 +293,7 @@ class Sandbox:
     def remember_demand(self, container_id: str, demand: Demand) -> None:
         """Count a container that an earlier supervisor gave its share."""
         self._demands[container_id] = demand
+        self._bound = self.wanted_host_cpus()
 
     def remember_shared_disk(self, disk_id: str, pci_path: str, *, user: str) -> None:
         """Take a shared disk over from the supervisor before this one."""

@@ -67,7 +67,9 @@ def exec_verb(options: Options, argv: list[str]) -> int:
         "size": standins.console_size(process),
         "ignore_paused": given.flag("ignore-paused"),
     }
-    plan = standin.Plan(container.id, exec_id, stdin=True, stdout=True, terminal=terminal)
+    plan = standin.Plan(
+        container.id, exec_id, stdin=True, stdout=True, terminal=terminal, command=standins.shown(process.get("args"))
+    )
     with launch.connect_or_take_over(roots, container.sandbox) as sock:
         standing = standins.fork(
             roots,
@@ -79,21 +81,14 @@ def exec_verb(options: Options, argv: list[str]) -> int:
             size=standins.console_size(process),
             orphan=detached,
         )
-        request["standin"] = standing
+        request["standin"] = standing.document()
         try:
             client.request(sock, request)
-            if given.text("pid-file"):
-                standins.write_pid(given.text("pid-file"), standing["pid"])
+            standing.announce(given.text("pid-file"))
         except SandboxError as error:
-            standins.end(standing, child=not detached)
+            standing.end()
             raise known.worded(error, process.get("args")) from error
-    if detached:
-        return 0
-    from vmsandbox.cli import terminal as terminals
-
-    with terminals.forwarding(standing["pid"]):
-        _, ended = os.waitpid(standing["pid"], 0)
-    return os.waitstatus_to_exitcode(ended) if os.WIFEXITED(ended) else 128 + os.WTERMSIG(ended)
+    return 0 if detached else standing.wait()
 
 
 def _process(given: Parsed, base: dict[str, Any]) -> dict[str, Any]:

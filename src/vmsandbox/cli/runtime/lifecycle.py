@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 
-from vmsandbox import records
+from vmsandbox import cgroups, records
 from vmsandbox.cli import client, launch, standin
-from vmsandbox.cli.runtime import cgroups, hooks, known, standins
+from vmsandbox.cli.runtime import hooks, known, standins
 from vmsandbox.cli.runtime.known import entries, part
 from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
 from vmsandbox.errors import (
@@ -84,13 +84,13 @@ class Plan:
             )
         return found
 
-    def state(self, standing: dict[str, Any]) -> dict[str, Any]:
+    def state(self, standing: standins.Standing) -> dict[str, Any]:
         """What hooks are told while the container is being made."""
         return {
             "ociVersion": str(self.config.get("ociVersion") or ""),
             "id": self.id,
             "status": "creating",
-            "pid": standing["pid"],
+            "pid": standing.pid,
             "bundle": self.bundle,
             **({"annotations": self.annotations} if self.annotations else {}),
         }
@@ -127,13 +127,10 @@ def run_verb(options: Options, argv: list[str]) -> int:
         raise
     if detached:
         return 0
-    from vmsandbox.cli import terminal
-
-    with terminal.forwarding(standing["pid"]):
-        _, status = os.waitpid(standing["pid"], 0)
+    code = standing.wait()
     if not given.flag("keep"):
         delete(options, roots, known.find(roots, container_id), force=True)
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+    return code
 
 
 def _refuse_descriptors(count: str) -> None:
@@ -156,17 +153,24 @@ def create(
     console_socket: str,
     pid_file: str,
     foreground: bool = False,
-) -> dict[str, Any]:
+) -> standins.Standing:
     """Make the container; answers its stand-in.  If it fails nothing is left."""
     made = cgroups.make(plan.cgroups)
     try:
-        sandbox = plan.sandbox if plan.member else _started(options, roots, plan, made)
+        sandbox = plan.sandbox if plan.member else _started(options, roots, plan, made.places)
         with launch.connect_or_take_over(roots, sandbox) as sock:
             standing = standins.fork(
                 roots,
                 sandbox,
-                standin.Plan(plan.id, stdin=True, stdout=True, terminal=plan.terminal, root=plan.root),
-                places=made,
+                standin.Plan(
+                    plan.id,
+                    stdin=True,
+                    stdout=True,
+                    terminal=plan.terminal,
+                    root=plan.root,
+                    command=standins.shown(plan.process.get("args")),
+                ),
+                places=made.places,
                 netns=plan.netns,
                 console_socket=console_socket,
                 size=standins.console_size(plan.process),
@@ -176,16 +180,15 @@ def create(
                 for name in ("prestart", "createRuntime"):
                     hooks.run(entries(plan.hooks, name), name, plan.state(standing))
                 client.request(sock, _request(plan, standing, made))
-                if pid_file:
-                    standins.write_pid(pid_file, standing["pid"])
+                standing.announce(pid_file)
             except BaseException as error:
-                standins.end(standing, child=foreground)
+                standing.end()
                 _undo(options, roots, plan, sock, sandbox)
                 if isinstance(error, SandboxError):
                     raise known.worded(error, plan.process.get("args")) from error
                 raise
     except BaseException:
-        cgroups.remove(made)
+        cgroups.remove(reversed(made.places), reversed(made.above))
         raise
     return standing
 
@@ -203,16 +206,17 @@ def _started(options: Options, roots: Roots, plan: Plan, places: list[str]) -> S
     return sandbox
 
 
-def _request(plan: Plan, standing: dict[str, Any], places: list[str]) -> dict[str, Any]:
+def _request(plan: Plan, standing: standins.Standing, made: cgroups.Made) -> dict[str, Any]:
     return {
         "verb": "create-bundle",
         "id": plan.id,
         "bundle": plan.bundle,
         "pod": plan.pod,
         # The stand-in is in it, whether it was made for it or joined.
-        "netns": f"/proc/{standing['pid']}/ns/net" if not plan.netns else os.path.abspath(plan.netns),
-        "standin": standing,
-        "cgroups": places,
+        "netns": f"/proc/{standing.pid}/ns/net" if not plan.netns else os.path.abspath(plan.netns),
+        "standin": standing.document(),
+        "cgroups": made.places,
+        "cgroups_above": made.above,
         "size": standins.console_size(plan.process),
     }
 
@@ -349,7 +353,8 @@ def delete(options: Options, roots: Roots, container: records.Container, *, forc
     told = known.state(container, status="stopped", pid=0)
     if not _by_supervisor(roots, container, force=force):
         remove_from_disk(roots, container)
-    cgroups.remove(reversed(container.document.get("cgroups") or []))
+    places, above = (container.document.get(name) or [] for name in ("cgroups", "cgroups_above"))
+    cgroups.remove(reversed(places), reversed(above))
     poststop = (container.document.get("hooks") or {}).get("poststop") or []
     for failed in hooks.run_all(poststop, "poststop", told):
         report(options, str(failed), level="warning")

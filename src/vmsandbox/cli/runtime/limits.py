@@ -25,9 +25,8 @@ NUMBERS = {
     "memory-swap": ("memory", "swap"),
     "pids-limit": ("pids", "limit"),
 }
+TEXTS = {"cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems")}
 REFUSED = ("cpu-rt-period", "cpu-rt-runtime", "kernel-memory", "kernel-memory-tcp", "l3-cache-schema", "mem-bw-schema")
-#: of the host's processors: nothing of the guest changes
-IGNORED = ("cpuset-cpus", "cpuset-mems")
 UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -52,7 +51,7 @@ def _change(options: Options, argv: list[str], verb: str) -> int:
 
 
 def update_verb(options: Options, argv: list[str]) -> int:
-    names = {**dict.fromkeys((*NUMBERS, *REFUSED, *IGNORED), VALUE), "resources": VALUE}
+    names = {**dict.fromkeys((*NUMBERS, *REFUSED, *TEXTS), VALUE), "resources": VALUE}
     given = parse(argv, names, short={"r": "resources"})
     roots = options.roots()
     container = known.find(roots, known.one(given.positional))
@@ -65,7 +64,10 @@ def update_verb(options: Options, argv: list[str]) -> int:
     for name, (part, member) in NUMBERS.items():
         if given.text(name):
             resources.setdefault(part, {})[member] = _number(name, given.text(name))
-    if not resources and not any(given.given(name) for name in IGNORED):
+    for name, (part, member) in TEXTS.items():
+        if given.text(name):
+            resources.setdefault(part, {})[member] = given.text(name)
+    if not resources:
         raise InvalidArgumentError("nothing to update: give '--resources' or a limit")
     known.ask(roots, container, {"verb": "update-resources", "resources": resources}, stopped="container not running")
     return 0

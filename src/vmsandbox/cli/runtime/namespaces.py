@@ -1,7 +1,8 @@
-"""The namespaces that stand-ins are in: the pod's network, and a view of files with nothing but the container's.
+"""The namespaces that stand-ins are in: the pod's network, processes of their own, and the container's files alone.
 
 Programs of engines join the namespaces of the pid they were given, to list its processes or to copy files; with the
-host's there they would write to the host.  Stdlib only; `ctypes` costs, so only children import this.
+host's there they would tell of the host's processes and write to its files.  Stdlib only; `ctypes` costs, so only
+children import this.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ if TYPE_CHECKING:
 
 _CLONE_NEWNET = 0x40000000
 _CLONE_NEWNS = 0x00020000
+_CLONE_NEWPID = 0x20000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MS_BIND = 1 << 12
 _MS_REC = 1 << 14
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
-HERE = "/proc/self/ns/net"
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _checked(result: int, what: str) -> None:
@@ -31,13 +38,12 @@ def _checked(result: int, what: str) -> None:
         raise SandboxError(f"cannot {what}: {os.strerror(ctypes.get_errno()).lower()}")
 
 
-def enter(path: str) -> int:
-    """Move this process into the network namespace at `path` (empty: a new one); answers a descriptor of the old."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open(HERE, os.O_RDONLY | os.O_CLOEXEC)
+def enter(path: str) -> None:
+    """Move this process into the network namespace at `path` (empty: a new one)."""
+    libc = _libc()
     if not path:
         _checked(libc.unshare(_CLONE_NEWNET), "make a network namespace")
-        return home
+        return
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -47,14 +53,23 @@ def enter(path: str) -> int:
         _checked(libc.setns(fd, _CLONE_NEWNET), f"enter the network namespace '{path}'")
     finally:
         os.close(fd)
-    return home
+
+
+def number_children_anew() -> None:
+    """Make the next child the first process of a pid namespace."""
+    _checked(_libc().unshare(_CLONE_NEWPID), "make a pid namespace")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes below us that lose theirs."""
+    _checked(_libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "become a subreaper")
 
 
 class Enclosure:
     """This process' view of files once it is the container's root and nothing else, and the way back."""
 
     def __init__(self, root: str) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc = _libc()
         self._home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         what = f"have '{root}' as root"
         _checked(self._libc.unshare(_CLONE_NEWNS), what)
@@ -69,6 +84,9 @@ class Enclosure:
         _checked(self._libc.pivot_root(b".", b"."), what)
         _checked(self._libc.umount2(b".", _MNT_DETACH), what)
         os.chdir("/")
+        # Where there is no directory for it nobody can look at processes; that harms nobody.
+        flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+        self._libc.mount(b"proc", b"/proc", b"proc", flags, None)
 
     @contextmanager
     def left(self) -> Iterator[None]:
@@ -78,18 +96,3 @@ class Enclosure:
             yield
         finally:
             _checked(self._libc.setns(self._inside, _CLONE_NEWNS), "go back to the container's files")
-
-
-@contextmanager
-def visiting(fd: int) -> Iterator[None]:
-    """Be in another network namespace for the block."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    back = os.open(HERE, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _checked(libc.setns(fd, _CLONE_NEWNET), "go back to the host's network namespace")
-        try:
-            yield
-        finally:
-            _checked(libc.setns(back, _CLONE_NEWNET), "go back to the pod's network namespace")
-    finally:
-        os.close(back)

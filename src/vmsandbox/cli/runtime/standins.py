@@ -10,9 +10,8 @@ import os
 import signal
 import sys
 
-from vmsandbox import records
+from vmsandbox import cgroups, records
 from vmsandbox.cli import standin
-from vmsandbox.cli.runtime import cgroups
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 
 TYPE_CHECKING = False
@@ -23,6 +22,45 @@ if TYPE_CHECKING:
 
 #: the name that runc sends along with the terminal
 MASTER = b"/dev/ptmx"
+#: characters of a command that a process' title has
+SHOWN = 200
+
+
+class Standing:
+    """A stand-in as whoever forked it knows it."""
+
+    __slots__ = ("_child", "_ready", "pid", "start_time")
+
+    def __init__(self, pid: int, ready: int, *, child: bool) -> None:
+        self.pid = pid
+        self.start_time = records.start_time(pid)
+        self._ready = ready
+        self._child = child
+
+    def document(self) -> dict[str, Any]:
+        return {"pid": self.pid, "start_time": self.start_time}
+
+    def announce(self, pid_file: str) -> None:
+        """Write the pid file, if one is wanted: from then on a signal must find its handler."""
+        if pid_file:
+            # It closes its end when it has its handlers.
+            os.read(self._ready, 1)
+            write_pid(pid_file, self.pid)
+
+    def end(self) -> None:
+        """Get rid of it: its process never came to be."""
+        if records.is_alive(self.pid, self.start_time):
+            os.kill(self.pid, signal.SIGKILL)
+        if self._child:
+            os.waitpid(self.pid, 0)
+
+    def wait(self) -> int:
+        """Wait for its end and pass signals on meanwhile; what to exit with."""
+        from vmsandbox.cli import terminal
+
+        with terminal.forwarding(self.pid):
+            _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
 def fork(
@@ -35,46 +73,56 @@ def fork(
     console_socket: str = "",
     size: tuple[int, int] | None = None,
     orphan: bool = True,
-) -> dict[str, Any]:
-    """Fork the stand-in of a process; answers its pid and start time.
+) -> Standing:
+    """Fork the stand-in of a process.  Raises SandboxError if it cannot be set up.
 
-    `places` are cgroups, `netns` a network namespace to enter (empty: a new one, None: none).  With `orphan` it is
-    nobody's child here; without, the caller waits for it.  Raises SandboxError if it cannot be set up.
+    `places` are cgroups.  A container's stand-in has namespaces of its own and is in the network namespace at `netns`
+    (empty: a new one); the stand-ins of other processes (None) are in none.  With `orphan` it is nobody's child here;
+    without, the caller waits for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe2(os.O_CLOEXEC)
+    direct = not orphan and netns is None
+    if not orphan and not direct:
+        from vmsandbox.cli.runtime import namespaces
+
+        namespaces.adopt_orphans()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
             said = b""
             try:
-                _prepare(plan, places=places, netns=netns, console_socket=console_socket, size=size)
-                if orphan:
-                    said = b"%d" % standin.fork(roots, sandbox, plan)
+                _prepare(roots, sandbox, plan, places=places, netns=netns, console_socket=console_socket, size=size)
+                said = b"%d\n" % (os.getpid() if direct else standin.fork(roots, sandbox, plan))
             except (SandboxError, OSError) as error:
-                said = b"!" + str(error).encode(errors="replace")
+                said = b"!" + str(error).encode(errors="replace") + b"\n"
             os.write(writing, said)
-            os.close(writing)
-            if said.startswith(b"!") or orphan:
-                os._exit(0)
-            standin.stay(roots, sandbox, plan)
+            if direct and not said.startswith(b"!"):
+                standin.stay(roots, sandbox, plan)
         finally:
-            os._exit(standin.LOST)
+            os._exit(0)
     os.close(writing)
-    with open(reading, "rb") as file:
-        said = file.read()
+    said = b""
+    while not said.endswith(b"\n"):
+        piece = os.read(reading, 4096)
+        if not piece:
+            said = b"!the stand-in could not be started\n"
+        said += piece
+    # Not before it has ended is the stand-in a child of whoever is to be its parent.
     failed = said.startswith(b"!")
-    if orphan or failed:
+    if failed or not direct:
         os.waitpid(child, 0)
     if failed:
-        raise SandboxError(said[1:].decode(errors="replace"))
-    pid = int(said) if orphan else child
-    return {"pid": pid, "start_time": records.start_time(pid)}
+        os.close(reading)
+        raise SandboxError(said[1:-1].decode(errors="replace"))
+    return Standing(int(said), reading, child=not orphan)
 
 
 def _prepare(
+    roots: Roots,
+    sandbox: SandboxPaths,
     plan: standin.Plan,
     *,
     places: list[str],
@@ -84,9 +132,13 @@ def _prepare(
 ) -> None:
     cgroups.enter(places, os.getpid())
     if netns is not None:
+        from vmsandbox.cli.runtime import starter
+
+        plan.starter = starter.fork(roots, sandbox, plan.container_id)
         from vmsandbox.cli.runtime import namespaces
 
-        plan.home = namespaces.enter(netns)
+        namespaces.enter(netns)
+        namespaces.number_children_anew()
     if plan.terminal:
         _open_terminal(console_socket, size)
         plan.controlling = True
@@ -126,6 +178,12 @@ def check_console(*, terminal: bool, console_socket: str, detached: bool) -> Non
         raise InvalidArgumentError("a terminal in the foreground is not supported: use '--detach --console-socket'")
 
 
+def shown(args: object) -> str:
+    """A program and its arguments on one line that a list of processes can show."""
+    words = [str(word) for word in args] if isinstance(args, list) else []
+    return "".join(character if character.isprintable() else "?" for character in " ".join(words))[:SHOWN]
+
+
 def console_size(process: dict[str, Any]) -> tuple[int, int] | None:
     """Columns and rows that a process object asks for."""
     given = process.get("consoleSize")
@@ -135,15 +193,6 @@ def console_size(process: dict[str, Any]) -> tuple[int, int] | None:
     if not isinstance(columns, int) or not isinstance(rows, int) or not (0 < columns < 32768 and 0 < rows < 32768):
         return None
     return columns, rows
-
-
-def end(known: dict[str, Any], *, child: bool = False) -> None:
-    """Get rid of the stand-in of a process that never came to be."""
-    pid = known["pid"]
-    if records.is_alive(pid, known["start_time"]):
-        os.kill(pid, signal.SIGKILL)
-    if child:
-        os.waitpid(pid, 0)
 
 
 def write_pid(path: str, pid: int) -> None:

@@ -1,7 +1,8 @@
 """The host's cgroup of a container: where engines look for what it uses.
 
 The stand-in and, for a pod's first container, everything of its virtual machine are in it.  A container's limits are
-never written there: they hold inside the guest, and here they would kill the machine.
+never written there: they hold inside the guest, and here they would kill the machine.  Stdlib only: the thin client
+makes and removes them, a supervisor that takes a pod over enters the pod's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: seconds for the kernel to forget processes that have ended
 REMOVE_TIMEOUT = 5.0
+#: of making a directory whose parent others remove
+ATTEMPTS = 5
 
 
 def _hierarchies() -> dict[str, str]:
@@ -69,19 +72,40 @@ def directories(path: str, container_id: str) -> list[str]:
     return found
 
 
-def make(places: Iterable[str]) -> list[str]:
-    """Make the directories; answers those that this machine lets us have."""
-    made = []
+class Made:
+    """The directories that a container has, and those above them that were missing."""
+
+    __slots__ = ("above", "places")
+
+    def __init__(self, places: list[str], above: list[str]) -> None:
+        self.places = places
+        #: outermost first
+        self.above = above
+
+
+def make(places: Iterable[str]) -> Made:
+    """Make the directories; what this machine does not let us have is left out."""
+    made = Made([], [])
     for place in places:
         try:
-            _make(place)
+            made.above += _make(place)
         except OSError:
             continue  # a hierarchy that is read-only, or kept by somebody else
-        made.append(place)
+        made.places.append(place)
     return made
 
 
-def _make(place: str) -> None:
+def _make(place: str) -> list[str]:
+    """Make a directory and those above it; answers which of the latter were missing."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _make_once(place)
+        except FileNotFoundError:
+            continue  # the last container below a parent took it away just now
+    return _make_once(place)
+
+
+def _make_once(place: str) -> list[str]:
     missing = []
     above = place
     while not os.path.isdir(above):
@@ -101,6 +125,7 @@ def _make(place: str) -> None:
                 with open(target, "r+") as file:
                     if not file.read().strip():
                         file.write(value)
+    return missing[:0:-1]
 
 
 def enter(places: Iterable[str], pid: int) -> None:
@@ -113,8 +138,11 @@ def enter(places: Iterable[str], pid: int) -> None:
             continue
 
 
-def remove(places: Iterable[str]) -> None:
-    """Remove the directories once nothing is in them any more; what others put there stays."""
+def remove(places: Iterable[str], above: Iterable[str] = ()) -> None:
+    """Remove the directories once nothing is in them any more, and what was made `above` them if that is empty.
+
+    What others put there stays.
+    """
     deadline = time.monotonic() + REMOVE_TIMEOUT
     for place in places:
         while True:
@@ -127,3 +155,8 @@ def remove(places: Iterable[str]) -> None:
                     time.sleep(0.01)
                     continue
             break
+    for place in above:
+        try:
+            os.rmdir(place)
+        except OSError:
+            continue  # somebody else's container is below it
