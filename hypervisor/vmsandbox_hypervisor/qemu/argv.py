@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from vmsandbox_hypervisor.api import PciAddress, PrivateMemory, SharedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
     from typing import Literal
 
     from vmsandbox_hypervisor.api import VmConfig
@@ -225,18 +225,33 @@ def argv(
                 },
             ),
         ]
-    slot = 1 + (config.root_ports + 7) // 8
-    for options in _devices(config, fds, block_devices, vsock_cid):
-        if options[-1].startswith("virtserialport"):
-            line += options
-            continue
-        if slot > LAST_SLOT:
-            raise ValueError(f"more devices than the {LAST_SLOT} slots of the root complex")
+    for slot, options in _placed(config, _devices(config, fds, block_devices, vsock_cid)):
         line += [option.replace("@SLOT@", f"0x{slot:x}") for option in options]
-        slot += 1
     if config.restore is not None:
         line += ["-incoming", "defer"]
     return line
+
+
+def disk_address(config: VmConfig, disk_id: str) -> PciAddress:
+    """Where the guest finds a disk that is there from the start."""
+    device = f"disk-{disk_id}"
+    for slot, options in _placed(config, _devices(config, descriptors(config), (), config.vsock_cid)):
+        if options[-1].startswith("{") and json.loads(options[-1])["id"] == device:
+            return PciAddress(pci_path=f"{slot:02x}.0")
+    raise ValueError(f"no disk '{disk_id}' is there from the start")
+
+
+def _placed(config: VmConfig, devices: list[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Each device with its slot of the root complex; ports of virtio-serial need none."""
+    slot = 1 + (config.root_ports + 7) // 8
+    for options in devices:
+        if options[-1].startswith("virtserialport"):
+            yield slot, options
+            continue
+        if slot > LAST_SLOT:
+            raise ValueError(f"more devices than the {LAST_SLOT} slots of the root complex")
+        yield slot, options
+        slot += 1
 
 
 def _devices(

@@ -50,10 +50,15 @@ def create(path: Path, size_mib: int, cache: Path) -> None:
             f"a writable layer of {size_mib} MiB is not possible: choose {SIZE_MIN_MIB} to {SIZE_MAX_MIB}"
         )
     with _failing_as(path):
-        golden = _golden(size_mib, cache)
+        copy(_golden(size_mib, cache), path)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Make the new file `path`, what is not a hole of `source`.  Fails as `create`."""
+    with _failing_as(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            with open(golden, "rb") as file:
+            with open(source, "rb") as file:
                 _copy_sparse(file.fileno(), descriptor)
         except BaseException:
             path.unlink()

@@ -20,10 +20,11 @@ from vmsandbox.oci.compose import add_devices
 from vmsandbox.oci.options import Device
 from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import shares, store
+from vmsandbox.supervisor import shares, slots, store
 from vmsandbox.supervisor.lifecycle import Status, advance
 from vmsandbox.supervisor.process import Exit, Process
 from vmsandbox.supervisor.sandbox import Demand
+from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -37,14 +38,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STORAGE = "/run/vmsandbox/storage"
-ROOTFS = "/run/vmsandbox/rootfs"
 #: nodes of the disks of the host that containers are given
 DEVICES = "/run/vmsandbox/devices"
 #: seconds the creation of a container may take in the guest
 CREATE_TIMEOUT = 120.0
-#: tmpfs that only takes mount points of a read-only root file system
-MOUNT_POINTS_BYTES = 1024 * 1024
 
 
 class Container:
@@ -146,45 +143,56 @@ class Container:
         options: RunOptions,
         *,
         start: bool,
+        in_slot: bool = False,
     ) -> None:
-        """Give the container what it needs and create it in the guest; undone completely if it fails."""
+        """Give the container what it needs and create it in the guest; undone completely if it fails.
+
+        With `in_slot` its layer is that of the machine's slot.
+        """
         try:
-            scratch_path = await self._prepare(image, options)
+            layer = await self._prepare(image, options, in_slot=in_slot)
             sandbox = await asyncio.shield(sandbox_ready)
-            await self._give(sandbox, image, scratch_path, composed, options.disks, start=start)
+            await self._give(sandbox, image, layer, composed, options.disks, start=start)
         except BaseException:
             await self.release()
             raise
 
-    async def _prepare(self, image: Image, options: RunOptions) -> Path | None:
-        """What needs no virtual machine, done while it boots."""
-        roots = self.around.roots
-        directory = roots.data / "containers" / self.id
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Several run roots may share a data root: what belongs to which is said beside it.
-        (directory / "owner").write_text(roots.run_dir)
-        ImageStore(roots).hold(image.id, self.id)
+    async def _prepare(self, image: Image, options: RunOptions, *, in_slot: bool) -> Path | None:
+        """What needs no virtual machine, done while it boots; a layer `in_slot` comes with the machine."""
+        self.hold(image)
         if self.shared:
             shared_dir = self.around.paths.shared_dir
             await shares.bind(shared_dir, self.shared)
             self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
         if options.read_only:
             return None
-        path = directory / "scratch.img"
-        if not path.exists():
-            await asyncio.to_thread(
-                scratch.create,
-                path,
-                int(self.document.get("scratch_mib") or self.around.settings.container.scratch_size_mib),
-                roots.data / "cache",
-            )
-        return path
+        if not in_slot and not self.layer.exists():
+            await asyncio.to_thread(scratch.create, self.layer, self.layer_mib, self.around.roots.data / "cache")
+        return self.layer
+
+    def hold(self, image: Image) -> None:
+        """Have a directory for what outlives the machine, and keep the image from being removed."""
+        roots = self.around.roots
+        directory = self.layer.parent
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Several run roots may share a data root: what belongs to which is said beside it.
+        (directory / "owner").write_text(roots.run_dir)
+        ImageStore(roots).hold(image.id, self.id)
+
+    @property
+    def layer(self) -> Path:
+        """The file of the writable layer, if it has one."""
+        return self.around.roots.data / "containers" / self.id / "scratch.img"
+
+    @property
+    def layer_mib(self) -> int:
+        return int(self.document.get("scratch_mib") or self.around.settings.container.scratch_size_mib)
 
     async def _give(
         self,
         sandbox: Sandbox,
         image: Image,
-        scratch_path: Path | None,
+        layer: Path | None,
         composed: Composed,
         disks: Sequence[texts.Disk],
         *,
@@ -194,16 +202,10 @@ class Container:
         stack = self.stack
         await sandbox.give(self.id, self.demand())
         stack.push_async_callback(sandbox.take_back, self.id)
+        self.document["disks"] = {}
         image_disk = f"image-{image.id.removeprefix('sha256:')[:12]}"
-        image_address = await sandbox.share_disk(image_disk, image.erofs, user=self.id)
-        stack.push_async_callback(sandbox.unshare_disk, image_disk, user=self.id)
-        self.document["disks"] = {"image": [image_disk, image_address]}
-        scratch_address = None
-        if scratch_path is not None:
-            scratch_disk = f"scratch-{self.id[:12]}"
-            scratch_address = await sandbox.attach_disk(scratch_disk, scratch_path, read_only=False)
-            stack.push_async_callback(sandbox.detach_disk, scratch_disk)
-            self.document["disks"]["scratch"] = [scratch_disk, scratch_address]
+        image_address = await self._image_address(sandbox, image, image_disk)
+        layer_point, layer_address = await self._layer_place(sandbox, layer)
         self.save()
         if disks:
             add_devices(composed.spec, await self._give_disks(sandbox, disks))
@@ -214,7 +216,7 @@ class Container:
             container_id=self.id,
             spec_json=json.dumps(composed.spec).encode(),
             storages=[
-                *overlay_storages(image_disk, image_address, self.id[:12], scratch_address, self.rootfs),
+                *overlay_storages(image_disk, image_address, layer_point, layer_address, self.rootfs),
                 *self.shared.storages(),
             ],
             stdio=self.stdio(),
@@ -231,6 +233,31 @@ class Container:
             "create": round(time.monotonic() - attached, 4),
             **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
         }
+
+    async def _image_address(self, sandbox: Sandbox, image: Image, disk_id: str) -> str:
+        """Where the guest has the image: in the machine's slot, or hot-plugged for all containers that use it."""
+        if sandbox.spec.image == str(image.erofs):
+            return slots.address(sandbox.vm.config, slots.IMAGE)
+        address = await sandbox.share_disk(disk_id, image.erofs, user=self.id)
+        self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
+        self.document["disks"]["image"] = [disk_id, address]
+        return address
+
+    async def _layer_place(self, sandbox: Sandbox, layer: Path | None) -> tuple[str, str | None]:
+        """Where the writable layer is mounted in the guest, and the address of its disk, if it has one."""
+        own = f"{STORAGE}/{self.id[:12]}"
+        if layer is None:
+            return own, None
+        if sandbox.spec.layer == str(layer):
+            # A clone has had it mounted from the start, which somebody has to undo as well.
+            self.document["in_slot"] = True
+            self.stack.push_async_callback(self._forget_in_guest, sandbox, [slots.LAYER_POINT])
+            return slots.LAYER_POINT, slots.address(sandbox.vm.config, slots.LAYER)
+        disk_id = f"scratch-{self.id[:12]}"
+        address = await sandbox.attach_disk(disk_id, layer, read_only=False)
+        self.stack.push_async_callback(sandbox.detach_disk, disk_id)
+        self.document["disks"]["scratch"] = [disk_id, address]
+        return own, address
 
     async def _give_disks(self, sandbox: Sandbox, disks: Sequence[texts.Disk]) -> list[Device]:
         """Hot-plug the host's disks; answers what the container is to see."""
@@ -305,6 +332,8 @@ class Container:
         """Unmount what outlives the machine (the writable layer), just before the machine is ended."""
         try:
             await self._remove_in_guest(sandbox)
+            if self.document.get("in_slot"):
+                await self._forget_in_guest(sandbox, [slots.LAYER_POINT])
         except SandboxError as error:
             log.warning("%s: its writable layer was not unmounted: %s", self, error)
 
@@ -331,6 +360,8 @@ class Container:
         for disk_id in own.values():
             if f"disk-{disk_id}" in present:
                 self.stack.push_async_callback(sandbox.detach_disk, disk_id)
+        if self.document.get("in_slot"):
+            self.stack.push_async_callback(self._forget_in_guest, sandbox, [slots.LAYER_POINT])
         points = [f"{DEVICES}/{self.id[:12]}-{kind.partition('-')[2]}" for kind in own if kind.startswith("device-")]
         if points:
             self.stack.push_async_callback(self._forget_in_guest, sandbox, points)
@@ -358,35 +389,3 @@ class Container:
     def require_running(self, verb: str) -> None:
         if self.status != "running":
             raise InvalidStateError(str(self), state=self.status, wanted=verb)
-
-
-def overlay_storages(
-    image_name: str, image_address: str, name: str, scratch_address: str | None, rootfs: str
-) -> list[pb.Storage]:
-    """The image below, a writable layer above, both seen as one tree at `rootfs`.
-
-    Without a disk for it the layer is a small tmpfs that only takes the mount points of a read-only container.
-    """
-    lower = f"{STORAGE}/{image_name}"
-    upper = f"{STORAGE}/{name}"
-    if scratch_address:
-        writable = pb.Storage(
-            driver=pb.Storage.DRIVER_BLOCK,
-            fstype="ext4",
-            options=["noatime"],
-            mount_point=upper,
-            pci_path=scratch_address,
-        )
-    else:
-        writable = pb.Storage(driver=pb.Storage.DRIVER_TMPFS, options=[f"size={MOUNT_POINTS_BYTES}"], mount_point=upper)
-    image = pb.Storage(
-        driver=pb.Storage.DRIVER_BLOCK, fstype="erofs", options=["ro"], mount_point=lower, pci_path=image_address
-    )
-    overlay = pb.Storage(
-        driver=pb.Storage.DRIVER_OVERLAY,
-        mount_point=rootfs,
-        lower=[lower],
-        upper=f"{upper}/upper",
-        work=f"{upper}/work",
-    )
-    return [image, writable, overlay]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, ending, execution, store, template
+from vmsandbox.supervisor import composition, ending, execution, slots, store, template
 from vmsandbox.supervisor.container import Container
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from vmsandbox.supervisor.service import Service
 
 #: of a container's document: what it had in the machine, and how its last life ended
-HAD = frozenset({"disks", "devices", "phases", "execs", "shares"})
+HAD = frozenset({"disks", "devices", "phases", "execs", "shares", "in_slot"})
 ENDED = frozenset({"exit", "finished", "oom_killed"})
 
 
@@ -44,17 +45,20 @@ async def run(service: Service, request: dict[str, Any], *, start: bool = True) 
             spec = _pod_of(service, request, options)
             composition.note_pod(document, spec)
             container, composed, options = await _composed(service, spec, document, image, options)
-            service.want(spec)
+            if service.spec is None and spec.implicit:
+                spec = _with_slots(service, spec, container, image, options)
+
+            async def creating() -> None:
+                container.hold(image)  # the machine's slot has its layer there
+                service.want(spec)
+                in_slot = spec.layer == str(container.layer)
+                await container.create(service.sandbox, image, composed, options, start=start, in_slot=in_slot)
+
+            await admit(service, container, creating, verb="run" if start else "create")
         except BaseException as error:
             if service.spec is None and not service.wanted.done() and isinstance(error, SandboxError):
                 service.wanted.set_exception(error)
             raise
-        await admit(
-            service,
-            container,
-            lambda: container.create(service.sandbox, image, composed, options, start=start),
-            verb="run" if start else "create",
-        )
     return {"id": container_id, "pid": (container.init.standin or {}).get("pid", 0)}
 
 
@@ -87,6 +91,19 @@ def _pod_of(service: Service, request: dict[str, Any], options: RunOptions) -> S
     if not spec.implicit:
         raise InvalidArgumentError(f"no such pod: '{spec.id}'; 'vmsandbox pod create' makes one")
     return spec
+
+
+def _with_slots(
+    service: Service, spec: SandboxSpec, container: Container, image: Image, options: RunOptions
+) -> SandboxSpec:
+    """The pod with its first container's disks there from the start, as far as its template has room for them."""
+    usual = container.layer_mib == service.around.settings.container.scratch_size_mib
+    return dataclasses.replace(
+        spec,
+        image=str(image.erofs) if slots.holds(image.erofs) else "",
+        layer=str(container.layer) if usual and not options.read_only else "",
+        layer_mib=container.layer_mib,
+    )
 
 
 async def _composed(
@@ -163,7 +180,10 @@ async def _start_again(service: Service, old: Container, request: dict[str, Any]
                 image = ImageStore(service.around.roots).resolve(str((document.get("image") or {}).get("id")))
                 options = composition.run_options(document)
                 fresh, composed, options = await _composed(service, service.spec, document, image, options)
-                service.want(service.spec)
+                if not service.wanted.done():
+                    # Its layer was written to: no template's copy can be in its place.
+                    here = str(image.erofs) if service.spec.implicit and slots.holds(image.erofs) else ""
+                    service.want(dataclasses.replace(service.spec, image=here, layer=""))
                 # The last of its output and its exit first: the new stand-in is for the new life alone.
                 await old.init.delivered.wait()
                 await old.release()

@@ -24,7 +24,7 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import clock, shares, store, template
+from vmsandbox.supervisor import clock, shares, slots, store, template
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
@@ -94,6 +94,10 @@ class SandboxSpec:
     shm_bytes: int = 0
     #: of the host, where everything of the machine is; empty: wherever its supervisor is
     cgroups: tuple[str, ...] = ()
+    #: files of what is in the machine's slots from the start: its first container's image, and an empty layer
+    image: str = ""
+    layer: str = ""
+    layer_mib: int = 0
     #: a pod that was made on purpose has come up once: what fails later does not undo it
     established: bool = False
     created: float = field(default_factory=time.time)
@@ -114,6 +118,9 @@ class SandboxSpec:
             "share": [*self.share],
             "shm_bytes": self.shm_bytes,
             "cgroups": [*self.cgroups],
+            "image": self.image,
+            "layer": self.layer,
+            "layer_mib": self.layer_mib,
             "established": self.established,
             "created": self.created,
         }
@@ -308,7 +315,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
     first = settings.hypervisor.uid_base
     serves_9p = spec.shareable and (spec.shared_fs or sandbox.shared_fs) == shares.NINEP
-    return VmConfig(
+    config = VmConfig(
         name=f"vmsandbox-{spec.id[:12]}",
         directory=around.paths.vm,
         kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline, emulated_cmdline=EMULATED),
@@ -326,6 +333,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         virtiofsd=_path(settings.hypervisor.virtiofsd),
         boot_timeout=settings.hypervisor.boot_timeout,
     )
+    return slots.reserved(config) if spec.implicit else config
 
 
 def _path(text: str) -> Path:
@@ -371,6 +379,7 @@ async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandb
         if clone is not None:
             sandbox = await _cloned(around, spec, clone, network, stack, required=mode == "require")
         if sandbox is None:
+            config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
             sandbox = await _booted(around, spec, config, network, stack)
         sandbox.template_key = key
         network.settle()
@@ -389,6 +398,10 @@ async def _cloned(
     """A pod out of a template; None, and a line in the log, where that fails and is not required."""
     try:
         async with AsyncExitStack() as attempt:
+            if slots.has(config):
+                assert config.restore is not None
+                layer = config.restore.with_name(template.LAYER)
+                config = await asyncio.to_thread(slots.for_clone, config, spec, layer)
             sandbox = await _booted(around, spec, config, network, attempt)
             stack.push_async_exit(attempt.pop_all())
             return sandbox

@@ -5,7 +5,7 @@ kernel, image, and this version.  It is made before any user data exists, by boo
 running one container in it on the same kinds of disk that pods get, taking everything away again and saving what is
 left: code is loaded, modules are in, nothing has an identity yet.
 
-    <templates>/<key>/state, memory, template.json     one template, complete
+    <templates>/<key>/state, memory, layer, template.json  one template, complete
     <templates>/<key>/holders/<pid>                    supervisors that have its memory at hand
     <templates>/.<key>.lock                            held by whoever makes it
     <templates>/.staging-*                             being made, or left by a maker that was killed
@@ -30,6 +30,7 @@ from vmsandbox import __version__, records
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
+from vmsandbox.supervisor import slots
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "vmsandbox-template"
+LAYER = "layer"
 DOCUMENT = "template.json"
 STAGING = ".staging-"
 #: seconds the container that warms a template may take
@@ -58,8 +60,8 @@ WARM_TIMEOUT = 120.0
 WARM_DISK_MIB = 16
 
 
-async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
-    """What a clone and its template must agree on, as a hash."""
+async def key_of(hypervisor: Hypervisor, config: VmConfig, *, layer_mib: int) -> str:
+    """What a clone and its template must agree on, as a hash; `layer_mib` is the size of the layer in its slot."""
     choice = await hypervisor.probe_accel(config.accel)
     shared = replace(config.memory, backing=SharedMemory())
     kernel = config.kernel
@@ -74,9 +76,11 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig) -> str:
         memory=shared,
         restore=None,
     )
-    files = [config.binary, canonical.kernel.path, canonical.kernel.initrd, *(disk.path for disk in canonical.disks)]
+    own = [disk.path for disk in canonical.disks if disk.id not in slots.IDS]
+    files = [config.binary, canonical.kernel.path, canonical.kernel.initrd, *own]
     facts = {
         "version": __version__,
+        "layer_mib": layer_mib,
         "argv": list(hypervisor.argv(canonical)),
         "files": [_identity(path) for path in files if path is not None],
     }
@@ -138,7 +142,7 @@ def is_whole(directory: Path) -> bool:
 
 def _facts(directory: Path) -> dict[str, list[int]]:
     """What tells that somebody changed a file; hashes of so much memory would cost more than the clone."""
-    found = {name: (directory / name).stat() for name in (STATE, MEMORY)}
+    found = {name: (directory / name).stat() for name in (STATE, MEMORY, LAYER) if (directory / name).exists()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
@@ -215,7 +219,8 @@ async def build(
     Two that want the same one make it once: the second waits, or without `waiting` leaves it to the first.  Raises
     a `SandboxError` when it cannot be made; nothing is left then.
     """
-    key = await key_of(around.hypervisor, config)
+    layer_mib = around.settings.container.scratch_size_mib
+    key = await key_of(around.hypervisor, config, layer_mib=layer_mib)
     root = around.roots.templates
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(root, key, waiting=waiting) as ours:
@@ -266,7 +271,10 @@ def _sweep(root: Path, key: str) -> None:
 
 
 async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) -> None:
+    from vmsandbox.supervisor.storages import layer_storage
+
     memory = empty_memory(config.memory.size_mib)
+    cache = around.roots.data / "cache"
     try:
         booted = replace(
             config,
@@ -274,6 +282,9 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             directory=run,
             memory=replace(config.memory, backing=SharedMemory(fd=memory)),
         )
+        if slots.has(config):
+            layer_mib = around.settings.container.scratch_size_mib
+            booted = await asyncio.to_thread(slots.for_template, booted, run, layer_mib=layer_mib, cache=cache)
         with translating():
             async with around.hypervisor.running(booted) as vm:
                 port = vm.port_path(booted.ports[0].name)
@@ -281,14 +292,18 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                     await agent.details(timeout=config.boot_timeout)
                     async with AsyncExitStack() as stack:
                         disk = run / "warm.img"
-                        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, around.roots.data / "cache")
+                        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, cache)
                         image = await vm.attach_disk(Disk(id="warm-image", path=config.disks[0].path, read_only=True))
                         stack.push_async_callback(vm.detach_disk, "warm-image")
                         writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
                         stack.push_async_callback(vm.detach_disk, "warm-scratch")
                         async with asyncio.timeout(WARM_TIMEOUT):
                             await _warm(around, agent, image.pci_path, writable.pci_path)
+                    if slots.has(booted):
+                        await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
                 await save_template(vm, saved)
+                if slots.has(booted):
+                    await asyncio.to_thread(scratch.copy, booted.disks[-1].path, saved / LAYER)
     except TimeoutError:
         raise UnavailableError(f"the template's container did not end within {WARM_TIMEOUT:g} s") from None
     finally:
@@ -298,7 +313,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
 async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: str) -> None:
     """Run one container the way pods run theirs, so that all code on that path is in memory."""
     from vmsandbox.oci import compose, options
-    from vmsandbox.supervisor.container import ROOTFS, overlay_storages
+    from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
     from vmsandbox_protocol import agent_pb2 as pb
 
     container_id = "warm"
@@ -315,7 +330,7 @@ async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: 
     request = pb.CreateContainerRequest(
         container_id=container_id,
         spec_json=json.dumps(composed.spec).encode(),
-        storages=overlay_storages("warm-image", image, container_id, writable, rootfs),
+        storages=overlay_storages("warm-image", image, f"{STORAGE}/{container_id}", writable, rootfs),
         stdio=pb.Stdio(stdin=True, stdout=True, stderr=True),
         start=True,
         user=composed.user,
@@ -348,7 +363,7 @@ async def clone_of(
     if mode == "off":
         yield None, ""
         return
-    key = await key_of(around.hypervisor, config)
+    key = await key_of(around.hypervisor, config, layer_mib=around.settings.container.scratch_size_mib)
     with ExitStack() as stack:
         try:
             clone = stack.enter_context(cloned(around, config, key, shareable=shareable))
