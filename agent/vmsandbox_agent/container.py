@@ -14,8 +14,8 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox_agent import clock_offsets, hugepages, programs, scheduling, users
 from vmsandbox_agent import process as processes
-from vmsandbox_agent import programs, users
 from vmsandbox_agent.crun import Crun, CrunError
 from vmsandbox_agent.errors import (
     AgentError,
@@ -65,6 +65,8 @@ class Container:
         self._lock = threading.RLock()
         self._paused = False
         self._root = -1
+        #: its time namespace, if it has one of its own
+        self._clocks = -1
         self.init: Process | None = None
 
     # ------------------------------------------------------------ life
@@ -81,10 +83,16 @@ class Container:
                 raise InvalidArgumentError(f"root '{root_path}' cannot be used: {error.strerror}") from error
             undo.callback(self._close_root)
             self._complete(request)
+            undo.callback(self._close_clocks)
+            self._clocks = clock_offsets.take(self._spec.get("linux") or {})
+            if self._clocks >= 0:
+                self._crun.clocks[self.bundle] = f"/proc/{os.getpid()}/fd/{self._clocks}"
             (self.bundle / "config.json").write_text(json.dumps(self._spec))
             begun = time.monotonic_ns()
             undo.callback(self._delete)
-            at_once = request.start and self._is_executable_as_seen_from_outside()
+            hugepages.allow((self._spec.get("linux") or {}).get("resources") or {})
+            process = self._spec.get("process") or {}
+            at_once = request.start and not scheduling.asked(process) and self._is_executable_as_seen_from_outside()
             self._create_init(request, ended, at_once=at_once)
             self.phases_us["create"] = (time.monotonic_ns() - begun) // 1000
             if request.start and not at_once:
@@ -120,6 +128,7 @@ class Container:
             try:
                 if not at_once:
                     self._check_program(child.pid, spec_process)
+                    scheduling.apply(spec_process, child.pid)
                 streams = plumbing.connected()
             except BaseException:
                 child.kill(_SIGKILL)
@@ -145,6 +154,7 @@ class Container:
                 self.kill_all()
             self._delete()
             self._close_root()
+            self._close_clocks()
             shutil.rmtree(self.bundle, ignore_errors=True)
 
     def kill_all(self) -> None:
@@ -172,6 +182,12 @@ class Container:
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
+
+    def _close_clocks(self) -> None:
+        if self._clocks >= 0:
+            del self._crun.clocks[self.bundle]
+            os.close(self._clocks)
+            self._clocks = -1
 
     @property
     def status(self) -> str:
@@ -212,8 +228,10 @@ class Container:
                         path,
                         stdio=plumbing.inner,
                         console_socket=plumbing.console.path if plumbing.console else None,
+                        document=document,
                     )
                     try:
+                        scheduling.complete(document, child.pid)
                         streams = plumbing.connected()
                     except BaseException:
                         child.kill(_SIGKILL)
@@ -281,7 +299,9 @@ class Container:
         with self._lock:
             self._expect(CREATED, RUNNING, PAUSED, wanted="update")
             path = self.bundle / "resources.json"
-            path.write_text(json.dumps(_object(resources_json, "resources")))
+            resources = _object(resources_json, "resources")
+            path.write_text(json.dumps(resources))
+            hugepages.allow(resources)
             self._crun.update(self.id, self.bundle, path)
 
     def stats(self) -> Stats:

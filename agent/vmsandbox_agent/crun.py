@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vmsandbox_agent import clock_offsets, scheduling
 from vmsandbox_agent.errors import AgentError, TimedOutError
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Crun:
         self._root = root
         self._binary = binary
         self._env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        #: time namespaces of containers that have their own, by bundle: crun knows a process by its start, which it
+        #: reads by the clocks of its own
+        self.clocks: dict[Path, str] = {}
 
     def create(
         self,
@@ -84,8 +88,9 @@ class Crun:
         *,
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
+        document: dict[str, Any],
     ) -> Child:
-        """Start another process; `name` tells its files in the bundle apart."""
+        """Start another process; `name` tells its files in the bundle apart, `document` is what `process` holds."""
         return self._inheriting(
             ["exec", "--detach", "--process", str(process)],
             container_id,
@@ -93,6 +98,7 @@ class Crun:
             name,
             stdio=stdio,
             console_socket=console_socket,
+            document=document,
         )
 
     def start(self, container_id: str, bundle: Path) -> None:
@@ -136,19 +142,30 @@ class Crun:
         *,
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
+        document: dict[str, Any] | None = None,
     ) -> Child:
         pid_file = bundle / f"{name}.pid"
         console = ["--console-socket", str(console_socket)] if console_socket else []
         with self._reaper.expecting():
-            self._run([*verb, "--pid-file", str(pid_file), *console, container_id], bundle / f"{name}.log", stdio)
+            arguments = [*verb, "--pid-file", str(pid_file), *console, container_id]
+            self._run(arguments, bundle / f"{name}.log", stdio, document)
             return self._reaper.claim(int(pid_file.read_text()))
 
     def _run(
-        self, arguments: list[str], log: Path, stdio: tuple[int | None, int | None, int | None] = (None, None, None)
+        self,
+        arguments: list[str],
+        log: Path,
+        stdio: tuple[int | None, int | None, int | None] = (None, None, None),
+        document: dict[str, Any] | None = None,
     ) -> None:
         argv = [self._binary, f"--root={self._root}", f"--log={log}", "--log-format=json", "--cgroup-manager=cgroupfs"]
         log.unlink(missing_ok=True)
-        child = self._reaper.spawn([*argv, *arguments], env=self._env, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
+
+        def start() -> Child:
+            words = clock_offsets.inside(self.clocks.get(log.parent, ""), [*argv, *arguments])
+            return self._reaper.spawn(words, env=self._env, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
+
+        child = scheduling.started(document or {}, start)
         try:
             status = child.wait(TIMEOUT)
         except TimedOutError:

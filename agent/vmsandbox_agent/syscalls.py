@@ -44,6 +44,7 @@ _ADJ_NANO = 0x2000
 #: struct timex, and where its time is
 _TIMEX_SIZE = 208
 _TIMEX_TIME = 72
+CLONE_NEWTIME = 0x00000080
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (
@@ -155,6 +156,12 @@ def become_subreaper() -> None:
 def begin_pid_namespace() -> None:
     """Put the children that this thread starts from now on into a new PID namespace; the thread can do nothing else."""
     if _libc.unshare(_CLONE_NEWPID):
+        raise _failed("unshare")
+
+
+def begin_time_namespace() -> None:
+    """Have the children that this thread would start in a new time namespace."""
+    if _libc.unshare(CLONE_NEWTIME):
         raise _failed("unshare")
 
 

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"vmsandbox.supervisor"},
     {"vmsandbox.resources", "vmsandbox.guest", "vmsandbox.guestbuild"},
     {"vmsandbox_hypervisor", "vmsandbox_protocol", "vmsandbox.oci", "vmsandbox.config"},
+    {"vmsandbox.lent"},
     {"vmsandbox.records"},
     {"vmsandbox.oci.annotations"},
     {
@@ -45,6 +46,7 @@ ONLY: dict[str, set[str]] = {
         "vmsandbox.arguments",
         "vmsandbox.cgroups",
         "vmsandbox.errors",
+        "vmsandbox.lent",
         "vmsandbox.oci.annotations",
         "vmsandbox.paths",
         "vmsandbox.records",

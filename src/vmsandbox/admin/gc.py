@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from vmsandbox import records
+from vmsandbox import lent, records
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -76,6 +76,8 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
         records.remove_tree(f"{sandbox.dir}/vm")
         if records.close_shared(sandbox):
             say(f"unmounted what pod '{os.path.basename(sandbox.dir)}' had shared")
+        for complaint in lent.give_back_all(sandbox):
+            say(complaint)
         for container in found:
             settle_container(roots, container, say)
         if records.pod_id_of(sandbox):

@@ -44,6 +44,8 @@ ACK_EVERY = 256 * 1024
 ATOMIC = 4096
 #: Exit status when the pod is lost and nobody can say how the process ended.
 LOST = 255
+#: instead of a root: nothing but processes
+EMPTY = "(empty)"
 #: seconds before a connection is tried again that broke without having brought anything
 RECONNECT_PAUSE = 0.2
 NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}

@@ -84,6 +84,8 @@ class SandboxSettings:
     #: memory a pod can grow to; 0: as much as the host has
     max_memory_mib: Annotated[int, Between(0, 16 * 1024 * 1024)] = 0
     shared_fs: Literal["virtio-fs", "9p", "none"] = "virtio-fs"
+    #: share root file systems that engines mounted from disks, instead of plugging the disks
+    disable_block_device_use: bool = False
     template: Literal["auto", "require", "off"] = "auto"
     #: seconds between the stop signal and SIGKILL
     grace_seconds: Annotated[float, Between(0, 86400)] = 10.0

@@ -75,8 +75,23 @@ def check(spec: Spec, *, name: str = CONFIG) -> None:
     for member, value in (("hostname", spec.hostname), ("domainname", spec.domainname)):
         if value and spec.linux.namespace("uts") is None:
             complaints.append(f"'{member}' is set but 'linux.namespaces' has no uts namespace")
+    complaints += _namespace_complaints(spec)
     if complaints:
         raise InvalidBundleError(f"{name} is not valid: {'; '.join(complaints[:3])}")
+
+
+def _namespace_complaints(spec: Spec) -> list[str]:
+    """Settings of namespaces that the container does not get, and namespaces without what they need."""
+    linux = spec.linux
+    user, complaints = linux.namespace("user"), []
+    for name, mappings in (("uidMappings", linux.uid_mappings), ("gidMappings", linux.gid_mappings)):
+        if mappings and user is None:
+            complaints.append(f"'linux.{name}' is set but 'linux.namespaces' has no user namespace")
+        if user is not None and not user.path and not mappings:
+            complaints.append(f"'linux.namespaces' has a user namespace but 'linux.{name}' is empty")
+    if linux.time_offsets and linux.namespace("time") is None:
+        complaints.append("'linux.timeOffsets' is set but 'linux.namespaces' has no time namespace")
+    return complaints
 
 
 def load_process(path: str | os.PathLike[str]) -> tuple[Process, dict[str, Any]]:

@@ -46,6 +46,19 @@ class Rlimit(Part):
     hard: UInt64
 
 
+SCHEDULER_FLAGS = frozenset(
+    {
+        "SCHED_FLAG_RESET_ON_FORK",
+        "SCHED_FLAG_RECLAIM",
+        "SCHED_FLAG_DL_OVERRUN",
+        "SCHED_FLAG_KEEP_POLICY",
+        "SCHED_FLAG_KEEP_PARAMS",
+        "SCHED_FLAG_UTIL_CLAMP_MIN",
+        "SCHED_FLAG_UTIL_CLAMP_MAX",
+    }
+)
+
+
 class Scheduler(Part):
     """As for sched_setattr(2)."""
 
@@ -56,6 +69,17 @@ class Scheduler(Part):
     runtime: UInt64 = 0
     deadline: UInt64 = 0
     period: UInt64 = 0
+
+    @model_validator(mode="after")
+    def _fits_its_policy(self) -> Self:
+        real_time = self.policy in ("SCHED_FIFO", "SCHED_RR")
+        if real_time != (self.priority > 0):
+            raise ValueError(f"priority is '{self.priority}': 1 to 99 for SCHED_FIFO and SCHED_RR, 0 for all others")
+        if self.policy == "SCHED_DEADLINE" and not 0 < self.runtime <= self.deadline <= (self.period or self.deadline):
+            raise ValueError("SCHED_DEADLINE needs 0 < runtime <= deadline <= period")
+        if unknown := sorted(set(self.flags) - SCHEDULER_FLAGS):
+            raise ValueError(f"flag '{unknown[0][:64]}' is unknown")
+        return self
 
 
 class IoPriority(Part):

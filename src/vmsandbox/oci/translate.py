@@ -9,41 +9,28 @@ that names the member.  Pure but for looking at the sources of mounts.
 from __future__ import annotations
 
 import copy
-import os
-import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmsandbox.errors import InvalidBundleError, UnsupportedError
-from vmsandbox.oci import bpf
+from vmsandbox.oci import bindings, bpf, nodes
+from vmsandbox.oci.bindings import Source
 from vmsandbox.oci.compose import SPEC_VERSION
+from vmsandbox.oci.limits import guest_resources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from vmsandbox.oci.bundle import Bundle
     from vmsandbox.oci.linux import Seccomp
-    from vmsandbox.oci.spec import Mount, Process
+    from vmsandbox.oci.spec import Process
 
-#: file systems that the guest makes itself
-MADE_IN_GUEST = frozenset({"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "hugetlbfs", "ramfs"})
+Kind = Literal["single", "sandbox", "container"]
 #: settings of namespaces that are the pod's
-_POD_SYSCTLS = ("net.", "kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue.", "kernel.domainname", "kernel.hostname")
-#: trees of a kernel, which is the guest's
-_KERNEL_TREES = ("/proc", "/sys")
-_SHM = "/dev/shm"
-_SHM_BYTES = 64 << 20
-_PROCESS_UNSUPPORTED = ("scheduler", "io_priority")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Something of the host that a container needs to see; `destination` is ``/`` for its root."""
-
-    path: str
-    destination: str
-    read_only: bool
+_IPC_SYSCTLS = ("kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue.")
+_UTS_SYSCTLS = ("kernel.domainname", "kernel.hostname")
+_POD_SYSCTLS = ("net.", *_IPC_SYSCTLS, *_UTS_SYSCTLS)
 
 
 @dataclass(kw_only=True)
@@ -57,23 +44,48 @@ class Translated:
     sysctls: dict[str, str]
     #: index of a mount in `document` -> index of its source in `sources`
     mounts: dict[int, int] = field(default_factory=dict)
+    #: what has to be plugged before `document` is complete
+    disks: list[nodes.HostDisk] = field(default_factory=list)
+    #: devices of a privileged container that the virtual machine does not have
+    left_out: list[str] = field(default_factory=list)
 
-    def completed(self, place: Callable[[int], str]) -> dict[str, Any]:
-        """The document with the guest's paths; `place` says where the source with a number is in the guest."""
+    def completed(
+        self,
+        place: Callable[[int], str],
+        *,
+        plugged: Mapping[nodes.Numbers, nodes.Numbers] | None = None,
+        node: Callable[[int], str] = str,
+    ) -> dict[str, Any]:
+        """The document with the guest's paths and numbers.
+
+        `place` says where the source with a number is in the guest, `plugged` as what each disk of the host is known
+        there, and `node` where the device node of the disk with a number is.
+        """
+        plugged = plugged or {}
         made = copy.deepcopy(self.document)
         made["root"]["path"] = place(0)
         for mount, source in self.mounts.items():
             made["mounts"][mount]["source"] = place(source)
+        linux = made["linux"]
+        for number, disk in enumerate(self.disks):
+            if disk.mount is not None:
+                made["mounts"][disk.mount]["source"] = node(number)
+                continue
+            major, minor = plugged[disk.numbers]
+            entry = {"path": disk.path, "type": "b", "major": major, "minor": minor, "fileMode": disk.mode}
+            linux.setdefault("devices", []).append({**entry, "uid": disk.uid, "gid": disk.gid})
+        if linux.get("resources"):
+            linux["resources"] = nodes.placed(linux["resources"], plugged)
         return made
 
 
-def translated(bundle: Bundle, *, kind: Literal["single", "sandbox", "container"], cache: Path | None) -> Translated:
+def translated(bundle: Bundle, *, kind: Kind, cache: Path | None, root: nodes.Numbers | None = None) -> Translated:
     """The guest's side of a bundle.
 
-    `kind` is the container's place in its pod, `cache` a directory for compiled seccomp filters.  Raises
+    `kind` is the container's place in its pod, `cache` a directory for compiled seccomp filters, `root` the disk of the
+    host on which the root file system is and which will be plugged, if that is so.  Raises
     InvalidBundleError and UnsupportedError naming the member that cannot be honoured.
     """
-    member = kind == "container"
     document = copy.deepcopy(dict(bundle.document))
     for name in ("hooks", "annotations", "hostname", "domainname"):
         document.pop(name, None)
@@ -87,69 +99,57 @@ def translated(bundle: Bundle, *, kind: Literal["single", "sandbox", "container"
         sources=[Source(path=str(bundle.rootfs), destination="/", read_only=False)],
         sysctls={},
     )
-    _hooks(bundle, document)
-    _linux(bundle, document, result, member=member, cache=cache)
-    _mounts(bundle, document, result, in_pod=kind != "single")
+    if bundle.spec.hooks.start_container:
+        document["hooks"] = {"startContainer": bundle.document["hooks"]["startContainer"]}
+    found = bindings.sorted_out(bundle, in_pod=kind != "single")
+    document["mounts"] = found.entries
+    result.mounts = {mount: source + len(result.sources) for mount, source in found.shared.items()}
+    result.sources += found.sources
+    result.disks += found.disks
+    _linux(bundle, document, result, kind=kind, cache=cache, root=root)
     return result
 
 
 def guest_process(process: Process, document: dict[str, Any]) -> dict[str, Any]:
     """A process object without what is the host's; labels of its security modules say nothing about the guest."""
-    for name in _PROCESS_UNSUPPORTED:
-        if getattr(process, name) is not None:
-            member = "ioPriority" if name == "io_priority" else name
-            raise UnsupportedError(f"'process.{member}' is not supported: the guest's runtime cannot apply it")
+    if process.scheduler is not None and process.scheduler.policy == "SCHED_ISO":
+        raise UnsupportedError("'process.scheduler.policy' is 'SCHED_ISO', which no kernel has")
     made = {key: value for key, value in document.items() if value is not None}
     for name in ("apparmorProfile", "selinuxLabel", "commandLine"):
         made.pop(name, None)
     return made
 
 
-def _hooks(bundle: Bundle, document: dict[str, Any]) -> None:
-    hooks = bundle.spec.hooks
-    if hooks.create_container:
-        raise UnsupportedError(
-            "'hooks.createContainer' is not supported: its programs are the host's, the container's namespaces "
-            "the virtual machine's"
-        )
-    if hooks.start_container:
-        document["hooks"] = {"startContainer": bundle.document["hooks"]["startContainer"]}
-
-
 # ---------------------------------------------------------------- linux
 
 
-def _linux(bundle: Bundle, document: dict[str, Any], result: Translated, *, member: bool, cache: Path | None) -> None:
+def _linux(
+    bundle: Bundle,
+    document: dict[str, Any],
+    result: Translated,
+    *,
+    kind: Kind,
+    cache: Path | None,
+    root: nodes.Numbers | None,
+) -> None:
     linux = bundle.spec.linux
     given: dict[str, Any] = {key: value for key, value in (document.get("linux") or {}).items() if value is not None}
     document["linux"] = given
     for name in ("cgroupsPath", "mountLabel", "namespaces", "sysctl"):
         given.pop(name, None)
-    refused: tuple[tuple[object, str], ...] = (
-        (linux.intel_rdt, "intelRdt"),
-        (linux.time_offsets, "timeOffsets"),
-        (linux.uid_mappings, "uidMappings"),
-        (linux.gid_mappings, "gidMappings"),
-    )
-    for value, name in refused:
-        if value:
-            raise UnsupportedError(f"'linux.{name}' is not supported")
-        given.pop(name, None)
-    given["namespaces"] = _namespaces(bundle, member=member)
-    if {"type": "uts"} in given["namespaces"]:
-        if bundle.spec.domainname:
-            raise UnsupportedError("'domainname' is not supported beside that of the pod")
-        if bundle.spec.hostname:
-            document["hostname"] = bundle.spec.hostname
-    for index, device in enumerate(linux.devices):
-        if device.type == "b" or device.path.startswith("/dev/vfio"):
-            raise UnsupportedError(
-                f"'linux.devices[{index}]' is '{device.path}': devices of the host are not given to virtual machines"
-            )
-        if device.file_mode is not None:
-            given["devices"][index]["fileMode"] = device.file_mode & 0o7777
-    if linux.resources is not None:
-        given["resources"] = guest_resources(given.get("resources") or {})
+    if linux.intel_rdt:
+        raise UnsupportedError("'linux.intelRdt' is not supported: the host's processors are not the guest's")
+    given.pop("intelRdt", None)
+    given["namespaces"] = _namespaces(bundle, kind=kind)
+    own = {namespace["type"] for namespace in given["namespaces"]}
+    if "uts" in own:
+        document.update({name: getattr(bundle.spec, name) for name in _names(bundle)})
+    if {"time", "user"} <= own:
+        raise UnsupportedError(
+            "'linux.namespaces' has a time namespace beside a user namespace, which is not supported: who is root "
+            "only in a user namespace cannot set its clocks"
+        )
+    _devices(bundle, given, result, root=root)
     if linux.seccomp is not None:
         if linux.seccomp.listener_path:
             raise UnsupportedError("'linux.seccomp.listenerPath' is not supported: the listener is not in the guest")
@@ -158,9 +158,37 @@ def _linux(bundle: Bundle, document: dict[str, Any], result: Translated, *, memb
         dotted = name.replace("/", ".")
         if not dotted.startswith(_POD_SYSCTLS):
             raise UnsupportedError(f"'linux.sysctl' has '{name}', which belongs to no namespace of a container")
-        result.sysctls[dotted] = setting
-    if bundle.spec.domainname and not member:
+        if ("ipc" in own and dotted.startswith(_IPC_SYSCTLS)) or ("uts" in own and dotted in _UTS_SYSCTLS):
+            given.setdefault("sysctl", {})[dotted] = setting
+        else:
+            result.sysctls[dotted] = setting
+    if bundle.spec.domainname and kind != "container" and "uts" not in own:
         result.sysctls["kernel.domainname"] = bundle.spec.domainname
+
+
+def _names(bundle: Bundle) -> list[str]:
+    return [name for name in ("hostname", "domainname") if getattr(bundle.spec, name)]
+
+
+def _devices(bundle: Bundle, given: dict[str, Any], result: Translated, *, root: nodes.Numbers | None) -> None:
+    """Devices, and the limits that name some."""
+    linux = bundle.spec.linux
+    rules = linux.resources.devices if linux.resources is not None else ()
+    found = nodes.sort(linux.devices, rules)
+    result.disks += found.disks
+    result.left_out += found.left_out
+    if linux.devices:
+        given["devices"] = [_guest_device(given["devices"][index]) for index in found.guest]
+    if linux.resources is not None:
+        given["resources"] = guest_resources(given.get("resources") or {})
+        plugged = [disk.numbers for disk in result.disks]
+        nodes.check_block_io(given["resources"].get("blockIO") or {}, [*plugged, root] if root else plugged)
+
+
+def _guest_device(entry: dict[str, Any]) -> dict[str, Any]:
+    """Engines put the type into the mode as well, which crun does not take."""
+    mode = entry.get("fileMode")
+    return entry if mode is None else {**entry, "fileMode": mode & 0o7777}
 
 
 def _compiled(section: Seccomp, cache: Path | None) -> dict[str, str]:
@@ -188,25 +216,26 @@ def _compiled(section: Seccomp, cache: Path | None) -> dict[str, str]:
     return bpf.annotation(complete, directory=cache)
 
 
-def _namespaces(bundle: Bundle, *, member: bool) -> list[dict[str, str]]:
-    linux = bundle.spec.linux
-    for kind, why in (
+def _namespaces(bundle: Bundle, *, kind: Kind) -> list[dict[str, str]]:
+    linux, member = bundle.spec.linux, kind == "container"
+    for needed, why in (
         ("network", "the host's network cannot be a virtual machine's"),
         ("pid", "the host's processes are out of a virtual machine's reach"),
         ("ipc", "the host's IPC objects are out of a virtual machine's reach"),
     ):
-        if linux.namespace(kind) is None:
-            raise UnsupportedError(f"'linux.namespaces' has no {kind} namespace: {why}")
+        if linux.namespace(needed) is None:
+            raise UnsupportedError(f"'linux.namespaces' has no {needed} namespace: {why}")
     made = [{"type": "mount"}, {"type": "cgroup"}]
+    # Who is root only in a user namespace rules only namespaces that were made in it.
+    alone = kind == "single" and linux.namespace("user") is not None
     for namespace in linux.namespaces:
-        if namespace.type in ("user", "time"):
-            raise UnsupportedError(f"'linux.namespaces' has a {namespace.type} namespace, which is not supported")
-        if namespace.type == "pid":
+        if namespace.type in ("pid", "user", "time"):
             if namespace.path:
                 raise UnsupportedError(
-                    f"'linux.namespaces' joins the pid namespace '{namespace.path}': sharing it is not supported"
+                    f"'linux.namespaces' joins the {namespace.type} namespace '{namespace.path}', which is not "
+                    "supported: it is the host's"
                 )
-            made.append({"type": "pid"})
+            made.append({"type": namespace.type})
         elif namespace.type in ("mount", "cgroup") and namespace.path:
             raise UnsupportedError(f"'linux.namespaces' joins a {namespace.type} namespace, which is not supported")
         elif namespace.type in ("ipc", "uts"):
@@ -215,133 +244,8 @@ def _namespaces(bundle: Bundle, *, member: bool) -> list[dict[str, str]]:
                     f"'linux.namespaces' joins the {namespace.type} namespace '{namespace.path}': only containers of "
                     "one pod can share it"
                 )
-            if member and not namespace.path:
+            if not namespace.path and (member or alone):
                 made.append({"type": namespace.type})
         elif namespace.type == "network" and member and not namespace.path:
             raise UnsupportedError("'linux.namespaces' asks for a new network: a pod has one network for all")
     return made
-
-
-def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
-    """LinuxResources as the guest can apply them; zeros and nulls mean nothing, as engines write them.
-
-    Host cpusets are left out: they say on which of the host's processors a container may run, not on which of the
-    guest's.
-    """
-    made: dict[str, Any] = {}
-    if given.get("devices"):
-        made["devices"] = given["devices"]
-    memory = {key: value for key, value in (given.get("memory") or {}).items() if value not in (None, 0, False)}
-    for name in ("kernel", "kernelTCP", "useHierarchy", "checkBeforeUpdate"):
-        memory.pop(name, None)
-    if "disableOOMKiller" in memory:
-        raise UnsupportedError(
-            "'linux.resources.memory.disableOOMKiller' is not supported: cgroup v2 has no such thing"
-        )
-    if memory.get("swap") is not None and memory["swap"] >= 0 and not memory.get("limit"):
-        del memory["swap"]
-    cpu = {key: value for key, value in (given.get("cpu") or {}).items() if value not in (None, 0, "")}
-    for name in ("cpus", "mems"):
-        cpu.pop(name, None)
-    for name in ("realtimeRuntime", "realtimePeriod"):
-        if name in cpu:
-            raise UnsupportedError(f"'linux.resources.cpu.{name}' is not supported: cgroup v2 has no such thing")
-    pids = {key: value for key, value in (given.get("pids") or {}).items() if value not in (None, 0)}
-    block_io = {key: value for key, value in (given.get("blockIO") or {}).items() if value not in (None, 0, [])}
-    for name in block_io:
-        if name.endswith("Device"):
-            raise UnsupportedError(f"'linux.resources.blockIO.{name}' names devices that the guest does not have")
-    made.update({name: part for name, part in _named(memory, cpu, pids, block_io) if part})
-    pages = [entry for entry in given.get("hugepageLimits") or [] if entry.get("limit")]
-    if pages:
-        made["hugepageLimits"] = pages
-    network = {key: value for key, value in (given.get("network") or {}).items() if value not in (None, 0, [])}
-    for name, part in (("network", network), ("rdma", given.get("rdma"))):
-        if part:
-            raise UnsupportedError(f"'linux.resources.{name}' is not supported: the guest's kernel cannot apply it")
-    if given.get("unified"):
-        made["unified"] = given["unified"]
-    return made
-
-
-def _named(*parts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [*zip(("memory", "cpu", "pids", "blockIO"), parts, strict=True)]
-
-
-# ---------------------------------------------------------------- mounts
-
-
-def _mounts(bundle: Bundle, document: dict[str, Any], result: Translated, *, in_pod: bool) -> None:
-    """Bind mounts become sources to share; what the guest can make itself stays as it is."""
-    mounts: list[dict[str, Any]] = []
-    last_shm = max((n for n, each in enumerate(bundle.spec.mounts) if each.destination == _SHM), default=-1)
-    for index, mount in enumerate(bundle.spec.mounts):
-        if mount.uid_mappings or mount.gid_mappings:
-            raise UnsupportedError(f"'mounts[{index}]' maps ids, which is not supported")
-        entry = {
-            "destination": mount.destination,
-            "type": mount.type,
-            "source": mount.source,
-            "options": list(mount.options),
-        }
-        if mount.destination == _SHM:
-            if index == last_shm:
-                mounts.append(_shared_memory(entry, mount, in_pod=in_pod))
-            continue
-        if _is_bind(mount):
-            source = os.path.normpath(bundle.directory / mount.source)
-            if _below(source, _KERNEL_TREES):
-                # The guest's own: what the kernel tells there is about the virtual machine.
-                mounts.append({**entry, "type": "bind", "source": source})
-                continue
-            _check_source(source, index)
-            result.mounts[len(mounts)] = len(result.sources)
-            result.sources.append(Source(path=source, destination=mount.destination, read_only=_read_only(mount)))
-            entry["type"] = "bind"
-        elif mount.type not in MADE_IN_GUEST:
-            raise UnsupportedError(
-                f"'mounts[{index}].type' is '{mount.type}', which cannot be mounted in a virtual machine"
-            )
-        mounts.append(entry)
-    document["mounts"] = mounts
-
-
-def _is_bind(mount: Mount) -> bool:
-    return mount.type == "bind" or "bind" in mount.options or "rbind" in mount.options
-
-
-def _read_only(mount: Mount) -> bool:
-    access = [option for option in mount.options if option in ("ro", "rro", "rw")]
-    return bool(access) and access[-1] != "rw"
-
-
-def _below(path: str, places: tuple[str, ...]) -> bool:
-    return any(path == place or path.startswith(place + "/") for place in places)
-
-
-def _check_source(path: str, index: int) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        reason = (error.strerror or "unknown").lower()
-        raise InvalidBundleError(f"cannot use the source '{path}' of 'mounts[{index}]': {reason}") from error
-    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        raise UnsupportedError(
-            f"cannot share '{path}' of 'mounts[{index}]': only files and directories can cross into a virtual machine"
-        )
-
-
-def _shared_memory(entry: dict[str, Any], mount: Mount, *, in_pod: bool) -> dict[str, Any]:
-    """/dev/shm is the guest's: memory of the host cannot be shared with programs in it."""
-    if not _is_bind(mount):
-        return entry
-    quiet = ["nosuid", "noexec", "nodev"]
-    if in_pod:
-        return {**entry, "type": "bind", "source": _SHM, "options": ["rbind", "rprivate", *quiet]}
-    try:
-        read = os.statvfs(mount.source)
-        size = read.f_frsize * read.f_blocks
-    except OSError:
-        size = _SHM_BYTES
-    options = [*quiet, "mode=1777", f"size={size or _SHM_BYTES}"]
-    return {**entry, "type": "tmpfs", "source": "shm", "options": options}

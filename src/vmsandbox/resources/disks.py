@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
-from vmsandbox.errors import InvalidArgumentError
+from vmsandbox import lent
+from vmsandbox.errors import InvalidArgumentError, InvalidBundleError, UnsupportedError
 
 
 def check(path: str, *, read_only: bool) -> None:
@@ -36,11 +37,40 @@ def check(path: str, *, read_only: bool) -> None:
     finally:
         os.close(fd)
     place = mounted_at(os.major(status.st_rdev), os.minor(status.st_rdev))
-    if place and not read_only:
+    if not read_only and (place or not lent.is_alone(path)):
+        where = f"mounted at '{place}'" if place else "in use"
         raise InvalidArgumentError(
-            f"cannot give device '{path}': the host has it mounted at '{place}', and two who write destroy it; "
+            f"cannot give device '{path}': the host has it {where}, and two who write destroy it; "
             f"unmount it, or give it read-only as '--device {path}:r'"
         )
+
+
+def find(numbers: tuple[int, int], *, member: str, read_only: bool) -> tuple[str, bool]:
+    """The node of the disk that a bundle's `member` names by its numbers, and whether it has to be plugged read-only.
+
+    Raises InvalidBundleError if there is none, UnsupportedError if it would be damaged.  Blocks: it opens the disk.
+    """
+    major, minor = numbers
+    path = lent.node_of(numbers)
+    if not path:
+        raise InvalidBundleError(f"'{member}' names the disk {major}:{minor}, which this host does not have")
+    read_only = read_only or _is_read_only(numbers)
+    if not read_only and not lent.is_alone(path):
+        place = mounted_at(major, minor)
+        where = f"mounted at '{place}'" if place else "in use"
+        raise UnsupportedError(
+            f"'{member}' is the disk '{path}', which the host has {where}: two who write destroy it; unmount it, or "
+            "allow the container to read it only"
+        )
+    return path, read_only
+
+
+def _is_read_only(numbers: tuple[int, int]) -> bool:
+    try:
+        with open(f"/sys/dev/block/{numbers[0]}:{numbers[1]}/ro", encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False
 
 
 def mounted_at(major: int, minor: int) -> str:

@@ -94,8 +94,12 @@ def check_destination(destination: str) -> None:
             )
 
 
-def check_source(path: str, *, create: bool) -> None:
-    """Refuse what is not there (unless it may be created) or cannot cross into a virtual machine."""
+def check_source(path: str, *, create: bool, names: bool = False) -> None:
+    """Refuse what is not there (unless it may be created) or cannot cross into a virtual machine.
+
+    Of sockets and FIFOs only the name crosses, which is enough for those who ask for `names`: both ends have to be
+    in the machine.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -104,6 +108,8 @@ def check_source(path: str, *, create: bool) -> None:
         raise NotFoundError(f"cannot share '{path}': no such file or directory on the host") from None
     except OSError as error:
         raise InvalidArgumentError(f"cannot share '{path}': {error.strerror}") from error
+    if names and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+        return
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise UnsupportedError(
             f"cannot share '{path}': only files and directories can cross into a virtual machine, no sockets, "
@@ -146,7 +152,7 @@ def bind(directory: str, name: str, source: str, *, read_only: bool, create: boo
 
     With `create` a missing directory is made first.  If it fails nothing is left.  Blocks.
     """
-    check_source(source, create=create)
+    check_source(source, create=create, names=True)
     made: list[str] = []
     target = f"{directory}/{name}"
     try:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import logging
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import lent
 from vmsandbox.errors import InvalidBundleError
 from vmsandbox.oci import cpusets, translate
+from vmsandbox.resources import disks
 from vmsandbox.supervisor import shares
-from vmsandbox.supervisor.container import CREATE_TIMEOUT, Container
+from vmsandbox.supervisor.container import CREATE_TIMEOUT, HOST_DISK, Container
+from vmsandbox.supervisor.storages import ROOTFS
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from vmsandbox.oci.nodes import Numbers
     from vmsandbox.oci.translate import Translated
     from vmsandbox.supervisor.sandbox import Sandbox, Surroundings
 
+log = logging.getLogger(__name__)
+
+#: options of an engine's mount that hold in the guest too
+KEPT_OPTIONS = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "sync"})
 #: in the documents of these containers
 KIND = "bundle"
 
@@ -44,27 +55,88 @@ def host_cpus(resources: dict[str, Any]) -> list[int]:
     return sorted(wanted)
 
 
+async def taken(
+    around: Surroundings, container_id: str, root: dict[str, Any] | None, *, needed: bool
+) -> dict[str, Any] | None:
+    """Take the engine's mount of a container's root away; None where there is none, or somebody else uses it.
+
+    Raises `NotAloneError` for the latter if it is `needed`.
+    """
+    if root is None:
+        return None
+    # A loop device must not go for want of a user; that it is open is no exclusive use.
+    root["held"] = held = os.open(root["device"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        await asyncio.to_thread(lent.take, root, lent.record_of(around.paths, container_id))
+    except lent.NotAloneError as error:
+        os.close(held)
+        if needed:
+            raise
+        log.warning("the root of container '%s' is shared instead of plugged: %s", container_id, error)
+        return None
+    return root
+
+
 class BundleContainer(Container):
-    """A container whose root and mounts are the host's."""
+    """A container whose root and mounts are the host's.
+
+    With `root` its root is on a disk, which has been `taken`.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        document: dict[str, Any],
+        shared: shares.Plan | None = None,
+        *,
+        root: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(around, document, shared)
+        self._root = root
+        if root is not None:
+            self.stack.callback(os.close, root.pop("held"))
+            document["lent"] = root["device"]
+        elif document.get("lent"):
+            self._hold(str(document["lent"]))
+        if document.get("lent"):
+            record = lent.record_of(around.paths, self.id)
+            self.stack.push_async_callback(asyncio.to_thread, lent.give_back, record)
+
+    @property
+    def short(self) -> str:
+        # Ids that engines choose may begin alike.
+        return hashlib.sha256(self.id.encode()).hexdigest()[:12]
+
+    def _hold(self, device: str) -> None:
+        """Be a user of the root's disk, as the supervisor before was."""
+        try:
+            self.stack.callback(os.close, os.open(device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            log.warning("cannot hold '%s': %s", device, error)
 
     async def create_bundle(self, sandbox_ready: asyncio.Future[Sandbox], parts: Translated) -> None:
         """Make the container in the guest; on failure nothing of it is left."""
         try:
             shared_dir = self.around.paths.shared_dir
-            await shares.bind(shared_dir, self.shared)
-            self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
+            if self.shared:
+                await shares.bind(shared_dir, self.shared)
+                self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
             sandbox = await asyncio.shield(sandbox_ready)
             began = time.monotonic()
             await sandbox.give(self.id, self.demand())
             self.stack.push_async_callback(sandbox.take_back, self.id)
-            await sandbox.shares.attach(self.shared.shared_fs, user=self.id)
-            self.stack.push_async_callback(sandbox.shares.detach, self.shared.shared_fs, user=self.id)
-            names = self.shared.names
-            spec = parts.completed(lambda source: f"{self.shared.mount_point}/{names[source]}")
+            if self.shared:
+                await sandbox.shares.attach(self.shared.shared_fs, user=self.id)
+                self.stack.push_async_callback(sandbox.shares.detach, self.shared.shared_fs, user=self.id)
+            storages = [*self.shared.storages(), *self._traversable(parts)]
+            plugged = await self._plug_disks(sandbox, parts)
+            if self._root is not None:
+                storages.append(await self._plug_root(sandbox, self._root, plugged))
+            self.document["numbers"] = [[*host, *guest] for host, guest in plugged.items()]
             request = pb.CreateContainerRequest(
                 container_id=self.id,
-                spec_json=json.dumps(spec).encode(),
-                storages=self.shared.storages(),
+                spec_json=json.dumps(parts.completed(self._place, plugged=plugged, node=self.point)).encode(),
+                storages=storages,
                 stdio=self.stdio(),
             )
             attached = time.monotonic()
@@ -78,6 +150,86 @@ class BundleContainer(Container):
         except BaseException:
             await self.release()
             raise
+
+    def plugged(self) -> dict[Numbers, Numbers]:
+        """The guest's numbers of the host's disks that it was given, by the host's."""
+        return {(row[0], row[1]): (row[2], row[3]) for row in self.document.get("numbers") or []}
+
+    def _place(self, source: int) -> str:
+        """Where a source is in the guest; the first one is the root."""
+        if source == 0 and (self._root is not None or self.document.get("mapped")):
+            return f"{ROOTFS}/{self.short}"
+        return f"{self.shared.mount_point}/{self.shared.names[source if self._root is None else source - 1]}"
+
+    def _traversable(self, parts: Translated) -> list[pb.Storage]:
+        """The root at a place that the root of a user namespace can reach; the shared directory is root's alone."""
+        if self._root is not None or {"type": "user"} not in parts.document["linux"]["namespaces"]:
+            return []
+        self.document["mapped"] = True
+        source = f"{self.shared.mount_point}/{self.shared.names[0]}"
+        return [
+            pb.Storage(
+                driver=pb.Storage.DRIVER_BIND, source=source, options=["rbind"], mount_point=f"{ROOTFS}/{self.short}"
+            )
+        ]
+
+    async def _plug_root(self, sandbox: Sandbox, root: dict[str, Any], plugged: dict[Numbers, Numbers]) -> pb.Storage:
+        """Plug the disk that the root is on; its numbers are added to `plugged`."""
+        disk_id, read_only = f"root-{self.short}", bool(root["read_only"] or self.document["root_readonly"])
+        self._note("root", disk_id, "")
+        address = await sandbox.attach_disk(disk_id, Path(root["device"]), read_only=read_only)
+        self.stack.push_async_callback(sandbox.detach_disk, disk_id)
+        point = self.point("root")
+        found = await sandbox.agent.add_storages(
+            [pb.Storage(driver=pb.Storage.DRIVER_BLOCK_DEVICE, mount_point=point, pci_path=address)]
+        )
+        self.stack.push_async_callback(self._forget_in_guest, sandbox, [point])
+        plugged[(root["numbers"][0], root["numbers"][1])] = (found[point].major, found[point].minor)
+        kept = [option for option in root["options"] if option in KEPT_OPTIONS]
+        return pb.Storage(
+            driver=pb.Storage.DRIVER_BLOCK,
+            fstype=root["fstype"],
+            options=["ro", *kept] if read_only else kept,
+            mount_point=f"{ROOTFS}/{self.short}",
+            pci_path=address,
+        )
+
+    async def _plug_disks(self, sandbox: Sandbox, parts: Translated) -> dict[Numbers, Numbers]:
+        """Plug the host's disks, each once in the pod; answers their numbers in the guest by those on the host."""
+        storages = []
+        for number, disk in enumerate(parts.disks):
+            path, read_only = await asyncio.to_thread(
+                disks.find, disk.numbers, member=disk.member, read_only=disk.read_only
+            )
+            disk_id = f"{HOST_DISK}{disk.numbers[0]}-{disk.numbers[1]}{'-ro' if read_only else ''}"
+            self._note(f"device-{number}", disk_id, "")
+            address = await sandbox.share_disk(disk_id, Path(path), user=self.id, read_only=read_only)
+            self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
+            self._note(f"device-{number}", disk_id, address)
+            storages.append(
+                pb.Storage(
+                    driver=pb.Storage.DRIVER_BLOCK_DEVICE,
+                    mount_point=self.point(number),
+                    pci_path=address,
+                    mode=disk.mode,
+                    uid=disk.uid,
+                    gid=disk.gid,
+                )
+            )
+        if not storages:
+            return {}
+        found = await sandbox.agent.add_storages(storages)
+        points = [storage.mount_point for storage in storages]
+        self.stack.push_async_callback(self._forget_in_guest, sandbox, points)
+        return {
+            disk.numbers: (found[point].major, found[point].minor)
+            for disk, point in zip(parts.disks, points, strict=True)
+        }
+
+    def _note(self, kind: str, disk_id: str, address: str) -> None:
+        """Write down what is about to be plugged, so that whoever takes over finds it."""
+        self.document.setdefault("disks", {})[kind] = [disk_id, address]
+        self.save()
 
 
 def container_of(around: Surroundings, document: dict[str, Any]) -> Container:

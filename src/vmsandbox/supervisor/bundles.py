@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import lent
 from vmsandbox.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
@@ -19,10 +21,10 @@ from vmsandbox.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from vmsandbox.oci import translate
+from vmsandbox.oci import limits, nodes, translate
 from vmsandbox.oci.annotations import Role, role
 from vmsandbox.oci.texts import Volume
-from vmsandbox.resources import share
+from vmsandbox.resources import disks, share
 from vmsandbox.resources.network.options import NetworkOptions
 from vmsandbox.supervisor import bundled, creation, shares
 from vmsandbox.supervisor.regulation import wider
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 
     from vmsandbox.oci.bundle import Bundle
     from vmsandbox.oci.translate import Translated
+    from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox.supervisor.service import Service
+
+log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
@@ -54,20 +59,27 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
             # In a thread: the bundle may lie on a file system that does not answer.
             bundle = await asyncio.to_thread(_loaded, str(request.get("bundle")))
             place = role(bundle.spec.annotations, container_id=container_id)
-            cache = around.roots.run / "cache"
-            parts = await asyncio.to_thread(translate.translated, bundle, kind=place.kind, cache=cache)
+            root = await asyncio.to_thread(_block_root, around, bundle)
+            parts = await asyncio.to_thread(_translated, around, bundle, place, root)
             spec = service.spec or pod_spec(request, bundle, parts)
             _check_sysctls(parts, spec)
-            plan = _share_plan(parts, container_id, around.settings.sandbox.shared_fs)
             document = _document(request, bundle, place, parts)
+            shared_fs = around.settings.sandbox.shared_fs
+            _share_plan(parts, container_id, shared_fs, with_root=root is None)
+            taken = await bundled.taken(around, container_id, root, needed=shared_fs == shares.NONE)
+            plan = _share_plan(parts, container_id, shared_fs, with_root=taken is None)
             service.want(spec)
         except BaseException as error:
             if service.spec is None and not service.wanted.done():
                 known = isinstance(error, SandboxError)
                 service.wanted.set_exception(error if known else UnavailableError(f"no pod was described: {error!r}"))
             raise
-        container = bundled.BundleContainer(around, document, plan)
-        await creation.admit(service, container, lambda: container.create_bundle(service.sandbox, parts))
+        container = bundled.BundleContainer(around, document, plan, root=taken)
+        try:
+            await creation.admit(service, container, lambda: container.create_bundle(service.sandbox, parts))
+        except BaseException:
+            await container.release()
+            raise
     return {"id": container_id}
 
 
@@ -95,19 +107,43 @@ def _check_sysctls(parts: Translated, spec: SandboxSpec) -> None:
             )
 
 
-def _share_plan(parts: Translated, container_id: str, shared_fs: str) -> shares.Plan:
-    if shared_fs != shares.VIRTIO_FS:
+def _block_root(around: Surroundings, bundle: Bundle) -> dict[str, Any] | None:
+    """The disk that the bundle's root is on, if it is to be plugged.  Blocks."""
+    if around.settings.sandbox.disable_block_device_use:
+        return None
+    root = lent.find(str(bundle.rootfs))
+    if root is not None:
+        root["read_only"] = root["read_only"] or "ro" in root["options"]
+    return root
+
+
+def _translated(around: Surroundings, bundle: Bundle, place: Role, root: dict[str, Any] | None) -> Translated:
+    """The guest's side of the bundle, its disks checked.  Blocks."""
+    cache = around.roots.run / "cache"
+    numbers = (root["numbers"][0], root["numbers"][1]) if root else None
+    parts = translate.translated(bundle, kind=place.kind, cache=cache, root=numbers)
+    for path in parts.left_out:
+        log.info("'%s' is a device of the host, and this privileged container gets the machine's instead", path)
+    for disk in parts.disks:
+        disks.find(disk.numbers, member=disk.member, read_only=disk.read_only)
+    return parts
+
+
+def _share_plan(parts: Translated, container_id: str, shared_fs: str, *, with_root: bool) -> shares.Plan:
+    """What has to be shared: the bind mounts, and before them the root unless it is plugged."""
+    sources = parts.sources if with_root else parts.sources[1:]
+    if sources and shared_fs == shares.NONE:
         raise UnsupportedError(
-            f"containers of bundles need 'sandbox.shared_fs' to be 'virtio-fs', and it is '{shared_fs}'"
+            f"cannot share '{sources[0].path}': 'sandbox.shared_fs' is 'none', and this container needs 'virtio-fs' or "
+            "'9p'"
         )
     return shares.Plan(
         shared_fs=shared_fs,
         container_id=container_id,
         volumes=tuple(
-            Volume(source=source.path, destination=source.destination, read_only=source.read_only)
-            for source in parts.sources
+            Volume(source=source.path, destination=source.destination, read_only=source.read_only) for source in sources
         ),
-        names=tuple(share.name_for(container_id, source.path) for source in parts.sources),
+        names=tuple(share.name_for(container_id, source.path) for source in sources),
     )
 
 
@@ -129,6 +165,7 @@ def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Trans
         "oci_version": bundle.spec.oci_version,
         "bundle": str(bundle.directory),
         "rootfs": str(bundle.rootfs),
+        "root_readonly": bundle.spec.root.readonly,
         "annotations": dict(bundle.spec.annotations),
         "hooks": {
             name: bundle.document["hooks"].get(name) or []
@@ -162,7 +199,9 @@ async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
 
     checked(Resources, text, name="resources")
     given = json.loads(text)
-    resources, host_cpus = translate.guest_resources(given), bundled.host_cpus(given)
+    resources, host_cpus = limits.guest_resources(given), bundled.host_cpus(given)
+    if isinstance(container, bundled.BundleContainer):
+        resources = nodes.placed(resources, container.plugged())
     asked = bundled.demand_of(resources)
     sandbox = await service.running_sandbox()
     async with container.lock:

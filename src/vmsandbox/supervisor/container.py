@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 #: nodes of the disks of the host that containers are given
 DEVICES = "/run/vmsandbox/devices"
+#: ids of the host's disks begin with this
+HOST_DISK = "host-"
 #: seconds the creation of a container may take in the guest
 CREATE_TIMEOUT = 120.0
 
@@ -69,6 +71,11 @@ class Container:
 
     def __str__(self) -> str:
         return f"container '{self.document.get('name') or self.id[:12]}'"
+
+    @property
+    def short(self) -> str:
+        """What names disks and places of the container in the machine."""
+        return self.id[:12]
 
     # ------------------------------------------------------------ state
 
@@ -272,7 +279,7 @@ class Container:
             storages.append(
                 pb.Storage(
                     driver=pb.Storage.DRIVER_BLOCK_DEVICE,
-                    mount_point=f"{DEVICES}/{self.id[:12]}-{number}",
+                    mount_point=self.point(number),
                     pci_path=address,
                     mode=0o660,
                 )
@@ -290,6 +297,10 @@ class Container:
             )
             for disk, point in zip(disks, points, strict=True)
         ]
+
+    def point(self, number: int | str) -> str:
+        """Where the node of the container's disk with this number is in the guest."""
+        return f"{DEVICES}/{self.short}-{number}"
 
     async def _forget_in_guest(self, sandbox: Sandbox, points: Sequence[str]) -> None:
         try:
@@ -328,6 +339,10 @@ class Container:
         except NotFoundError:
             return
 
+    def outlived(self) -> bool:
+        """Whether a file system that the machine has mounted for it goes on when it is removed."""
+        return bool(self.document.get("lent"))
+
     async def release_in_guest(self, sandbox: Sandbox) -> None:
         """Unmount what outlives the machine (the writable layer), just before the machine is ended."""
         try:
@@ -341,7 +356,7 @@ class Container:
         """Whether the machine still has a disk that was this container's alone."""
         present = sandbox.vm.devices()
         disks = self.document.get("disks") or {}
-        return any(f"disk-{disk[0]}" in present for kind, disk in disks.items() if kind != "image")
+        return any(f"disk-{disk[0]}" in present for kind, disk in disks.items() if not is_shared(kind, disk[0]))
 
     def adopt(self, sandbox: Sandbox) -> None:
         """Rebuild the exit stack of a container that an earlier supervisor made."""
@@ -352,17 +367,17 @@ class Container:
             self.stack.push_async_callback(shares.unbind, self.around.paths.shared_dir, shared["names"])
         self.stack.push_async_callback(sandbox.take_back, self.id)
         sandbox.remember_demand(self.id, self.demand())
-        if "image" in disks and f"disk-{disks['image'][0]}" in present:
-            disk_id, address = disks["image"]
-            sandbox.remember_shared_disk(disk_id, address, user=self.id)
-            self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
-        own = {kind: disk[0] for kind, disk in disks.items() if kind != "image"}
+        for disk_id, address in [disk for kind, disk in disks.items() if is_shared(kind, disk[0])]:
+            if f"disk-{disk_id}" in present:
+                sandbox.remember_shared_disk(disk_id, address, user=self.id)
+                self.stack.push_async_callback(sandbox.unshare_disk, disk_id, user=self.id)
+        own = {kind: disk[0] for kind, disk in disks.items() if not is_shared(kind, disk[0])}
         for disk_id in own.values():
             if f"disk-{disk_id}" in present:
                 self.stack.push_async_callback(sandbox.detach_disk, disk_id)
         if self.document.get("in_slot"):
             self.stack.push_async_callback(self._forget_in_guest, sandbox, [slots.LAYER_POINT])
-        points = [f"{DEVICES}/{self.id[:12]}-{kind.partition('-')[2]}" for kind in own if kind.startswith("device-")]
+        points = [self.point(kind.removeprefix("device-")) for kind in disks if kind.startswith("device-")]
         if points:
             self.stack.push_async_callback(self._forget_in_guest, sandbox, points)
         if shared:
@@ -389,3 +404,8 @@ class Container:
     def require_running(self, verb: str) -> None:
         if self.status != "running":
             raise InvalidStateError(str(self), state=self.status, wanted=verb)
+
+
+def is_shared(kind: str, disk_id: str) -> bool:
+    """Whether a disk of a container's document may be plugged for others of its pod as well."""
+    return kind == "image" or disk_id.startswith(HOST_DISK)

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import lent, records
 from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import replies
 from vmsandbox.guest.client import AgentClient
@@ -276,12 +276,12 @@ class Sandbox:
         with translating():
             await self.vm.detach_disk(disk_id)
 
-    async def share_disk(self, disk_id: str, path: Path, *, user: str) -> str:
-        """Hot-plug a read-only disk once for all containers that use it."""
+    async def share_disk(self, disk_id: str, path: Path, *, user: str, read_only: bool = True) -> str:
+        """Hot-plug a disk once for all containers that use it."""
         async with self._disks_lock:
             known = self._shared_disks.get(disk_id)
             if known is None:
-                known = (await self.attach_disk(disk_id, path, read_only=True), set())
+                known = (await self.attach_disk(disk_id, path, read_only=read_only), set())
                 self._shared_disks[disk_id] = known
             known[1].add(user)
             return known[0]
@@ -469,6 +469,8 @@ async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any
             await around.hypervisor.destroy(store.vm_config(known), pid=known["pid"], start_time=known["start_time"])
     await asyncio.to_thread(records.remove_tree, str(around.paths.vm))
     await asyncio.to_thread(records.close_shared, around.paths)
+    for complaint in await asyncio.to_thread(lent.give_back_all, around.paths):
+        log.warning("%s", complaint)
 
 
 async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:

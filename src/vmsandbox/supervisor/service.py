@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import lent, records
 from vmsandbox.errors import EndingError, InvalidArgumentError, NotFoundError, SandboxError, UnavailableError
 from vmsandbox.supervisor import bundled, bundles, copying, creation, ending, execution, podding, regulation, store
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
@@ -185,7 +185,7 @@ class Service:
         for container in self.containers.values():
             if container.status != "stopped":
                 await self._stop_at_end(sandbox, container)
-            if not container.autoremove:
+            if not container.autoremove or container.outlived():
                 await container.release_in_guest(sandbox)
 
     async def _stop_at_end(self, sandbox: Sandbox, container: Container) -> None:
@@ -212,6 +212,8 @@ class Service:
         paths = self.around.paths
         records.remove_tree(str(paths.vm))
         records.close_shared(paths)
+        for complaint in lent.give_back_all(paths):
+            log.warning("%s", complaint)
         if self.removing:
             records.forget_pod(self.around.roots, paths)
         elif not records.forget_sandbox_if_empty(paths) and os.path.exists(paths.document_file):

@@ -45,7 +45,7 @@ COMPLETE: dict[str, Any] = {
         "scheduler": {
             "policy": "SCHED_DEADLINE",
             "nice": 1,
-            "priority": 2,
+            "priority": 0,
             "flags": ["SCHED_FLAG_RESET_ON_FORK"],
             "runtime": 1,
             "deadline": 2,
@@ -78,7 +78,13 @@ COMPLETE: dict[str, Any] = {
         "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
         "sysctl": {"net.core.somaxconn": "1"},
         "cgroupsPath": "/c",
-        "namespaces": [{"type": "mount"}, {"type": "uts"}, {"type": "network", "path": "/n"}, {"type": "time"}],
+        "namespaces": [
+            {"type": "mount"},
+            {"type": "uts"},
+            {"type": "network", "path": "/n"},
+            {"type": "time"},
+            {"type": "user"},
+        ],
         "devices": [{"type": "c", "path": "/d", "major": 1, "minor": 2, "fileMode": 438, "uid": 1, "gid": 2}],
         "rootfsPropagation": "rslave",
         "maskedPaths": ["/m"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -134,11 +135,25 @@ def _mount(**members: Any) -> Any:
         (_joining("pid"), "linux.namespaces"),
         (_joining("ipc"), "linux.namespaces"),
         (_joining("uts"), "linux.namespaces"),
-        (lambda spec: spec["linux"]["namespaces"].append({"type": "user"}), "user namespace"),
-        (_linux(uidMappings=[{"containerID": 0, "hostID": 1, "size": 1}]), "linux.uidMappings"),
+        (
+            lambda spec: spec["linux"]["namespaces"].append({"type": "user", "path": "/proc/1/ns/user"}),
+            "user namespace",
+        ),
+        (
+            lambda spec: spec["linux"]["namespaces"].append({"type": "time", "path": "/proc/1/ns/time"}),
+            "time namespace",
+        ),
+        (
+            lambda spec: spec["linux"].update(
+                namespaces=[*spec["linux"]["namespaces"], {"type": "user"}, {"type": "time"}],
+                uidMappings=[{"containerID": 0, "hostID": 1, "size": 1}],
+                gidMappings=[{"containerID": 0, "hostID": 1, "size": 1}],
+            ),
+            "time namespace beside a user namespace",
+        ),
         (_linux(intelRdt={"closID": "x"}), "linux.intelRdt"),
         (_linux(sysctl={"vm.swappiness": "1"}), "linux.sysctl"),
-        (_linux(devices=[{"type": "b", "path": "/dev/sda", "major": 8, "minor": 0}]), "linux.devices"),
+        (_linux(devices=[{"type": "c", "path": "/dev/gpu", "major": 226, "minor": 0}]), "linux.devices[0]"),
         (_linux(devices=[{"type": "c", "path": "/dev/vfio/1", "major": 8, "minor": 0}]), "linux.devices"),
         (_linux(seccomp={"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}), "linux.seccomp.listenerPath"),
         (_resources(memory={"disableOOMKiller": True}), "disableOOMKiller"),
@@ -149,20 +164,73 @@ def _mount(**members: Any) -> Any:
             _resources(blockIO={"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}),
             "throttleReadBpsDevice",
         ),
-        (lambda spec: spec.update(hooks={"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
-        (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_FIFO"}), "process.scheduler"),
-        (
-            lambda spec: spec["process"].update(ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 1}),
-            "process.ioPriority",
-        ),
+        (_resources(blockIO={"leafWeight": 10}), "leafWeight"),
+        (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_ISO"}), "process.scheduler"),
         (_mount(type="nfs", source="host:/x"), "mounts[7].type"),
-        (_mount(type="bind", source="/dev/null", options=["bind"]), "mounts[7]"),
+        (_mount(type="bind", source="/dev/hwrng", options=["bind"]), "mounts[7]"),
+        (_mount(type="bind", source="/tmp", options=["bind", "idmap"]), "mounts[7]"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_that_names_it(tmp_path: Path, change: Any, member: str) -> None:
     with pytest.raises(UnsupportedError) as raised:
         made(tmp_path, change)
     assert member in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_linux(uidMappings=[{"containerID": 0, "hostID": 1, "size": 1}]), "has no user namespace"),
+        (lambda spec: spec["linux"]["namespaces"].append({"type": "user"}), "'linux.uidMappings' is empty"),
+        (_linux(timeOffsets={"boottime": {"secs": 1}}), "has no time namespace"),
+        (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_FIFO"}), "priority is '0'"),
+        (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_DEADLINE", "runtime": 3}), "SCHED_DEADLINE"),
+        (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_IDLE", "flags": ["X"]}), "flag 'X'"),
+    ],
+)
+def test_what_contradicts_itself_is_named(tmp_path: Path, change: Any, complaint: str) -> None:
+    with pytest.raises(InvalidBundleError, match=complaint):
+        made(tmp_path, change)
+
+
+def test_a_time_namespace_gets_its_offsets(tmp_path: Path) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec["linux"]["namespaces"].append({"type": "time"})
+        spec["linux"]["timeOffsets"] = {"monotonic": {"secs": 5, "nanosecs": 6}, "boottime": {"secs": -7}}
+
+    parts = made(tmp_path, change)
+    assert "time" in kinds(parts)
+    assert parts.document["linux"]["timeOffsets"]["monotonic"] == {"secs": 5, "nanosecs": 6}
+
+
+def test_a_user_namespace_comes_with_those_it_has_to_own(tmp_path: Path) -> None:
+    mapping = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+
+    def change(spec: dict[str, Any]) -> None:
+        spec["linux"]["namespaces"].append({"type": "user"})
+        spec["linux"].update(uidMappings=mapping, gidMappings=mapping)
+        spec["linux"]["sysctl"] = {"kernel.shm_rmid_forced": "1", "net.ipv4.ip_forward": "1"}
+
+    parts = made(tmp_path, change)
+    assert sorted(kinds(parts)) == ["cgroup", "ipc", "mount", "pid", "user", "uts"]
+    assert parts.document["hostname"] == "vmsandbox"
+    # What its own namespaces hold is set in them, the network's for the pod.
+    assert parts.document["linux"]["sysctl"] == {"kernel.shm_rmid_forced": "1"}
+    assert parts.sysctls == {"net.ipv4.ip_forward": "1"}
+
+
+def test_sockets_are_shared_and_common_devices_are_the_guests(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+
+        def change(spec: dict[str, Any]) -> None:
+            for source in (str(tmp_path / "socket"), "/dev/null", "/dev", "/sys/fs/cgroup"):
+                spec["mounts"].append({"destination": f"/m{source}", "source": source, "options": ["bind"]})
+
+        parts = made(tmp_path, change)
+    assert [source.path for source in parts.sources[1:]] == [str(tmp_path / "socket")]
+    kept = [mount["source"] for mount in parts.completed(str)["mounts"][-3:]]
+    assert kept == ["/dev/null", "/dev", "/sys/fs/cgroup"]
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:

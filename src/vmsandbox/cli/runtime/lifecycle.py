@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from vmsandbox import cgroups, records
+from vmsandbox import cgroups, lent, records
 from vmsandbox.cli import client, launch, standin
 from vmsandbox.cli.runtime import hooks, known, standins
 from vmsandbox.cli.runtime.known import entries, part
@@ -83,6 +83,10 @@ class Plan:
                 f"container '{self.id}'", state="without a pod: its first container has ended", wanted="create"
             )
         return found
+
+    def standin_root(self) -> str:
+        """What the stand-in sees of files: a root that goes to the virtual machine with its disk must not be held."""
+        return standin.EMPTY if lent.find(self.root) else self.root
 
     def state(self, standing: standins.Standing) -> dict[str, Any]:
         """What hooks are told while the container is being made."""
@@ -167,7 +171,7 @@ def create(
                     stdin=True,
                     stdout=True,
                     terminal=plan.terminal,
-                    root=plan.root,
+                    root=plan.standin_root(),
                     command=standins.shown(plan.process.get("args")),
                 ),
                 places=made.places,
@@ -179,6 +183,7 @@ def create(
             try:
                 for name in ("prestart", "createRuntime"):
                     hooks.run(entries(plan.hooks, name), name, plan.state(standing))
+                hooks.run_inside(entries(plan.hooks, "createContainer"), "createContainer", plan.state(standing))
                 client.request(sock, _request(plan, standing, made))
                 standing.announce(pid_file)
             except BaseException as error:

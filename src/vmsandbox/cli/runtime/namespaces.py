@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import contextmanager
 
+from vmsandbox.cli.standin import EMPTY
 from vmsandbox.errors import InvalidBundleError, SandboxError
 
 TYPE_CHECKING = False
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 _CLONE_NEWNET = 0x40000000
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWPID = 0x20000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_REMOUNT = 32
 _MS_BIND = 1 << 12
 _MS_REC = 1 << 14
 _MS_PRIVATE = 1 << 18
+_MS_SLAVE = 1 << 19
 _MNT_DETACH = 2
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -65,8 +68,18 @@ def adopt_orphans() -> None:
     _checked(_libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "become a subreaper")
 
 
+def hide_mounts() -> None:
+    """Have a view of files whose mounts nobody else sees."""
+    libc = _libc()
+    _checked(libc.unshare(_CLONE_NEWNS), "make a mount namespace")
+    _checked(libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "hide mounts")
+
+
 class Enclosure:
-    """This process' view of files once it is the container's root and nothing else, and the way back."""
+    """This process' view of files once it is the container's root and nothing else, and the way back.
+
+    With `standin.EMPTY` for a root there is nothing but processes.
+    """
 
     def __init__(self, root: str) -> None:
         self._libc = _libc()
@@ -74,9 +87,16 @@ class Enclosure:
         what = f"have '{root}' as root"
         _checked(self._libc.unshare(_CLONE_NEWNS), what)
         self._inside = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        place = os.fsencode(root)
         _checked(self._libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), what)
-        _checked(self._libc.mount(place, place, None, ctypes.c_ulong(_MS_BIND | _MS_REC), None), what)
+        if root == EMPTY:
+            root = "/proc"  # which is everywhere
+            _checked(self._libc.mount(b"none", os.fsencode(root), b"tmpfs", ctypes.c_ulong(0), None), what)
+            os.mkdir("/proc/proc")
+            read_only = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY)
+            _checked(self._libc.mount(None, os.fsencode(root), None, read_only, None), what)
+        else:
+            place = os.fsencode(root)
+            _checked(self._libc.mount(place, place, None, ctypes.c_ulong(_MS_BIND | _MS_REC), None), what)
         os.chdir(root)
         # From here on every path is one of the container's: nothing of it may ever be imported.
         sys.meta_path.clear()

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from vmsandbox.cli.runtime.main import Options
 
 CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
-HOOKS = ["prestart", "createRuntime", "startContainer", "poststart", "poststop"]
-NAMESPACES = ["cgroup", "ipc", "mount", "network", "pid", "uts"]
+HOOKS = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
+NAMESPACES = ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"]
 MOUNT_OPTIONS = [
     *("async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "mand", "noatime", "nodev"),
     *("nodiratime", "noexec", "nomand", "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime"),
-    *("remount", "ro", "rprivate", "rshared", "rslave", "runbindable", "rw", "shared", "slave", "strictatime"),
-    *("suid", "sync", "tmpcopyup", "unbindable"),
+    *("remount", "ro", "rprivate", "rro", "rrw", "rshared", "rslave", "runbindable", "rw", "shared", "slave"),
+    *("strictatime", "suid", "sync", "tmpcopyup", "unbindable"),
+    *("rdev", "rdiratime", "rexec", "rnoatime", "rnodev", "rnodiratime", "rnoexec", "rnorelatime", "rnostrictatime"),
+    *("rnosuid", "rrelatime", "rstrictatime", "rsuid"),
 ]
 ARCHITECTURES = ["SCMP_ARCH_X32", "SCMP_ARCH_X86", "SCMP_ARCH_X86_64"]
 ACTIONS = [

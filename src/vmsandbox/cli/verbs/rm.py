@@ -63,9 +63,12 @@ def machine_lives(roots: Roots, container: records.Container) -> bool:
 
 def remove_from_disk(roots: Roots, container: records.Container) -> None:
     """Forget a container whose pod has ended."""
+    from vmsandbox import lent
+
     document = container.document
     if os.path.isdir(container.sandbox.dir):
         with launch.locked(container.sandbox):
+            lent.give_back(lent.record_of(container.sandbox, container.id))
             image = str((document.get("image") or {}).get("id") or "")
             records.forget_container(roots, container.id, name=container.name, image_id=image)
             records.forget_sandbox_if_empty(container.sandbox)

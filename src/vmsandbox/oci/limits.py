@@ -1,0 +1,49 @@
+"""LinuxResources as the guest's cgroup v2 can apply them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmsandbox.errors import UnsupportedError
+
+
+def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
+    """LinuxResources as the guest can apply them; zeros and nulls mean nothing, as engines write them.
+
+    Host cpusets are left out: they say on which of the host's processors a container may run, not on which of the
+    guest's.  Device numbers are still the host's.
+    """
+    made: dict[str, Any] = {}
+    if given.get("devices"):
+        made["devices"] = given["devices"]
+    memory = {key: value for key, value in (given.get("memory") or {}).items() if value not in (None, 0, False)}
+    for name in ("kernel", "kernelTCP", "useHierarchy", "checkBeforeUpdate"):
+        memory.pop(name, None)
+    if "disableOOMKiller" in memory:
+        raise UnsupportedError(
+            "'linux.resources.memory.disableOOMKiller' is not supported: cgroup v2 has no such thing"
+        )
+    if memory.get("swap") is not None and memory["swap"] >= 0 and not memory.get("limit"):
+        del memory["swap"]
+    cpu = {key: value for key, value in (given.get("cpu") or {}).items() if value not in (None, 0, "")}
+    for name in ("cpus", "mems"):
+        cpu.pop(name, None)
+    for name in ("realtimeRuntime", "realtimePeriod"):
+        if name in cpu:
+            raise UnsupportedError(f"'linux.resources.cpu.{name}' is not supported: cgroup v2 has no such thing")
+    pids = {key: value for key, value in (given.get("pids") or {}).items() if value not in (None, 0)}
+    block_io = {key: value for key, value in (given.get("blockIO") or {}).items() if value not in (None, 0, [])}
+    if "leafWeight" in block_io:
+        raise UnsupportedError("'linux.resources.blockIO.leafWeight' is not supported: cgroup v2 has no such thing")
+    named = (("memory", memory), ("cpu", cpu), ("pids", pids), ("blockIO", block_io))
+    made.update({name: part for name, part in named if part})
+    pages = [entry for entry in given.get("hugepageLimits") or [] if entry.get("limit")]
+    if pages:
+        made["hugepageLimits"] = pages
+    network = {key: value for key, value in (given.get("network") or {}).items() if value not in (None, 0, [])}
+    for name, part in (("network", network), ("rdma", given.get("rdma"))):
+        if part:
+            raise UnsupportedError(f"'linux.resources.{name}' is not supported: the guest's kernel cannot apply it")
+    if given.get("unified"):
+        made["unified"] = given["unified"]
+    return made
