@@ -90,6 +90,8 @@ class Netns:
 
 @contextmanager
 def namespace(name: str) -> Iterator[Netns]:
+    """A namespace for the block; several runs of the tests can have one of a name."""
+    name = f"{name}-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         made = Netns(name)

@@ -13,10 +13,11 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import InvalidStateError, SandboxError
+from vmsandbox.errors import SandboxError
 from vmsandbox.resources.network import attach, names, pod
 from vmsandbox.resources.network.bridge import Bridge
 from vmsandbox.resources.network.options import NetworkOptions
+from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import Nic
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 #: seconds for taking a network apart
 RELEASE_TIMEOUT = 90.0
+#: seconds between the first sign of a change and a look at what has changed
+SETTLE_SECONDS = 0.1
 
 
 class Connection:
@@ -51,8 +54,12 @@ class Connection:
         #: interfaces that the machine has: name -> id of the device
         self.plugged: dict[str, str] = {}
         self._making: asyncio.Task[pod.PodNetwork] | None = None
+        #: what an interface was plugged in as
+        self._looks: dict[str, tuple[object, ...]] = {}
+        self._routes: list[pb.Route] = []
+        #: nobody watched the namespace for a while
+        self._unattended = False
         self._told = b""
-        self._changing = asyncio.Lock()
 
     def begin(self) -> None:
         """Start to make the network."""
@@ -73,7 +80,8 @@ class Connection:
             for tap in self.network.taps:
                 pci_path = await self._attach(vm, tap)
                 request.interfaces.append(interface_of(tap.endpoint, pci_path=pci_path))
-            request.routes.extend(routes_of(self.network.endpoints))
+            self._routes = routes_of(self.network.endpoints)
+            request.routes.extend(self._routes)
             request.neighbours.extend(neighbours_of(self.network.endpoints))
         self._told = request.hosts = self._hosts()
         if self.network is not None or self.options.dns or self.options.dns_search or self.options.dns_options:
@@ -91,19 +99,27 @@ class Connection:
         nic = Nic(id=identifier, tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu, vhost_fd=tap.vhost_fd)
         address = await vm.attach_nic(nic)
         self.plugged[endpoint.name] = nic.id
+        self._looks[endpoint.name] = _look(endpoint)
         return address.pci_path
 
     def recognise(self, vm: Vm) -> None:
-        """Find the interfaces that an earlier supervisor plugged in."""
+        """Find the interfaces that an earlier supervisor plugged in, also those that the namespace has no more."""
         devices = vm.devices()
-        endpoints = self.network.endpoints if self.network is not None else []
-        self.plugged = {each.name: f"if{each.index}" for each in endpoints if f"nic-if{each.index}" in devices}
+        network = self.network
+        if network is None:
+            return
+        known = {each.name: each for each in (*network.endpoints, *network.plugged())}
+        plugged = [each for each in known.values() if f"nic-if{each.index}" in devices]
+        self.plugged = {each.name: f"if{each.index}" for each in plugged}
+        self._looks = {each.name: _look(each) for each in plugged}
+        self._unattended = True
 
     def settle(self) -> None:
         """The machine runs and has the taps: our copies would keep them alive after its end."""
         if self.network is not None:
             for tap in self.network.taps:
                 tap.close()
+            self.network.remember_plugged()
             if self.network.announces:
                 self.network.announce(self._names())
 
@@ -144,32 +160,73 @@ class Connection:
 
     # ------------------------------------------------------------ changes while it runs
 
-    async def refresh(self, vm: Vm, agent: AgentClient) -> dict[str, list[str]]:
-        """Bring machine and guest in line with what interfaces the namespace has now; answers what changed."""
+    async def watch(self, vm: Vm, agent: AgentClient) -> None:
+        """Follow what an engine does to the namespace while the pod runs."""
         network = self.network
-        if network is None or not network.namespace:
-            raise InvalidStateError("the pod's network", state="'none'", wanted="refresh")
-        async with self._changing:
-            found = {endpoint.name: endpoint for endpoint in await attach.scan(network.namespace)}
-            gone = [name for name in self.plugged if name not in found]
-            new = [name for name in found if name not in self.plugged]
-            for name in gone:
-                await agent.remove_interface(name)
-                await vm.detach_nic(self.plugged.pop(name))
-            await attach.detach(network.namespace, names=gone, owner=self.spec.id)
-            taps = await attach.attach(
-                network.namespace, names=new, source_check=self.settings.source_check, owner=self.spec.id
-            )
-            try:
-                for tap in taps:
-                    await agent.update_interface(interface_of(tap.endpoint, pci_path=await self._attach(vm, tap)))
-            finally:
-                for tap in taps:
-                    tap.close()
-            endpoints = list(found.values())
-            await agent.update_routes(routes_of(endpoints))
-            await agent.add_neighbours(neighbours_of(endpoints))
-        return {"added": new, "removed": gone}
+        if network is None or network.changes < 0:
+            return
+        changed = asyncio.Event()
+        if self._unattended:
+            changed.set()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(network.changes, _drain, network.changes, changed)
+        try:
+            while True:
+                await changed.wait()
+                await asyncio.sleep(SETTLE_SECONDS)  # an interface comes with its addresses and routes
+                changed.clear()
+                try:
+                    await self.refresh(vm, agent)
+                except SandboxError as error:
+                    log.warning("the guest does not have the interfaces of its network: %s", error)
+        finally:
+            loop.remove_reader(network.changes)
+
+    async def refresh(self, vm: Vm, agent: AgentClient) -> None:
+        """Bring machine and guest in line with what interfaces the namespace has now."""
+        network = self.network
+        assert network is not None
+        found = {endpoint.name: endpoint for endpoint in await attach.scan(network.namespace)}
+        gone = [name for name in self.plugged if name not in found or _look(found[name]) != self._looks[name]]
+        for name in gone:
+            await self._unplug(vm, agent, name)
+        await attach.detach(network.namespace, names=gone, owner=self.spec.id)
+        new = [name for name in found if name not in self.plugged]
+        if new:
+            await self._plug_more(vm, agent, new)
+        network.taps = [attach.Tap(endpoint, -1) for endpoint in found.values()]
+        routes, neighbours = routes_of(found.values()), neighbours_of(found.values())
+        if gone or new or routes != self._routes:
+            await agent.update_routes(routes)
+            await agent.add_neighbours(neighbours)
+            self._routes = routes
+        if gone or new:
+            network.remember_plugged()
+            log.info("interfaces of the pod: %s; new: %s; gone: %s", sorted(found), new, gone)
+
+    async def _plug_more(self, vm: Vm, agent: AgentClient, names: list[str]) -> None:
+        network = self.network
+        assert network is not None
+        check = self.settings.source_check
+        taps = await attach.attach(network.namespace, names=names, source_check=check, owner=self.spec.id)
+        try:
+            for tap in taps:
+                with translating():
+                    pci_path = await self._attach(vm, tap)
+                await agent.update_interface(interface_of(tap.endpoint, pci_path=pci_path))
+        finally:
+            for tap in taps:
+                tap.close()
+
+    async def _unplug(self, vm: Vm, agent: AgentClient, name: str) -> None:
+        """Take an interface from the guest; one that does not give it back keeps a device that leads nowhere."""
+        device = self.plugged.pop(name)
+        try:
+            await agent.remove_interface(name)
+            with translating():
+                await vm.detach_nic(device)
+        except SandboxError as error:
+            log.warning("the guest keeps interface '%s', which leads nowhere: %s", name, error)
 
     async def end(self) -> None:
         """Take the network apart; the machine has ended."""
@@ -205,6 +262,8 @@ async def resumed(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Conn
         connection.network = network = pod.known(connection.place, connection.options)
         if os.path.exists(network.namespace):
             try:
+                if connection.options.kind == "namespace":
+                    network.changes = await attach.watch(network.namespace)
                 network.taps = [attach.Tap(endpoint, -1) for endpoint in await attach.scan(network.namespace)]
             except SandboxError as error:
                 log.warning("the pod's network cannot be looked at: %s", error)
@@ -212,6 +271,21 @@ async def resumed(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Conn
         yield connection
     finally:
         await finish(connection.end(), seconds=RELEASE_TIMEOUT)
+
+
+def _look(endpoint: Endpoint) -> tuple[object, ...]:
+    """What makes an interface another one when it changes."""
+    return endpoint.mac, endpoint.mtu, endpoint.up, frozenset(endpoint.addresses)
+
+
+def _drain(fd: int, changed: asyncio.Event) -> None:
+    """Read all that there is; what exactly has changed is looked up."""
+    changed.set()
+    try:
+        while os.read(fd, 1 << 16):
+            pass
+    except OSError:
+        return  # no more, or more than the kernel keeps
 
 
 # ---------------------------------------------------------------- what the guest is told

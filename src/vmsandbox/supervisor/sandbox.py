@@ -461,12 +461,12 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
 
 async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any]) -> None:
     """Remove what is left of a pod's machine whose supervisor died before it could."""
-    async with resumed(around, spec):
-        pass  # which takes the network apart
-    known = document.get("vm")
-    if known:
-        with translating():
-            await around.hypervisor.destroy(store.vm_config(known), pid=known["pid"], start_time=known["start_time"])
+    async with resumed(around, spec):  # which takes the network apart in the end
+        known = document.get("vm")
+        if known:
+            vm = store.vm_config(known)
+            with translating():
+                await around.hypervisor.destroy(vm, pid=known["pid"], start_time=known["start_time"])
     await asyncio.to_thread(records.remove_tree, str(around.paths.vm))
     await asyncio.to_thread(records.close_shared, around.paths)
     for complaint in await asyncio.to_thread(lent.give_back_all, around.paths):

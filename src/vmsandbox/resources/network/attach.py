@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError, from_code
 from vmsandbox.resources.network import namespaces
-from vmsandbox.resources.network.helper import LIMIT, NAMESPACE_FD, REQUEST_FD
+from vmsandbox.resources.network.helper import LIMIT, REQUEST_FD
 from vmsandbox.resources.network.model import Endpoint
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.children import spawn
@@ -61,8 +61,19 @@ async def scan(path: str) -> list[Endpoint]:
     return _endpoints(answer)
 
 
+async def watch(path: str) -> int:
+    """A descriptor that can be read when links, addresses or routes of the namespace at `path` have changed."""
+    with namespaces.opened(path) as fd:
+        _, fds = await _ask({"job": "watch"}, fd)
+    return fds[0]
+
+
 async def attach(
-    path: str, *, names: Sequence[str] | None = None, source_check: bool = True, owner: str = ""
+    path: str,
+    *,
+    names: Sequence[str] | None = None,
+    source_check: bool = True,
+    owner: str = "",
 ) -> list[Tap]:
     """Give every interface (or the named ones) of the namespace at `path` a tap; all of them or none.
 
@@ -72,21 +83,39 @@ async def attach(
     replaced.  Raises AlreadyExistsError where an interface belongs to a pod that still runs, NotFoundError for an
     unknown name, and what `scan` raises.
     """
+    helper = Helper()
+    try:
+        taps, _ = await attach_by(helper, path, names=names, source_check=source_check, owner=owner)
+    finally:
+        await helper.close()
+    return taps
+
+
+async def attach_by(
+    helper: Helper,
+    path: str,
+    *,
+    names: Sequence[str] | None = None,
+    source_check: bool = True,
+    owner: str = "",
+    watched: bool = False,
+) -> tuple[list[Tap], int]:
+    """`attach` by a helper that was started before there was a namespace; with `watched` also what `watch` answers."""
     request = {
         "job": "attach",
         "names": list(names) if names is not None else None,
         "source_check": source_check,
         "owner": owner,
+        "watch": watched,
     }
     with namespaces.opened(path) as fd:
-        answer, fds = await _ask(request, fd)
+        answer, fds = await helper.ask(request, fd)
     try:
         endpoints = _endpoints(answer)
-        vhosts: list[int | None] = [*fds[len(endpoints) :]] if answer.get("vhost") else [None] * len(endpoints)
-        return [
-            Tap(endpoint, tap, vhost)
-            for endpoint, tap, vhost in zip(endpoints, fds[: len(endpoints)], vhosts, strict=True)
-        ]
+        count = len(endpoints)
+        vhosts: list[int | None] = [*fds[count : 2 * count]] if answer.get("vhost") else [None] * count
+        taps = [Tap(endpoint, tap, vhost) for endpoint, tap, vhost in zip(endpoints, fds[:count], vhosts, strict=True)]
+        return taps, fds[-1] if watched else -1
     except BaseException:
         _close(fds)
         raise
@@ -130,34 +159,64 @@ def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
 # ---------------------------------------------------------------- the helper process
 
 
-async def _ask(request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
-    """Have a helper do a job; its answer and the descriptors that came with it, which are the caller's."""
-    ours, theirs = socket.socketpair()
-    messages = os.memfd_create("messages", os.MFD_CLOEXEC)
-    fds: list[int] = []
-    try:
-        with ours, theirs:
-            given = {REQUEST_FD: theirs.fileno(), NAMESPACE_FD: namespace}
-            child = spawn(f"network {request['job']}", _argv(), fds=given, stderr=messages)
-            theirs.close()
+class Helper:
+    """A process that can do one job in a namespace; Python has started by the time it is asked."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
+        self._sock = ours
+        try:
+            with theirs:
+                self._child = spawn("network helper", _argv(), fds={REQUEST_FD: theirs.fileno()}, stderr=self._messages)
+        except BaseException:
+            self._release()
+            raise
+
+    async def ask(self, request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+        """Its answer and the descriptors that came with it, which are the caller's; only once."""
+        fds: list[int] = []
+        try:
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    ours.setblocking(False)
-                    await asyncio.get_running_loop().sock_sendall(ours, json.dumps(request).encode())
-                    ours.shutdown(socket.SHUT_WR)
-                    data = await _received(ours, fds)
-                    await child.wait()
+                    data = json.dumps(request).encode()
+                    sent = socket.send_fds(self._sock, [data], [namespace])
+                    self._sock.setblocking(False)
+                    await asyncio.get_running_loop().sock_sendall(self._sock, data[sent:])
+                    self._sock.shutdown(socket.SHUT_WR)
+                    data = await _received(self._sock, fds)
+                    await self._child.wait()
             except TimeoutError:
                 raise TimedOutError(f"the network's '{request['job']}' took longer than {TIMEOUT:g} s") from None
-            finally:
-                if child.alive:
-                    await finish(_stopped(child))
-        return _answer(data, messages), fds
-    except BaseException:
-        _close(fds)
-        raise
+            except BrokenPipeError:
+                data = b""  # what it printed tells why it ended
+            return _answer(data, self._messages), fds
+        except BaseException:
+            _close(fds)
+            raise
+
+    async def close(self) -> None:
+        """End it, whatever it does; safe to repeat."""
+        try:
+            if self._child.alive:
+                await finish(_stopped(self._child))
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._sock.close()
+        if self._messages >= 0:
+            os.close(self._messages)
+            self._messages = -1
+
+
+async def _ask(request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+    """Have a helper do a job."""
+    helper = Helper()
+    try:
+        return await helper.ask(request, namespace)
     finally:
-        os.close(messages)
+        await helper.close()
 
 
 def _argv() -> list[str]:

@@ -1,9 +1,11 @@
 """The process that enters a network namespace, does one job there, answers and ends.
 
-Descriptor 0 is a socket: the request is one JSON object up to the end of input, the answer one JSON object, with the
-descriptors of taps beside its first byte.  Descriptor 3 is the namespace.  An attachment that fails half way is taken
-back before the error is answered; the taps themselves vanish with their last descriptor, so a helper that is killed
-leaves only filters, which the next attachment or detachment removes.
+Descriptor 0 is a socket: the request is one JSON object up to the end of input, with a descriptor of the namespace
+beside its first byte, the answer one JSON object, with the descriptors of taps beside its first byte.  A helper may be
+started before there is anything to do, and imports what it needs meanwhile; without a request it just ends.
+
+An attachment that fails half way is taken back before the error is answered; the taps themselves vanish with their
+last descriptor, so a helper that is killed leaves only filters, which the next attachment or detachment removes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import socket
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import (
@@ -33,10 +36,11 @@ if TYPE_CHECKING:
     from vmsandbox.resources.network.rtnl import Kernel
 
 REQUEST_FD = 0
-NAMESPACE_FD = 3
 #: bytes of a request or an answer
 LIMIT = 32 * 1024 * 1024
 
+#: of rtnetlink: links, addresses and routes of both families
+_CHANGES = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 
@@ -44,8 +48,14 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8
 def main() -> None:
     with socket.socket(fileno=REQUEST_FD) as sock:
         fds: list[int] = []
+        with suppress(ImportError):  # said when it is used
+            from vmsandbox.resources.network import rtnl as _early  # noqa: F401
+        data, namespace = _received(sock)
+        if not data:
+            return
         try:
-            request = json.loads(_received(sock))
+            request = json.loads(data)
+            namespaces.enter(namespace)
             answer = _JOBS[request["job"]](request, fds)
         except SandboxError as error:
             answer = {"error": {"code": error.code, "message": str(error)}}
@@ -56,11 +66,13 @@ def main() -> None:
         _send(sock, json.dumps(answer).encode(), fds)
 
 
-def _received(sock: socket.socket) -> bytes:
-    parts = bytearray()
-    while len(parts) < LIMIT and (part := sock.recv(1 << 16)):
+def _received(sock: socket.socket) -> tuple[bytes, int]:
+    """The request and the namespace."""
+    first, fds, _, _ = socket.recv_fds(sock, 1 << 16, 1)
+    parts = bytearray(first)
+    while first and len(parts) < LIMIT and (part := sock.recv(1 << 16)):
         parts += part
-    return bytes(parts)
+    return bytes(parts), fds[0] if fds else -1
 
 
 def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
@@ -77,12 +89,25 @@ def _described(error: OSError) -> dict[str, str]:
 
 
 def _scan(_request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-    kernel = _entered()
+    kernel = _kernel()
     return {"endpoints": [endpoint.document() for endpoint in kernel.endpoints()]}
 
 
+def _watch(_request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    fds.append(_changes())
+    return {}
+
+
+def _changes() -> int:
+    """A socket that can be read when something changes; it belongs to the namespace wherever it is read."""
+    flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    sock = socket.socket(socket.AF_NETLINK, flags, socket.NETLINK_ROUTE)
+    sock.bind((0, _CHANGES))
+    return sock.detach()
+
+
 def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    kernel = _entered()
+    kernel = _kernel()
     chosen = _chosen(kernel.endpoints(), request.get("names"))
     taken = kernel.taps()
     for endpoint in chosen:
@@ -96,6 +121,9 @@ def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         for endpoint in chosen:
             done.append(endpoint)
             fds.append(_attach_one(kernel, endpoint, request["owner"], checked=bool(request["source_check"])))
+        vhost = _add_vhosts(fds)
+        if request["watch"]:  # from now on: our own changes are none
+            fds.append(_changes())
     except BaseException:
         for fd in fds:
             os.close(fd)
@@ -103,7 +131,7 @@ def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         for endpoint in done:
             kernel.clear(endpoint.index)
         raise
-    return {"endpoints": [endpoint.document() for endpoint in chosen], "vhost": _add_vhosts(fds)}
+    return {"endpoints": [endpoint.document() for endpoint in chosen], "vhost": vhost}
 
 
 def _chosen(found: list[Endpoint], names: list[str] | None) -> list[Endpoint]:
@@ -167,7 +195,7 @@ def _add_vhosts(fds: list[int]) -> bool:
 
 
 def _detach(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-    kernel = _entered()
+    kernel = _kernel()
     names = request.get("names")
     taps = kernel.taps()
     living = {name for name, tap in taps.items() if tap.owner != request["owner"]}
@@ -184,8 +212,7 @@ def _detach(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
     return {"detached": sorted(removed)}
 
 
-def _entered() -> Kernel:
-    namespaces.enter(NAMESPACE_FD)
+def _kernel() -> Kernel:
     try:
         from vmsandbox.resources.network.rtnl import Kernel
     except ImportError as error:
@@ -193,4 +220,4 @@ def _entered() -> Kernel:
     return Kernel()
 
 
-_JOBS = {"scan": _scan, "attach": _attach, "detach": _detach}
+_JOBS = {"scan": _scan, "watch": _watch, "attach": _attach, "detach": _detach}

@@ -20,7 +20,6 @@ from vmsandbox.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from vmsandbox_hypervisor.children import described, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +88,9 @@ async def create(path: str) -> None:
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
         raise AlreadyExistsError(f"network namespace '{path}' exists already") from None
+    # Late: the processes that enter namespaces have no use for an event loop.
+    from vmsandbox_hypervisor.children import described, spawn
+
     messages = os.memfd_create("messages", os.MFD_CLOEXEC)
     try:
         child = spawn("unshare", ["unshare", f"--net={path}", "true"], fds={}, stderr=messages)

@@ -21,6 +21,7 @@ from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, NotFoundE
 from vmsandbox.paths import SHORT_ID
 from vmsandbox.resources.network import attach, cni, names, namespaces
 from vmsandbox.resources.network.bridge import Bridge
+from vmsandbox.resources.network.model import Endpoint
 from vmsandbox.resources.network.options import HOST_GATEWAY, NetworkOptions
 from vmsandbox_hypervisor.aio import finish
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vmsandbox.config.model import NetworkSettings
     from vmsandbox.paths import Roots
     from vmsandbox.resources.network.attach import Tap
-    from vmsandbox.resources.network.model import Endpoint
     from vmsandbox.resources.network.options import Port
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class PodNetwork:
         self.place = place
         self.options = options
         self.taps: list[Tap] = []
+        #: what `attach.watch` answered; -1: nobody but us changes the namespace
+        self.changes = -1
         self._document = document
         self._reserved: list[socket.socket] = []
 
@@ -89,6 +91,15 @@ class PodNetwork:
         os.makedirs(os.path.dirname(self.place.file), mode=0o700, exist_ok=True)
         records.write_document(self.place.file, self._document)
 
+    def remember_plugged(self) -> None:
+        """Write down what the machine was given of a namespace that others change."""
+        if self.options.kind == "namespace":
+            self.remember(plugged=[each.document() for each in self.endpoints])
+
+    def plugged(self) -> list[Endpoint]:
+        """What `remember_plugged` wrote down."""
+        return [Endpoint.of(document) for document in self._document.get("plugged") or ()]
+
     def hold_ports(self) -> None:
         """Reserve the published ports, so that nobody else on the host takes them; raises AlreadyExistsError."""
         for port in self.options.ports:
@@ -100,6 +111,9 @@ class PodNetwork:
         """Close what this process holds; what is made stays."""
         for tap in self.taps:
             tap.close()
+        if self.changes >= 0:
+            os.close(self.changes)
+            self.changes = -1
         for held in self._reserved:
             held.close()
         self._reserved.clear()
@@ -147,6 +161,7 @@ async def made(place: Place, options: NetworkOptions, settings: NetworkSettings)
     Raises what `attach.attach`, `cni.add` and `Bridge` do, and AlreadyExistsError for a port that is in use.
     """
     network = PodNetwork(place, options, {"netns": options.path, "sandbox": place.sandbox_id})
+    helper = attach.Helper() if options.kind != "none" else None
     try:
         if options.kind == "namespace":
             namespaces.check(options.path)
@@ -154,14 +169,21 @@ async def made(place: Place, options: NetworkOptions, settings: NetworkSettings)
         elif options.kind == "default":
             network.hold_ports()
             await _join_bridge(network, settings)
-        if network.namespace:
-            network.taps = await attach.attach(
-                network.namespace, source_check=settings.source_check, owner=place.sandbox_id
+        if helper is not None:
+            network.taps, network.changes = await attach.attach_by(
+                helper,
+                network.namespace,
+                source_check=settings.source_check,
+                owner=place.sandbox_id,
+                watched=options.kind == "namespace",
             )
     except BaseException:
         network.let_go()
         await finish(_released(place), seconds=2 * cni.TIMEOUT)
         raise
+    finally:
+        if helper is not None:
+            await helper.close()
     return network
 
 
