@@ -140,6 +140,11 @@ class Roots:
         return self.run_dir + "/u"
 
     @property
+    def nursery_file(self) -> str:
+        """The socket of the process that forks supervisors."""
+        return self.run_dir + "/nursery.sock"
+
+    @property
     def names_dir(self) -> str:
         """``<name>`` -> symlink whose target is the id of the container or pod that reserved it."""
         return self.run_dir + "/n"

@@ -100,7 +100,7 @@ class Cli:
             self("rm", "-f", *ids)
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of ours that belongs to this run root."""
+        """Every process of ours that belongs to this run root, but the nursery, which ends by itself."""
         names = {path.name for path in (self.run_root / "s").glob("*")} | {str(self.run_root)}
         found = []
         for process in psutil.process_iter():
@@ -109,6 +109,7 @@ class Cli:
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
             ours = "qemu-system" in line or "virtiofsd" in line or line.startswith("vmsandbox ")
+            ours = ours and not line.startswith("vmsandbox nursery ")
             if ours and any(name in line for name in names):
                 found.append(process)
         return found

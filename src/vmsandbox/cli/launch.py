@@ -13,6 +13,8 @@ import socket
 import sys
 from contextlib import contextmanager
 
+from vmsandbox import wire
+from vmsandbox.cli import nursery
 from vmsandbox.errors import AlreadyExistsError, UnavailableError
 
 TYPE_CHECKING = False
@@ -74,42 +76,62 @@ def listen(sandbox: SandboxPaths) -> socket.socket:
 
 
 def spawn_supervisor(
-    roots: Roots, sandbox: SandboxPaths, listener: socket.socket, *, arguments: tuple[str, ...] = ()
+    roots: Roots,
+    sandbox: SandboxPaths,
+    listener: socket.socket,
+    *,
+    arguments: tuple[str, ...] = (),
+    nursed: bool = False,
 ) -> int:
     """Start the supervisor of a pod on its bound control socket and return its pid.
 
-    It keeps none of our descriptors: an engine that reads our output to its end must not wait for a pod.
+    It keeps none of our descriptors: an engine that reads our output to its end must not wait for a pod.  One that may
+    be `nursed` comes out of the run root's nursery; if that has to be started for it, the pid is the nursery's.
     """
-    devnull = os.open(os.devnull, os.O_RDWR)
-    log = os.open(sandbox.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(sandbox.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        argv = [
-            sys.executable,
-            "-c",
-            "from vmsandbox.supervisor.main import main; main()",
-            sandbox.dir,
-            roots.run_dir,
-            roots.data_dir,
-            *arguments,
-        ]
-        environment = dict(os.environ)
-        environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        words = (sandbox.dir, roots.run_dir, roots.data_dir, *arguments)
+        if nursed:
+            try:
+                pid = nursery.forked(roots, listener, log, words)
+            except (OSError, ValueError, KeyError, wire.WireError) as error:
+                raise UnavailableError(f"the process that starts supervisors ended: {error}: try again") from error
+            if pid is not None:
+                return pid
+            place = nursery.place(roots)
+            if place is not None:
+                with place:
+                    code = "from vmsandbox.supervisor.nursery import nurse; nurse()"
+                    return _spawned(code, (roots.run_dir, *words), [listener.fileno(), place.fileno()], log)
+        return _spawned("from vmsandbox.supervisor.main import main; main()", words, [listener.fileno()], log)
+    finally:
+        os.close(log)
+
+
+def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int) -> int:
+    """Run Python code with `descriptors` from `LISTEN_FD` on, and with standard error in a log."""
+    environment = dict(os.environ)
+    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    # Out of the way of the numbers they are to get.
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LISTEN_FD + len(descriptors)) for fd in descriptors]
+    devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
         return os.posix_spawn(
             sys.executable,
-            argv,
+            [sys.executable, "-c", code, *words],
             environment,
             file_actions=[
-                (os.POSIX_SPAWN_DUP2, listener.fileno(), LISTEN_FD),
                 (os.POSIX_SPAWN_DUP2, devnull, 0),
                 (os.POSIX_SPAWN_DUP2, devnull, 1),
                 (os.POSIX_SPAWN_DUP2, log, 2),
+                *((os.POSIX_SPAWN_DUP2, fd, LISTEN_FD + number) for number, fd in enumerate(moved)),
             ],
             setsid=True,
             setsigmask=[],
         )
     finally:
-        os.close(devnull)
-        os.close(log)
+        for fd in (devnull, *moved):
+            os.close(fd)
 
 
 def connect(sandbox: SandboxPaths) -> socket.socket:

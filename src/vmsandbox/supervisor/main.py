@@ -21,6 +21,7 @@ from vmsandbox.paths import Roots, SandboxPaths
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractAsyncContextManager
 
     from vmsandbox.supervisor.control import Control
@@ -34,12 +35,12 @@ LISTEN_FD = 3
 IDLE_TIMEOUT = 10.0
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt | --revive] [--debug] [--config FILE]``.
 
     With ``--adopt`` the pod exists and its machine is taken over; with ``--revive`` it may get a new one.
     """
-    directory, run_root, data_root, *rest = sys.argv[1:]
+    directory, run_root, data_root, *rest = sys.argv[1:] if arguments is None else arguments
     os.closerange(LISTEN_FD + 1, os.sysconf("SC_OPEN_MAX"))
     os.umask(0o022)
     os.chdir("/")

@@ -230,7 +230,7 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
     sandbox = launch.make_run_directory(roots, request["sandbox"]["id"])
     try:
         with launch.locked(sandbox), launch.listen(sandbox) as listener:
-            launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments())
+            launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True)
     except BaseException:
         records.remove_tree(sandbox.dir)
         raise

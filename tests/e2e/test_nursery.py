@@ -1,0 +1,65 @@
+"""The process that forks supervisors: used where it suits, never needed, gone by itself."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.harness.cli import wait_until_gone
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.harness.cli import Cli
+
+pytestmark = pytest.mark.cloned
+
+
+def nursery(cli: Cli) -> int:
+    """The pid of this run root's nursery."""
+    titles = {process.pid: " ".join(process.cmdline()) for process in psutil.process_iter()}
+    (pid,) = [pid for pid, title in titles.items() if title.rstrip() == f"vmsandbox nursery {cli.run_root}"]
+    return pid
+
+
+def parent_of_supervisor(cli: Cli, name: str) -> int:
+    return psutil.Process(cli.inspect(name)["pod"]["supervisor"]["pid"]).ppid()
+
+
+def test_supervisors_come_out_of_a_nursery_that_suits_them(cli: Cli, box: str) -> None:
+    cli.ok("run", "--rm", box, "true")
+    first = nursery(cli)
+    cli.ok("run", "-d", "--name", "forked", box, "sleep", "1000")
+    assert parent_of_supervisor(cli, "forked") == first
+    here = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here[0] - 1, here[1]))
+    try:
+        cli.ok("run", "-d", "--name", "elsewhere", box, "sleep", "1000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, here)
+    assert parent_of_supervisor(cli, "elsewhere") != first
+    os.kill(first, signal.SIGKILL)
+    wait_until_gone(first)
+    assert cli.ok("exec", "forked", "echo", "goes on") == "goes on\n"
+    cli.ok("run", "-d", "--name", "later", box, "sleep", "1000")
+    second = nursery(cli)
+    assert parent_of_supervisor(cli, "later") == second
+
+
+def test_a_nursery_that_hangs_holds_nobody_up_and_goes_with_its_directory(cli: Cli, box: str, tmp_path: Path) -> None:
+    cli.ok("run", "--rm", box, "true")
+    pid = nursery(cli)
+    os.kill(pid, signal.SIGSTOP)
+    assert cli.ok("run", "--rm", box, "echo", "without it") == "without it\n"
+    os.kill(pid, signal.SIGCONT)
+    aside = tmp_path / "aside"
+    cli.run_root.rename(aside)
+    try:
+        wait_until_gone(pid)
+    finally:
+        aside.rename(cli.run_root)
