@@ -58,6 +58,11 @@ class AgentClient:
         async with cls.dialled(transport.through_port(port_path), directory=directory) as client:
             yield client
 
+    @staticmethod
+    def load() -> None:
+        """Load what a connection needs, which takes a while; no process may fork that has done it."""
+        import grpc.aio  # noqa: F401
+
     @classmethod
     @asynccontextmanager
     async def dialled(cls, dial: transport.Dial, *, directory: Path) -> AsyncIterator[AgentClient]:

@@ -23,7 +23,7 @@ from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import shares, slots, store
 from vmsandbox.supervisor.lifecycle import Status, advance
 from vmsandbox.supervisor.process import Exit, Process
-from vmsandbox.supervisor.sandbox import Demand
+from vmsandbox.supervisor.sandbox import Demand, together
 from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -207,8 +207,10 @@ class Container:
     ) -> None:
         began = time.monotonic()
         stack = self.stack
-        await sandbox.give(self.id, self.demand())
         stack.push_async_callback(sandbox.take_back, self.id)
+        demand = self.demand()
+        if demand != Demand():
+            await sandbox.give(self.id, demand)
         self.document["disks"] = {}
         image_disk = f"image-{image.id.removeprefix('sha256:')[:12]}"
         image_address = await self._image_address(sandbox, image, image_disk)
@@ -233,13 +235,21 @@ class Container:
             make_cwd=composed.make_cwd,
         )
         attached = time.monotonic()
-        answer = await sandbox.agent.create_container(request, timeout=CREATE_TIMEOUT)
-        stack.push_async_callback(self._remove_in_guest, sandbox)
-        self.document["phases"] = {
+        creating = self._create_in_guest(sandbox, request)
+        if demand == Demand():
+            # What it may use beyond the machine's base is there before it can ask for it.
+            await together(sandbox.give(self.id, demand), creating)
+        else:
+            await creating
+        self.document["phases"] |= {
             "attach": round(attached - began, 4),
             "create": round(time.monotonic() - attached, 4),
-            **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
         }
+
+    async def _create_in_guest(self, sandbox: Sandbox, request: pb.CreateContainerRequest) -> None:
+        answer = await sandbox.agent.create_container(request, timeout=CREATE_TIMEOUT)
+        self.stack.push_async_callback(self._remove_in_guest, sandbox)
+        self.document["phases"] = {f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()}
 
     async def _image_address(self, sandbox: Sandbox, image: Image, disk_id: str) -> str:
         """Where the guest has the image: in the machine's slot, or hot-plugged for all containers that use it."""

@@ -419,8 +419,11 @@ async def _booted(
     around: Surroundings, spec: SandboxSpec, config: VmConfig, network: Connection, stack: AsyncExitStack
 ) -> Sandbox:
     began = time.monotonic()
+    # While QEMU starts.
+    loading = asyncio.get_running_loop().run_in_executor(None, AgentClient.load)
     with translating():
         vm = await stack.enter_async_context(around.hypervisor.running(config))
+        await loading
         connecting = AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm)
         agent = await stack.enter_async_context(connecting)
         sandbox = Sandbox(around, spec, vm, agent, network)
@@ -488,14 +491,14 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     )
     if "ipc" in spec.share:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
-    await _both(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
+    await together(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
     request.time_ns = time.time_ns()
     details = await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
     await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))
     return details
 
 
-async def _both(*work: Coroutine[Any, Any, object]) -> None:
+async def together(*work: Coroutine[Any, Any, object]) -> None:
     """Do things at the same time; the first error ends the others."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
