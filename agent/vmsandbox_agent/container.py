@@ -338,7 +338,10 @@ class Container:
         self._complete_process(document, request.user, default_home=request.default_home, stdio=request.stdio)
         if request.make_cwd:
             make_directory(self._root, str(document.get("cwd") or "/"))
-        self._spec.setdefault("linux", {})["cgroupsPath"] = self.group
+        linux = self._spec.setdefault("linux", {})
+        linux["cgroupsPath"] = self.group
+        # crun's own may be that its addresses do not vary; a container's programs get what every process has.
+        linux["personality"] = linux.get("personality") or {"domain": "LINUX"}
 
     def _complete_process(self, document: dict[str, Any], user: str, *, default_home: bool, stdio: pb.Stdio) -> None:
         if user:

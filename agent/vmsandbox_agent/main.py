@@ -16,7 +16,13 @@ from pathlib import Path
 
 from vmsandbox_agent import init
 from vmsandbox_agent.layout import GUEST_BASE, Layout
-from vmsandbox_agent.syscalls import LinuxCalls, SharedMachineCalls, SystemCalls, become_subreaper
+from vmsandbox_agent.syscalls import (
+    LinuxCalls,
+    SharedMachineCalls,
+    SystemCalls,
+    become_subreaper,
+    load_at_fixed_addresses,
+)
 
 PORT_NAME = "vmsandbox.agent"
 #: seconds for the host's port to appear
@@ -81,6 +87,8 @@ def _be_init(began_us: int) -> int:
         init.survive_containers(calls, layout.etc)
         init.raise_loopback()
         parameters = init.parameters(Path("/proc/cmdline").read_text())
+        if parameters.get("emulated") == "1":
+            load_at_fixed_addresses()
         _serve(
             Settings(
                 layout=layout,

@@ -39,6 +39,7 @@ _RNDRESEEDCRNG = 0x5207
 _RB_POWER_OFF = 0x4321FEDC
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWPID = 0x20000000
+_ADDR_NO_RANDOMIZE = 0x0040000
 _ADJ_SETOFFSET = 0x0100
 _ADJ_NANO = 0x2000
 #: struct timex, and where its time is
@@ -151,6 +152,15 @@ def become_subreaper() -> None:
     """Make orphaned descendants our children, as they are for PID 1."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise _failed("prctl")
+
+
+def load_at_fixed_addresses() -> None:
+    """Have what this process executes from now on loaded at the same addresses each time; it is inherited.
+
+    An emulator that knows translated code by its address then need not translate a program again that ran before.
+    """
+    if _libc.personality(_ADDR_NO_RANDOMIZE) < 0:
+        raise _failed("personality")
 
 
 def begin_pid_namespace() -> None:

@@ -91,6 +91,20 @@ def test_a_program_that_prints_and_exits_at_once_loses_nothing(pod: tuple[Cli, s
         assert cli.ok("exec", container, "echo", f"line {number}") == f"line {number}\n"
 
 
+def test_programs_have_random_addresses(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    command = (
+        "exec",
+        container,
+        "sh",
+        "-c",
+        "cat /proc/1/personality /proc/self/personality; grep stack /proc/self/maps",
+    )
+    first, second = (cli.ok(*command).splitlines() for _ in range(2))
+    assert first[:2] == second[:2] == ["00000000", "00000000"]
+    assert first[2] != second[2]
+
+
 def test_output_that_nobody_reads_ends_the_program_as_natively(cli: Cli, box: str) -> None:
     with cli.popen("run", "--rm", box, "yes", stdout=subprocess.PIPE) as client:
         assert client.stdout is not None

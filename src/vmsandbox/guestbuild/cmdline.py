@@ -15,5 +15,6 @@ COMMON: Final = (
 PACKAGED: Final = (*COMMON, "cryptomgr.notests", "initcall_blacklist=tracer_init_tracefs")
 #: for a kernel that has everything built in and mounts the image itself
 MONOLITHIC: Final = (*COMMON, "root=/dev/vda", "rootfstype=erofs", "ro", "init=/sbin/init")
-#: where the processor is emulated: its clock is the host's, and no speculation is to be guarded against
-EMULATED: Final = ("tsc=reliable", "mitigations=off")
+#: where the processor is emulated: its clock is the host's, no speculation is to be guarded against, and code is
+#: translated once for each address it is at
+EMULATED: Final = ("tsc=reliable", "mitigations=off", "vmsandbox.emulated=1")

@@ -87,9 +87,8 @@ def _serve(listener: socket.socket, run_root: str) -> None:
     waiting = select.poll()
     waiting.register(listener, select.POLLIN)
     watch = _watched(run_root)
-    if watch >= 0:
-        waiting.register(watch, select.POLLIN)
-    while True:
+    waiting.register(watch, select.POLLIN)
+    while os.path.exists(path):
         events = dict(waiting.poll(LINGER * 1000))
         if listener.fileno() not in events:
             break
@@ -165,9 +164,9 @@ def _sources() -> list[tuple[str, int]]:
 
 
 def _watched(directory: str) -> int:
-    """A descriptor that is readable when a directory was removed; -1 where that cannot be had."""
-    libc = ctypes.CDLL(None)
+    """A descriptor that is readable when a directory was removed; it must exist now."""
+    libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.inotify_init1(_IN_CLOEXEC)
-    if fd >= 0:
-        libc.inotify_add_watch(fd, os.fsencode(directory), _IN_DELETE_SELF | _IN_MOVE_SELF)
+    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _IN_DELETE_SELF | _IN_MOVE_SELF) < 0:
+        raise OSError(ctypes.get_errno(), f"'{directory}' cannot be watched")
     return fd
