@@ -18,7 +18,6 @@ import importlib
 import os
 import resource
 import select
-import signal
 import socket
 import struct
 import sys
@@ -29,7 +28,7 @@ from vmsandbox.supervisor.main import LISTEN_FD, main
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 #: seconds without a client after which it ends
 LINGER = 10.0
@@ -57,22 +56,35 @@ def nurse() -> None:
     run_root, *arguments = sys.argv[1:]
     set_title(f"vmsandbox nursery {run_root}")
     os.chdir("/")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # its children are not its own for long
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    if os.fork() == 0:
-        _become(arguments)
+    _forked(lambda: _become(arguments))
     os.close(LISTEN_FD)
     os.dup2(0, 2)
     with socket.socket(fileno=NURSERY_FD) as listener:
         _serve(listener, run_root)
 
 
+def _forked(become: Callable[[], None]) -> int:
+    """The pid of a process that is nobody's child here, but whoever is to have our clients' orphans."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(reading, "rb") as pipe:
+        between = os.fork()
+        if between == 0:
+            child = os.fork()
+            if child == 0:
+                become()
+            os.write(writing, str(child).encode())
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(between, 0)
+        return int(pipe.read(32))
+
+
 def _become(arguments: Sequence[str]) -> None:
     """Be a supervisor from now on; its descriptors are where it expects them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     try:
         main(arguments)
@@ -116,12 +128,15 @@ def _attend(connection: socket.socket, here: object, loaded: object) -> None:
         if len(descriptors) != 2 or len(head) != wire.HEAD.size:
             return
         request = _read(connection, head)
-        child = os.fork()
-        if child == 0:
+
+        def become() -> None:
             for fd, target in zip(descriptors, (2, LISTEN_FD), strict=True):
                 os.dup2(fd, target)
-            _take_environment(request["environment"])
+            os.environ.clear()
+            os.environ.update(request["environment"])
             _become(request["arguments"])
+
+        child = _forked(become)
     finally:
         for fd in descriptors:
             os.close(fd)
@@ -138,11 +153,6 @@ def _read(connection: socket.socket, head: bytes) -> dict[str, Any]:
             raise wire.WireError("connection ended within a frame")
         payload += part
     return wire.decode(kind, bytes(payload)).message()
-
-
-def _take_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def surroundings(pid: int) -> object:

@@ -491,9 +491,15 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     )
     if "ipc" in spec.share:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
-    await together(sandbox.network.plug(sandbox.vm, request), sandbox.agent.details(timeout=timeout))
+    plugging = sandbox.network.plug(sandbox.vm, request)
+    if sandbox.vm.config.restore is None:
+        # What is asked while the guest boots would tell it an old time.
+        await together(plugging, sandbox.agent.details(timeout=timeout))
+        timeout = RPC_TIMEOUT
+    else:
+        await plugging
     request.time_ns = time.time_ns()
-    details = await sandbox.agent.create_sandbox(request, timeout=RPC_TIMEOUT)
+    details = await sandbox.agent.create_sandbox(request, timeout=timeout)
     await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))
     return details
 
