@@ -48,7 +48,8 @@ PRELOADED = (
     "vmsandbox_protocol.agent_pb2",
 )
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-_IN_DELETE_SELF, _IN_MOVE_SELF, _IN_CLOEXEC = 0x400, 0x800, 0o2000000
+_IN_MOVED_FROM, _IN_DELETE, _IN_MOVE_SELF, _IN_CLOEXEC = 0x40, 0x200, 0x800, 0o2000000
+_EVENTS = 64 * 1024
 
 
 def nurse() -> None:
@@ -102,6 +103,9 @@ def _serve(listener: socket.socket, run_root: str) -> None:
     waiting.register(watch, select.POLLIN)
     while os.path.exists(path):
         events = dict(waiting.poll(LINGER * 1000))
+        if watch in events:
+            os.read(watch, _EVENTS)
+            continue
         if listener.fileno() not in events:
             break
         connection, _ = listener.accept()
@@ -174,9 +178,12 @@ def _sources() -> list[tuple[str, int]]:
 
 
 def _watched(directory: str) -> int:
-    """A descriptor that is readable when a directory was removed; it must exist now."""
+    """A descriptor that is readable when something in a directory goes, or it moves; it must exist now.
+
+    Of the directory's own removal nobody is told while our socket is in it.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.inotify_init1(_IN_CLOEXEC)
-    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _IN_DELETE_SELF | _IN_MOVE_SELF) < 0:
+    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _IN_MOVED_FROM | _IN_DELETE | _IN_MOVE_SELF) < 0:
         raise OSError(ctypes.get_errno(), f"'{directory}' cannot be watched")
     return fd
