@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from scripts.benchmarks.rows import Figure
 
-DIGITS = {"s": 3, "MiB": 1, "%": 2, "MiB/s": 1}
+DIGITS = {"s": 3, "us": 0, "MiB": 1, "%": 2, "MiB/s": 1}
 
 
 def as_json(figures: Sequence[Figure]) -> str:

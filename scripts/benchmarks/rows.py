@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from scripts.benchmarks.workplace import Workplace
 
-Unit = Literal["s", "MiB", "%", "MiB/s"]
+Unit = Literal["s", "us", "MiB", "%", "MiB/s"]
 
 #: what every row of a verb's duration is compared with, beside its own reference
 YARDSTICKS = ("cold_boot_floor", "crun_run", "podman_run")
