@@ -78,8 +78,9 @@ class Network:
         neighbours: Iterable[pb.Neighbour],
     ) -> None:
         """Everything at once, as a pod starts."""
-        for interface in interfaces:
-            self.update_interface(interface)
+        with Rtnetlink() as kernel:
+            for interface in interfaces:
+                self._set_up(kernel, interface, TIMEOUT)
         wanted = list(paths)
         if wanted:
             self.update_routes(wanted)
@@ -89,14 +90,19 @@ class Network:
 
     def update_interface(self, wanted: pb.Interface, *, timeout: float = TIMEOUT) -> pb.Interface:
         """Find a device, waiting for one that is being plugged in, and make it what is wanted; answers what it is."""
-        _check_interface(wanted)
         with Rtnetlink() as kernel:
-            link = self._awaited(kernel, wanted, timeout)
-            try:
-                self._apply(kernel, link, wanted)
-            except OSError as error:
-                raise refused(f"cannot set up interface '{wanted.name or link.name}'", error) from error
-            return next(each for each in self._interfaces(kernel) if each.name == (wanted.name or link.name))
+            name = self._set_up(kernel, wanted, timeout)
+            return next(each for each in self._interfaces(kernel) if each.name == name)
+
+    def _set_up(self, kernel: Rtnetlink, wanted: pb.Interface, timeout: float) -> str:
+        """The same without an answer; under what name it is."""
+        _check_interface(wanted)
+        link = self._awaited(kernel, wanted, timeout)
+        try:
+            self._apply(kernel, link, wanted)
+        except OSError as error:
+            raise refused(f"cannot set up interface '{wanted.name or link.name}'", error) from error
+        return wanted.name or link.name
 
     def _apply(self, kernel: Rtnetlink, link: Link, wanted: pb.Interface) -> None:
         name = wanted.name or link.name

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import os
 import re
 import shutil
 import socket
 import tempfile
-from contextlib import contextmanager
+import threading
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cloned
 
-#: serves its hostname by HTTP, and by UDP what it is sent
-SERVE = "mkdir /tmp/w; hostname > /tmp/w/index.html; socat UDP-RECVFROM:53,fork EXEC:cat & exec httpd -f -h /tmp/w"
+#: serves its hostname by HTTP, and by UDP and TCP what it is sent
+SERVE = (
+    "mkdir /tmp/w; hostname > /tmp/w/index.html; socat UDP-RECVFROM:53,fork EXEC:cat & "
+    "socat TCP-LISTEN:7,fork,backlog=256 PIPE & exec httpd -f -h /tmp/w"
+)
 #: asks an HTTP server by name or address; busybox is static, and so resolves no names
 FETCH = "#!/bin/sh\nprintf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' | socat -t 20 - TCP:$1:${2:-80} | tail -n 1\n"
 #: seconds a connection may take
@@ -205,6 +211,44 @@ def test_pods_learn_of_each_other_while_they_run(cli: Cli, town: tuple[str, str]
     cli.ok("exec", "peer", "sh", "-c", "while grep -qw late /etc/hosts; do sleep 0.1; done")
 
 
+# ---------------------------------------------------------------- load
+
+
+@pytest.mark.parametrize("mib", [32, pytest.param(1024, marks=pytest.mark.long)])
+def test_every_byte_arrives_in_both_directions(town: tuple[str, str], host: Host, mib: int) -> None:
+    block = os.urandom(1 << 20)
+    sent, received = hashlib.sha256(), hashlib.sha256()
+
+    def send(sock: socket.socket) -> None:
+        for number in range(mib):
+            data = number.to_bytes(8, "big") + block[8:]
+            sent.update(data)
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+    with host.within(lambda: socket.create_connection((town[0], 7), timeout=PATIENCE)) as sock:
+        sending = threading.Thread(target=send, args=(sock,))
+        sending.start()
+        count = 0
+        while data := sock.recv(1 << 20):
+            received.update(data)
+            count += len(data)
+        sending.join()
+    assert (count, received.digest()) == (mib << 20, sent.digest())
+
+
+def test_two_hundred_connections_are_open_at_once(town: tuple[str, str], host: Host) -> None:
+    def connect() -> list[socket.socket]:
+        return [socket.create_connection((town[0], 7), timeout=3 * PATIENCE) for _ in range(200)]
+
+    with ExitStack() as stack:
+        open_at_once = [stack.enter_context(sock) for sock in host.within(connect)]
+        for number, sock in enumerate(open_at_once):
+            sock.sendall(b"%03d" % number)
+        said = [sock.recv(3, socket.MSG_WAITALL) for sock in reversed(open_at_once)]
+    assert said == [b"%03d" % number for number in reversed(range(200))]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -258,17 +302,24 @@ def test_a_port_of_another_program_is_one_clear_error(cli: Cli, town: tuple[str,
     assert "port '8090/tcp' of the host is in use" in done.stderr
 
 
-def test_a_missing_plugin_is_one_clear_error(cli: Cli, host: Host, tmp_path: Path) -> None:
-    cli.config = tmp_path / "config.toml"
-    cli.config.write_text(f'[network]\nplugins = "{tmp_path}"\n')
+@contextmanager
+def configured(cli: Cli, directory: Path, text: str) -> Iterator[None]:
+    """Commands of the block read these settings of the network."""
+    cli.config = directory / "config.toml"
+    cli.config.write_text(f"[network]\n{text}\n")
     try:
+        yield
+    finally:
+        cli.config = None
+
+
+def test_a_missing_plugin_is_one_clear_error(cli: Cli, host: Host, tmp_path: Path) -> None:
+    with configured(cli, tmp_path, f'plugins = "{tmp_path}"'):
         with untouched(cli, host):
             done = cli("run", "--rm", "box", "true")
         assert done.code == 125
         assert "install 'containernetworking-plugins', or run with '--network none'" in last_line(done.stderr)
         assert cli.ok("run", "--rm", "--network", "none", "box", "ip", "-o", "link").count("\n") == 1
-    finally:
-        cli.config = None
 
 
 # ---------------------------------------------------------------- ends

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tests.harness import daemons
-from tests.harness.boxes import make_rootfs
+from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Result
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Engines:
         (self.scratch / "containers.conf").write_text(CONTAINERS_CONF.format(runtime=self.runtime))
         (self.scratch / "storage.conf").write_text(STORAGE_CONF)
         daemons.configure(self.scratch, self.runtime)
-        make_rootfs(self.rootfs)
+        add_program(make_rootfs(self.rootfs), Path("/usr/bin/socat"))
         if not CNI.exists():
             CNI.mkdir()
             self._made_cni = True

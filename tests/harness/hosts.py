@@ -53,6 +53,8 @@ def host(scratch: Path) -> Iterator[Host]:
     (scratch / "resolv.conf").write_text(RESOLV_CONF)
     with namespace("vmstest-host") as space, namespace("vmstest-world") as world:
         space.run(
+            # The plugins turn it on where a network needs it, and it stays.
+            "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
             f"ip link add up0 type veth peer name down0 netns {world.name}",
             f"ip addr add {ADDRESS}/24 dev up0; ip -6 addr add {ADDRESS6}/64 dev up0 nodad",
             "ip link set up0 up",
@@ -68,7 +70,7 @@ def host(scratch: Path) -> Iterator[Host]:
             f"ip route add {TAKEN[0]} via {WORLD}",
         )
         space.settle("up0")
-        mounts = f"mount -t sysfs sysfs /sys; mount --bind {scratch / 'resolv.conf'} /etc/resolv.conf"
+        mounts = f"mount --bind {scratch / 'resolv.conf'} /etc/resolv.conf"
         apart = ("nsenter", f"--net={space.path}", "unshare", "--mount", "--propagation", "private")
         keeper = subprocess.Popen(
             [*apart, "sh", "-ec", f"{mounts}; echo ready; exec sleep infinity"], stdout=subprocess.PIPE

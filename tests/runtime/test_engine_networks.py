@@ -1,0 +1,44 @@
+"""Networks of engines beyond their first bridge: names, ports, two families, large frames, and changes on the fly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.harness.engines import BOX
+
+if TYPE_CHECKING:
+    from tests.harness.engines import Engines
+
+SERVE = "mkdir /www; echo page > /www/index.html; httpd -h /www -p 80; exec sleep 100000"
+#: asks by name: busybox is static, and so resolves none
+FETCH = "until printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' | socat -t 20 - {} | grep page; do sleep 0.1; done"
+
+
+def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines) -> None:
+    podman = ("podman", "--runtime", "vmsandbox")
+    engines.ok("podman", "network", "create", "--ipv6", "-o", "mtu=9000", "pair")
+    engines.ok("podman", "network", "create", "late")
+    try:
+        engines.ok(*podman, "run", "-d", "--name", "web", "--network", "pair", "-p", "8088:80", BOX, "sh", "-c", SERVE)
+        engines.ok(*podman, "run", "-d", "--name", "asker", "--network", "pair", BOX, "sleep", "100000")
+        assert engines.ok("podman", "exec", "asker", "sh", "-c", FETCH.format("TCP4:web:80")) == "page\n"
+        assert engines.ok("podman", "exec", "asker", "sh", "-c", FETCH.format("TCP6:web:80")) == "page\n"
+        assert engines.ok("sh", "-c", FETCH.format("TCP4:127.0.0.1:8088")) == "page\n"
+        shown = engines.ok("podman", "exec", "asker", "ip", "-o", "link", "show", "eth0")
+        assert "mtu 9000" in shown
+        networks = engines.inspect("web")["NetworkSettings"]["Networks"]
+        ping = ("ping", "-c", "1", "-W", "20", "-s", "8900")
+        assert "1 packets received" in engines.ok("podman", "exec", "asker", *ping, networks["pair"]["IPAddress"])
+
+        for name in ("web", "asker"):
+            engines.ok("podman", "network", "connect", "late", name)
+        address = engines.inspect("web")["NetworkSettings"]["Networks"]["late"]["IPAddress"]
+        for name in ("web", "asker"):
+            engines.ok("podman", "exec", name, "sh", "-c", "until ip route | grep -q eth1; do sleep 0.1; done")
+        assert engines.ok("podman", "exec", "asker", "sh", "-c", FETCH.format(f"TCP4:{address}:80")) == "page\n"
+        engines.ok("podman", "network", "disconnect", "late", "web")
+        engines.ok("podman", "exec", "web", "sh", "-c", "while grep -q eth1 /proc/net/dev; do sleep 0.1; done")
+        assert engines.ok("podman", "exec", "asker", "sh", "-c", FETCH.format("TCP4:web:80")) == "page\n"
+    finally:
+        engines("podman", "rm", "-af", "-t", "0")
+        engines("podman", "network", "rm", "-f", "pair", "late")
