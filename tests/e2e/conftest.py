@@ -33,6 +33,13 @@ def box(data_root: Path) -> str:
     return "box"
 
 
+@pytest.fixture(scope="session")
+def pod_template(data_root: Path) -> None:
+    """The template of explicit pods, which have more slots than others."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as run:
+        Cli(Path(run), data_root).ok("template", "build", "--pod", timeout=300)
+
+
 @pytest.fixture(scope="module")
 def boot(request: pytest.FixtureRequest) -> str:
     """How pods come up: as every test's dimension, see `pytest_generate_tests`."""

@@ -114,3 +114,16 @@ def test_gc_removes_what_was_killed_in_the_middle_of_its_start(cli: Cli, box: st
     for process in cli.processes():
         wait_until_gone(process.pid)
     assert cli.ps() == []
+
+
+def test_what_is_still_being_made_can_be_removed(cli: Cli, box: str, pod_template: None) -> None:
+    for make, remove in (
+        (("create", "--name", "new", box, "true"), ("rm", "-f", "new")),
+        (("pod", "create", "--name", "new"), ("pod", "rm", "-f", "new")),
+    ):
+        with cli.popen(*make, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            deadline = time.monotonic() + 60
+            while not any("qemu" in process.name() for process in cli.processes()):
+                assert time.monotonic() < deadline
+            cli.ok(*remove)
+        assert cli.leftovers() == []

@@ -21,13 +21,6 @@ SERVE = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
 MANY = 20
 
 
-@pytest.fixture(scope="session")
-def pod_template(data_root: Path) -> None:
-    """The template of explicit pods, which have more slots than others."""
-    with tempfile.TemporaryDirectory(prefix="vs-") as run:
-        Cli(Path(run), data_root).ok("template", "build", "--pod", timeout=300)
-
-
 @pytest.fixture(scope="module")
 def shop(data_root: Path, box: str, pod_template: None) -> Iterator[Cli]:
     """The pod `shop`, shared by the tests that leave it as it was."""
@@ -244,6 +237,10 @@ def test_c5_a_pod_that_is_killed_while_it_is_made_leaves_nothing(cli: Cli) -> No
 def test_a_pod_outlives_its_supervisor_and_its_machines_death_stops_it(cli: Cli, box: str, pod_template: None) -> None:
     cli.ok("pod", "create", "--name", "p")
     cli.ok("run", "-d", "--pod", "p", "--name", "a", box, "sh", "-c", SERVE)
+    leave_unfinished(cli, described(cli, "p"))
+    kill(described(cli, "p")["supervisor"]["pid"])
+    assert inside(cli, "a", "ls /sys/block | grep -c vd") == "3"  # the guest's own, the image's, its layer
+    assert [row["name"] for row in cli.ps()] == ["a"]
     before = described(cli, "p")
     cli.ok("stop", "a")
     kill(before["supervisor"]["pid"])
@@ -263,6 +260,16 @@ def test_a_pod_outlives_its_supervisor_and_its_machines_death_stops_it(cli: Cli,
     assert (cli.pods()[0]["status"], cli.processes()) == ("stopped", [])
     cli.ok("start", "a")
     assert cli.inspect("a")["status"] == "running"
+
+
+def leave_unfinished(cli: Cli, pod: dict[str, Any]) -> None:
+    """A container that was being made when the supervisor died, and had the image's disk like the one that runs."""
+    directory = cli.run_root / "s" / pod["id"][:12]
+    (path,) = (directory / "containers").glob("*.json")
+    unfinished = {**json.loads(path.read_text()), "id": "0" * 64, "name": "", "status": "creating", "standin": None}
+    del unfinished["disks"]["scratch"]
+    (directory / "containers" / f"{unfinished['id']}.json").write_text(json.dumps(unfinished))
+    (cli.run_root / "c" / unfinished["id"]).symlink_to(f"../s/{directory.name}")
 
 
 def test_b8_a_damaged_pod_is_named_and_spoils_no_other(shop: Cli, box: str) -> None:

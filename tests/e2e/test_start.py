@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 from tests.harness.cli import kill, wait_until_gone
@@ -48,6 +49,19 @@ def test_restart_stops_in_order_and_starts_again(cli: Cli, box: str) -> None:
     assert cli.ok("restart", "web") == "web\n"
     after = cli.inspect("web")
     assert (after["status"], after["pod"]["vm"]["pid"] != machine) == ("running", True)
+    assert cli.ok("exec", "web", "sh", "-c", "wc -l < /lives") == "2\n"
+
+
+def test_of_two_who_start_it_at_once_one_is_told_so(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sh", "-c", SCRIPT)
+    cli.await_line("web", "1")
+    cli.ok("stop", "web")
+    starting = [cli.popen("start", "web", stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [client.communicate(timeout=120)[1].decode() for client in starting]
+    assert sorted(client.returncode for client in starting) == [0, 1], said
+    assert any(
+        f"cannot start container 'web': it is {state}" in "".join(said) for state in ("being started", "running")
+    )
     assert cli.ok("exec", "web", "sh", "-c", "wc -l < /lives") == "2\n"
 
 

@@ -66,6 +66,8 @@ class Container:
         )
         self.execs: dict[str, Process] = {}
         self.stack = AsyncExitStack()
+        #: another life of it is being made: its document says "stopped" until it runs
+        self.starting = False
         #: it has ended, and what it had in the machine is given back
         self.released = asyncio.Event()
 

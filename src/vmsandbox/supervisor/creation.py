@@ -150,6 +150,8 @@ async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     container = service.container(request)
     if container.status == "stopped":
         try:
+            if container.starting:
+                raise InvalidStateError(str(container), state="being started", wanted="start")
             return await _start_again(service, container, request)
         except BaseException:
             service.unwanted.add(int((request.get("standin") or {}).get("pid") or 0))
@@ -187,10 +189,12 @@ async def _start_again(service: Service, old: Container, request: dict[str, Any]
                 # The last of its output and its exit first: the new stand-in is for the new life alone.
                 await old.init.delivered.wait()
                 await old.release()
+                fresh.starting = True
                 service.containers[old.id] = fresh
                 service.notify()
                 await fresh.create(service.sandbox, image, composed, options, start=True)
                 _settle(service, fresh, "start")
+                fresh.starting = False
             except BaseException:
                 fallen = service.containers.get(old.id)
                 if fallen is not None and fallen is not old:

@@ -21,6 +21,18 @@ LET_GO_TIMEOUT = 10.0
 SIGKILL = 9
 
 
+async def settled(service: Service, request: dict[str, Any]) -> Container:
+    """The container that a request is about, once it is made or made to run again; what is not there cannot end.
+
+    Raises `NotFoundError` if that fails, which leaves nothing of a new one.
+    """
+    container = service.container(request)
+    while (container.status == "creating" or container.starting) and not container.init.failed:
+        await container.init.settled.wait()
+        container = service.container(request)
+    return container
+
+
 async def kill(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Send a signal to a container's init process, or to all of its processes."""
     container = service.container(request)
@@ -37,7 +49,7 @@ async def kill(service: Service, request: dict[str, Any]) -> dict[str, Any]:
 
 async def stop(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Signal, wait, SIGKILL; a stopped container is fine.  What it had is given back before the answer."""
-    container = service.container(request)
+    container = await settled(service, request)
     await stop_container(service, container, request.get("timeout"))
     try:
         async with asyncio.timeout(LET_GO_TIMEOUT):
@@ -94,7 +106,7 @@ async def kill_and_wait(service: Service, sandbox: Sandbox, container: Container
 
 async def delete(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Forget a stopped container, or with `force` any."""
-    container = service.container(request)
+    container = await settled(service, request)
     if container.status != "stopped":
         if not request.get("force"):
             container.require("delete")

@@ -78,5 +78,7 @@ async def remove(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     for container in service.containers.values():
         container.document["autoremove"] = True
     if service.reason is None and service.wanted.done():
-        (await service.running_sandbox()).ended.set()  # which kills what still runs
+        sandbox = await service.running_sandbox()
+        service.removing = True  # again: whoever had the pod made may have thought it was there to stay
+        sandbox.ended.set()  # which kills what still runs
     return {}

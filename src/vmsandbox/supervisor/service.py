@@ -159,12 +159,18 @@ class Service:
     async def take_over(self, sandbox: Sandbox) -> None:
         """Bring the containers' documents and the guest's own view together."""
         known = {row.container_id: row for row in await sandbox.agent.containers()}
+        adopted = []
         for container in self._inherited:
             if self.containers.get(container.id) is not container:
                 continue  # it was started again or removed meanwhile
             if container.status == "stopped" and container.id not in known and not container.has_devices(sandbox):
                 continue
             container.adopt(sandbox)
+            adopted.append(container)
+        # Only now is it known who else uses what one of them gives back.
+        for container in adopted:
+            if self.containers.get(container.id) is not container:
+                continue
             row = known.get(container.id)
             if container.status == "creating" or (row is None and container.status != "stopped"):
                 await ending.remove(self, container)
