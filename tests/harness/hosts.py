@@ -48,10 +48,10 @@ class Host(Netns):
 
 
 @contextmanager
-def host(scratch: Path) -> Iterator[Host]:
-    """A host and its world for the block."""
+def host(scratch: Path, *, name: str = "vmstest") -> Iterator[Host]:
+    """A host and its world for the block; `name` tells its namespaces from those of other tests."""
     (scratch / "resolv.conf").write_text(RESOLV_CONF)
-    with namespace("vmstest-host") as space, namespace("vmstest-world") as world:
+    with namespace(f"{name}-host") as space, namespace(f"{name}-world") as world:
         space.run(
             # The plugins turn it on where a network needs it, and it stays.
             "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",

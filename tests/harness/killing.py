@@ -1,0 +1,391 @@
+"""Rounds in which processes of ours are killed at moments that a seeded generator picks.
+
+A round prepares something, starts one operation, kills one or two processes a random while later and then asks: did
+output and exit code survive where they had to, is every container that lost its machine stopped with a reason, is
+what was there before still there, and is nothing left once all is removed?  The same seed means the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tests.harness import hosts
+from tests.harness.cli import Cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.harness.hosts import Host
+
+#: lines that a counting container prints, and the code it ends with
+LINES, CODE = 60, 7
+COUNT = f"i=0; while [ $i -lt {LINES} ]; do echo $i; i=$((i+1)); sleep 0.02; done; exit {CODE}"
+EXPECTED = "".join(f"{number}\n" for number in range(LINES))
+#: keeps a note on its layer from its first life on
+SLEEP = "[ -e /note ] || { echo kept > /note; sync; }; exec sleep 100000"
+#: seconds a client may take to find out that something died
+PATIENCE = 180.0
+#: times that what is left is removed, with a second between them
+TRIES = 20
+#: every process title by what a round calls it
+TITLES = {
+    "supervisor": "vmsandbox supervisor",
+    "stand-in": "vmsandbox stand-in",
+    "machine": "qemu-system",
+    "virtiofsd": "virtiofsd",
+}
+#: what 125 stands for: the operation did not come about
+FAILED = 125
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is done in a round: how long it takes at most, who can be killed, and whether something is prepared."""
+
+    within: float
+    victims: tuple[str, ...] = ("supervisor", "stand-in", "machine", "client")
+    #: "": nothing, else a "container" that runs or is "stopped", or a "pod" with one
+    prepared: str = ""
+
+
+OPERATIONS = {
+    "run": Operation(3.0, ("nursery", "supervisor", "stand-in", "machine", "client")),
+    "create": Operation(2.0),
+    "exec": Operation(2.0, prepared="container"),
+    "stop": Operation(1.0, prepared="container"),
+    "rm": Operation(1.0, prepared="container"),
+    "start": Operation(2.0, prepared="stopped"),
+    "restart": Operation(3.0, prepared="container"),
+    "run with a share": Operation(3.0, ("supervisor", "virtiofsd", "machine", "client")),
+    "run with a network": Operation(4.0),
+    "pod create": Operation(2.0, ("supervisor", "machine", "client")),
+    "run in a pod": Operation(2.0, prepared="pod"),
+    "pod stop": Operation(1.0, prepared="pod"),
+    "pod rm": Operation(1.0, prepared="pod"),
+    "template build": Operation(6.0, ("machine", "client")),
+    "run without its template": Operation(3.0, ("supervisor", "machine", "template")),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one seed means."""
+
+    seed: int
+    operation: str
+    victims: tuple[str, ...]
+    delay: float
+
+    @classmethod
+    def of(cls, seed: int) -> Round:
+        random = Random(seed)
+        operation = list(OPERATIONS)[seed % len(OPERATIONS)]
+        about = OPERATIONS[operation]
+        count = min(random.choice((1, 1, 1, 2)), len(about.victims))
+        victims = tuple(random.sample(about.victims, count))
+        return cls(seed, operation, victims, random.uniform(0, about.within))
+
+
+@dataclass
+class Ground:
+    """Where rounds are played: a command with a container `other` that must notice nothing, and a host of its own."""
+
+    cli: Cli
+    host: Host
+    box: str
+    source: Path
+    #: as it was before the first round
+    links: list[str] = field(default_factory=list)
+
+    def play(self, seed: int) -> Round:
+        """Play a round; an AssertionError says what was lost or left."""
+        plan = Round.of(seed)
+        try:
+            _Play(self, plan).play()
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{plan}: a command hangs: {error.cmd}") from error
+        except AssertionError as error:
+            raise AssertionError(f"{plan}: {error}") from error
+        return plan
+
+
+@contextmanager
+def ground(data_root: Path, box: str) -> Iterator[Ground]:
+    """Guest and images are those of `data_root`; templates are a copy, because some rounds remove them."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vs-") as run,
+        tempfile.TemporaryDirectory(prefix="vsd-") as data,
+        tempfile.TemporaryDirectory(prefix="vss-") as source,
+        hosts.host(Path(source), name=f"vk{os.getpid()}") as host,
+    ):
+        for name in ("guest", "images"):
+            Path(data, name).symlink_to(data_root / name)
+        subprocess.run(["cp", "-a", "--sparse=always", data_root / "templates", data], check=True)
+        cli = Cli(Path(run), Path(data))
+        cli.prefix = host.prefix
+        cli.ok("run", "-d", "--name", "other", box, "sleep", "100000")
+        Path(source, "file").write_text("the host's\n")
+        made = Ground(cli, host, box, Path(source), host.state())
+        yield made
+        assert cli.ok("exec", "other", "echo", "still here") == "still here\n"
+        cli.remove_all()
+        cli("gc", "-q")
+        assert cli.leftovers() == []
+
+
+class _Play:
+    def __init__(self, ground: Ground, plan: Round) -> None:
+        self.ground = ground
+        self.cli = ground.cli
+        self.plan = plan
+        self.about = OPERATIONS[plan.operation]
+        self.random = Random(~plan.seed)
+        self.name = f"k{plan.seed}"
+        self.pod = f"p{plan.seed}"
+        self.killed: set[str] = set()
+        self.code = 0
+        self.printed = ""
+        self.said = ""
+
+    def play(self) -> None:
+        others = {process.pid for process in self.cli.processes()}
+        left = self._left()
+        self._prepare()
+        client = self.cli.popen(*self._words(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        printed: list[tuple[bytes, bytes]] = []
+        reader = threading.Thread(target=lambda: printed.append(client.communicate()))
+        reader.start()
+        reader.join(self.plan.delay)
+        for victim in self.plan.victims:
+            if self._kill(victim, client, others):
+                self.killed.add(victim)
+        reader.join(PATIENCE)
+        if reader.is_alive():
+            client.kill()
+            raise AssertionError("the client hangs")
+        self.code, self.printed, self.said = client.returncode, *(part.decode() for part in printed[0])
+        self._check()
+        self._remove(others)
+        assert [row["name"] for row in self.cli.ps()] == ["other"]
+        assert self.cli.pods() == []
+        assert self._left() == left, "something is left"
+        self._assert_host_is_as_it_was()
+
+    def _left(self) -> list[str]:
+        staging = (self.cli.data_root / "templates").glob(".staging-*")
+        return [line for line in self.cli.leftovers() if not line.startswith("process")] + [
+            str(path) for path in staging
+        ]
+
+    def _assert_host_is_as_it_was(self) -> None:
+        assert (self.ground.source / "file").read_text() == "the host's\n"
+        if "network" in self.plan.operation:
+            assert self.ground.host.state() == self.ground.links
+            assert self.ground.host.rules() == []
+
+    # ------------------------------------------------------------ the operation
+
+    def _prepare(self) -> None:
+        cli, box = self.cli, self.ground.box
+        match self.about.prepared:
+            case "container" | "stopped":
+                cli.ok("run", "-d", "--name", self.name, box, "sh", "-c", SLEEP)
+                cli.ok("exec", self.name, "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
+                if self.about.prepared == "stopped":
+                    cli.ok("stop", "-t", "0", self.name)
+            case "pod":
+                cli.ok("pod", "create", "--name", self.pod)
+                cli.ok("run", "-d", "--pod", self.pod, "--name", f"{self.pod}a", box, "sh", "-c", SLEEP)
+                cli.ok("exec", f"{self.pod}a", "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
+
+    def _words(self) -> tuple[str, ...]:
+        name, pod, count = self.name, self.pod, (self.ground.box, "sh", "-c", COUNT)
+        return {
+            "run": ("run", "--name", name, *count),
+            "create": ("create", "--name", name, *count),
+            "exec": ("exec", name, "sh", "-c", COUNT),
+            "stop": ("stop", "-t", "1", name),
+            "rm": ("rm", "-f", name),
+            "start": ("start", name),
+            "restart": ("restart", "-t", "1", name),
+            "run with a share": ("run", "--name", name, "-v", f"{self.ground.source}:/data", *count),
+            "run with a network": ("run", "--name", name, "--network", "default", "-p", "8080:80", *count),
+            "pod create": ("pod", "create", "--name", pod),
+            "run in a pod": ("run", "--pod", pod, "--name", name, *count),
+            "pod stop": ("pod", "stop", pod),
+            "pod rm": ("pod", "rm", "-f", pod),
+            "template build": ("template", "build", "--force"),
+            "run without its template": ("run", "--name", name, *count),
+        }[self.plan.operation]
+
+    def _kill(self, victim: str, client: subprocess.Popen[bytes], others: set[int]) -> bool:
+        """Kill a process of this round; False if there is none at this moment."""
+        if victim == "client":
+            if client.poll() is not None:
+                return False
+            client.kill()
+            return True
+        if victim == "template":
+            for row in json.loads(self.cli.ok("template", "ls", "--format", "json")):
+                self.cli.ok("template", "rm", row["key"])
+            return True
+        found = [process for process in self.cli.processes() if process.pid not in others]
+        if victim == "nursery":
+            found = list(psutil.process_iter())
+        self.random.shuffle(found)
+        for process in found:
+            try:
+                if TITLES.get(victim, f"vmsandbox nursery {self.cli.run_root}") in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    return True
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+        return False
+
+    # ------------------------------------------------------------ what must hold
+
+    def _check(self) -> None:
+        """Before anything is tidied up."""
+        CHECKS.get(self.plan.operation, _Play._check_run)(self)
+
+    def _status(self) -> str | None:
+        rows = {row["name"]: row["status"] for row in self.cli.ps()}
+        assert "other" in rows
+        found: str | None = rows.get(self.name)
+        return found
+
+    def _check_run(self) -> None:
+        status = self._status()
+        if status is None:
+            return
+        came_about = self.code != FAILED
+        if self.killed <= {"supervisor", "template", "nursery"} and came_about:
+            # It was running, so nothing may show that its supervisor died.
+            assert (self.code, self.printed) == (CODE, EXPECTED), self.said
+            assert self.cli.ok("logs", self.name) == EXPECTED
+        if self.killed == {"client"} and self.about.prepared != "pod" and status != "created":
+            assert self.cli.ok("wait", self.name) == f"{CODE}\n"
+            assert self.cli.ok("logs", self.name) == EXPECTED
+        if not self.killed:
+            assert (self.code, self.printed) == (CODE, EXPECTED), self.said
+        self._check_lost_machine()
+
+    def _check_lost_machine(self) -> None:
+        if "machine" in self.killed and self.about.prepared != "pod" and self._status() is not None:
+            assert self.cli.ok("wait", self.name, timeout=PATIENCE)
+            found = self.cli.inspect(self.name)
+            assert found["status"] == "stopped", found
+
+    def _check_create(self) -> None:
+        if not self.killed:
+            assert (self.code, self._status()) == (0, "created"), self.said
+        self._check_lost_machine()
+
+    def _check_exec(self) -> None:
+        if self.killed <= {"supervisor"} and self.code not in (FAILED, 255):
+            assert (self.code, self.printed) == (CODE, EXPECTED), self.said
+        if self.killed <= {"supervisor", "client"}:
+            self._assert_kept(self.name)
+        self._check_lost_machine()
+
+    def _check_stop(self) -> None:
+        assert self._status() is not None
+        if self.killed <= {"supervisor", "client"}:
+            self._assert_kept(self.name)
+        self._check_lost_machine()
+
+    def _check_start(self) -> None:
+        assert self._status() is not None, "a container that was there is not listed"
+        if not self.killed:
+            assert (self.code, self._status()) == (0, "running"), self.said
+        if "machine" in self.killed and self._status() != "stopped":
+            self.cli.ok("stop", "-t", "0", self.name)
+        self._assert_kept(self.name)
+
+    def _assert_kept(self, name: str) -> None:
+        """What was on the layer of a container is there, in a later life if this one is over."""
+        for _ in range(100):
+            if {row["name"]: row["status"] for row in self.cli.ps()}[name] != "stopped":
+                break
+            started = self.cli("start", name)
+            # Its killed client may have had it started just now.
+            assert started.code == 0 or "being started" in started.stderr or "is running" in started.stderr, started
+        assert self.cli.ok("exec", name, "cat", "/note") == "kept\n"
+
+    def _check_pod(self) -> None:
+        names = [pod["name"] for pod in self.cli.pods()]
+        match self.plan.operation:
+            case "pod create":
+                assert self.killed or (self.code, names) == (0, [self.pod]), self.said
+                return
+            case "pod rm":
+                assert self.killed or names == [], self.said
+                return
+            case "pod stop":
+                assert self.killed or self.cli.pods()[0]["status"] == "stopped", self.said
+            case _:
+                self._check_run()
+        assert names == [self.pod], "a pod that was there is not listed"
+        self.cli.ok("gc", "-q")
+        self._assert_kept(f"{self.pod}a")
+
+    def _check_template(self) -> None:
+        """Whatever there is now is whole; one that was killed while it was made changes nothing."""
+        assert self.killed or self.code == 0, self.said
+        self.cli.ok("run", "--rm", self.ground.box, "true")
+
+    # ------------------------------------------------------------ the end
+
+    def _remove(self, others: set[int]) -> None:
+        """Remove what there is; what a killed client had asked for may come about after that, and is removed too."""
+        for _ in range(TRIES):
+            for pods, rows in (((), self.cli.ps()), (("pod",), self.cli.pods())):
+                for row in rows:
+                    if row["name"] != "other":
+                        result = self.cli(*pods, "rm", "-f", row["id"])
+                        assert result.code == 0 or "no such" in result.stderr, result
+            self.cli.ok("gc", "-q")
+            left = [process for process in self.cli.processes() if process.pid not in others]
+            if not left:
+                break
+            psutil.wait_procs(left, timeout=1)
+        self._age()
+        self.cli.ok("gc", "-q")
+        assert {process.pid for process in self.cli.processes()} == others, left
+        if "template" in self.plan.operation:
+            self.cli.ok("template", "build", timeout=PATIENCE)
+            self.cli.ok("run", "--rm", "--template", "require", self.ground.box, "true")
+
+    def _age(self) -> None:
+        """What is new might be in use, for a while: let it be old."""
+        run, data = self.cli.run_root, self.cli.data_root
+        for path in [*run.glob("[scnpu]/*"), *data.glob("containers/*")]:
+            with suppress(FileNotFoundError):
+                os.utime(path, (1, 1), follow_symlinks=False)
+
+
+CHECKS: dict[str, Callable[[_Play], None]] = {
+    "create": _Play._check_create,
+    "exec": _Play._check_exec,
+    "stop": _Play._check_stop,
+    "rm": _Play._check_lost_machine,
+    "start": _Play._check_start,
+    "restart": _Play._check_start,
+    "pod create": _Play._check_pod,
+    "run in a pod": _Play._check_pod,
+    "pod stop": _Play._check_pod,
+    "pod rm": _Play._check_pod,
+    "template build": _Play._check_template,
+}
