@@ -1,8 +1,8 @@
 """A process that has loaded what supervisors need and forks them, for as long as they keep being asked for.
 
 Most of what a supervisor's start costs is loading Python code: a third of a second of processor time and most of its
-memory, both the same for each.  So the first client of a run root starts a nursery instead of a supervisor; it loads
-everything once, forks that supervisor, and those of later clients while they come.  After `LINGER` seconds without a
+memory, both the same for each.  So the first client of a run root starts a nursery instead of a supervisor; it forks
+that one at once, loads everything, and forks those of later clients while they come.  After `LINGER` seconds without a
 client, or when the run root is removed, it ends.
 
 It is never needed: a client that finds none, or one that is not in the same surroundings as itself (namespaces, control
@@ -21,6 +21,7 @@ import select
 import socket
 import struct
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import wire
@@ -28,10 +29,10 @@ from vmsandbox.supervisor.main import LISTEN_FD, main
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 #: seconds without a client after which it ends
-LINGER = 10.0
+LINGER = 60.0
 #: where its own socket is, beside the first supervisor's
 NURSERY_FD = LISTEN_FD + 1
 #: seconds a client may take to say what it wants
@@ -57,15 +58,31 @@ def nurse() -> None:
     run_root, *arguments = sys.argv[1:]
     set_title(f"vmsandbox nursery {run_root}")
     os.chdir("/")
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    # The first need not wait for what it will load by itself while its machine starts.
     _forked(lambda: _become(arguments))
     os.close(LISTEN_FD)
     os.dup2(0, 2)
+    with _unhurried():
+        for name in PRELOADED:
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     with socket.socket(fileno=NURSERY_FD) as listener:
         _serve(listener, run_root)
+
+
+@contextmanager
+def _unhurried() -> Iterator[None]:
+    """Leave the processors to others for the block, where priority can be had back."""
+    if os.geteuid() != 0:
+        yield
+        return
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, usual)
 
 
 def _forked(become: Callable[[], None]) -> int:
