@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -141,6 +143,26 @@ async def test_what_is_no_interface_of_the_pod_is_left_alone(pair: tuple[Netns, 
         "ip link set port0 master br0 up",
     )
     assert [endpoint.name for endpoint in await attach.scan(pod.path)] == ["eth0"]
+
+
+SCAN = """
+import asyncio, sys
+from vmsandbox.resources.network import attach
+print(*[endpoint.name for endpoint in asyncio.run(attach.scan(sys.argv[1]))])
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import grpc"], ids=["forked", "started anew"])
+def test_a_helper_comes_about_whatever_is_loaded(pair: tuple[Netns, Netns], before: str) -> None:
+    argv = [sys.executable, "-c", before + SCAN, pair[0].path]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("eth0\n", "")
+
+
+async def test_a_helper_that_is_not_asked_ends() -> None:
+    helper = attach.Helper()
+    await helper.close()
+    await helper.close()
 
 
 async def test_a_namespace_without_interfaces_has_none() -> None:

@@ -54,6 +54,7 @@ class Connection:
         #: interfaces that the machine has: name -> id of the device
         self.plugged: dict[str, str] = {}
         self._making: asyncio.Task[pod.PodNetwork] | None = None
+        self._helper: attach.Helper | None = None
         #: what an interface was plugged in as
         self._looks: dict[str, tuple[object, ...]] = {}
         self._routes: list[pb.Route] = []
@@ -64,11 +65,15 @@ class Connection:
     def begin(self) -> None:
         """Start to make the network."""
         if self.options.kind != "none":
-            self._making = asyncio.create_task(self._make(), name="network")
+            self._helper = attach.Helper()  # now, because soon this process cannot fork any more
+            self._making = asyncio.create_task(self._make(self._helper), name="network")
 
-    async def _make(self) -> pod.PodNetwork:
+    async def _make(self, helper: attach.Helper) -> pod.PodNetwork:
         began = time.monotonic()
-        network = await pod.made(self.place, self.options, self.settings)
+        try:
+            network = await pod.made(self.place, self.options, self.settings, helper)
+        finally:
+            await helper.close()
         self.seconds = time.monotonic() - began
         return network
 
@@ -235,6 +240,8 @@ class Connection:
             await asyncio.wait({self._making})
             if not self._making.cancelled() and self._making.exception() is None:
                 self.network = self._making.result()
+        if self._helper is not None:
+            await self._helper.close()
         if self.network is not None:
             self.network.let_go()
         try:

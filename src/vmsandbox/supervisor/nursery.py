@@ -44,6 +44,7 @@ PRELOADED = (
     "vmsandbox.supervisor.sandbox",
     "vmsandbox.supervisor.service",
     "vmsandbox.guest.attachment",
+    "vmsandbox.resources.network.rtnl",
     "vmsandbox_hypervisor.qemu.machine",
     "vmsandbox_hypervisor.qemu.vm",
     "vmsandbox_protocol.agent_pb2",

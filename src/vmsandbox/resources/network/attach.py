@@ -10,22 +10,22 @@ import array
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
+import traceback
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError, from_code
 from vmsandbox.resources.network import namespaces
-from vmsandbox.resources.network.helper import LIMIT, REQUEST_FD
+from vmsandbox.resources.network.helper import LIMIT, REQUEST_FD, main
 from vmsandbox.resources.network.model import Endpoint
 from vmsandbox_hypervisor.aio import finish
-from vmsandbox_hypervisor.children import spawn
+from vmsandbox_hypervisor.children import Child, read_start_time, spawn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
-
-    from vmsandbox_hypervisor.children import Child
 
 #: seconds a helper may take on a busy machine
 TIMEOUT = 30.0
@@ -160,7 +160,10 @@ def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
 
 
 class Helper:
-    """A process that can do one job in a namespace; Python has started by the time it is asked."""
+    """A process that can do one job in a namespace, ready by the time it is asked.
+
+    Forked where that is possible, because what it needs is loaded then, else Python anew.
+    """
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -168,7 +171,11 @@ class Helper:
         self._sock = ours
         try:
             with theirs:
-                self._child = spawn("network helper", _argv(), fds={REQUEST_FD: theirs.fileno()}, stderr=self._messages)
+                if "grpc" in sys.modules:  # whose threads no fork survives
+                    fds = {REQUEST_FD: theirs.fileno()}
+                    self._child = spawn("network helper", _argv(), fds=fds, stderr=self._messages)
+                else:
+                    self._child = _forked(theirs.fileno(), self._messages)
         except BaseException:
             self._release()
             raise
@@ -208,6 +215,26 @@ class Helper:
         if self._messages >= 0:
             os.close(self._messages)
             self._messages = -1
+
+
+def _forked(request: int, messages: int) -> Child:
+    """A child of ours that is a helper; of what we have open it keeps two descriptors."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            os.dup2(request, REQUEST_FD)
+            os.dup2(messages, 1)
+            os.dup2(messages, 2)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            main()
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    return Child.adopted("network helper", pid, read_start_time(pid))
 
 
 async def _ask(request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:

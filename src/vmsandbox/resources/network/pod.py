@@ -155,13 +155,13 @@ def _is_default(route: Any) -> bool:  # noqa: ANN401
 # ---------------------------------------------------------------- making
 
 
-async def made(place: Place, options: NetworkOptions, settings: NetworkSettings) -> PodNetwork:
+async def made(place: Place, options: NetworkOptions, settings: NetworkSettings, helper: attach.Helper) -> PodNetwork:
     """Make a pod's network; if that fails, nothing of it is left.
 
+    The `helper` enters its namespace, and stays the caller's.
     Raises what `attach.attach`, `cni.add` and `Bridge` do, and AlreadyExistsError for a port that is in use.
     """
     network = PodNetwork(place, options, {"netns": options.path, "sandbox": place.sandbox_id})
-    helper = attach.Helper() if options.kind != "none" else None
     try:
         if options.kind == "namespace":
             namespaces.check(options.path)
@@ -169,21 +169,17 @@ async def made(place: Place, options: NetworkOptions, settings: NetworkSettings)
         elif options.kind == "default":
             network.hold_ports()
             await _join_bridge(network, settings)
-        if helper is not None:
-            network.taps, network.changes = await attach.attach_by(
-                helper,
-                network.namespace,
-                source_check=settings.source_check,
-                owner=place.sandbox_id,
-                watched=options.kind == "namespace",
-            )
+        network.taps, network.changes = await attach.attach_by(
+            helper,
+            network.namespace,
+            source_check=settings.source_check,
+            owner=place.sandbox_id,
+            watched=options.kind == "namespace",
+        )
     except BaseException:
         network.let_go()
         await finish(_released(place), seconds=2 * cni.TIMEOUT)
         raise
-    finally:
-        if helper is not None:
-            await helper.close()
     return network
 
 

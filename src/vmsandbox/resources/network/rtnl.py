@@ -2,7 +2,8 @@
 
 Of pyroute2 only the messages are used: its package imports everything it has, asyncio included, which takes several
 times as long as all the work done here.  `_bare_pyroute2` puts an empty package in its place, so that its submodules
-can be imported one by one.  That is safe only in a process of its own: only `helper` imports this module.
+can be imported one by one.  So nothing else may use pyroute2 in a process that imports this module: `helper`, and the
+nursery, which supervisors and then helpers are forked from.
 
 Filters of ours are recognised by their priority, taps by their name and alias.
 """
