@@ -46,7 +46,7 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture(scope="module")
-def cli(data_root: Path, host: Host) -> Iterator[Cli]:
+def cli(data_root: Path, pod_template: None, host: Host) -> Iterator[Cli]:
     """The command on the host, with a data root of its own, because the default network is part of that."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch, tempfile.TemporaryDirectory(prefix="vsd-") as data:
         for name in ("guest", "templates"):
@@ -72,10 +72,11 @@ def cli(data_root: Path, host: Host) -> Iterator[Cli]:
 
 @pytest.fixture(scope="module")
 def town(cli: Cli) -> tuple[str, str]:
-    """Two pods on the default network, one of which serves; their addresses."""
+    """A container that serves and one in a pod that was made on purpose, on the default network; their addresses."""
     ports = ("-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "5300:53/udp")
     cli.ok("run", "-d", "--name", "web", "--hostname", "webhost", *ports, "box", "sh", "-c", SERVE)
-    cli.ok("run", "-d", "--name", "peer", "box", "sleep", "100000")
+    cli.ok("pod", "create", "--name", "peerpod")
+    cli.ok("run", "-d", "--name", "peer", "--pod", "peerpod", "box", "sleep", "100000")
     await_server(cli, "web")
     return address_of(cli, "web"), address_of(cli, "peer")
 
@@ -142,6 +143,7 @@ def test_pods_reach_each_other_by_address_and_name(cli: Cli, town: tuple[str, st
     for name in (web, "web", "webhost", identifier):
         assert cli.ok("exec", "peer", "fetch", name) == "webhost\n"
     assert "1 packets received" in cli.ok("exec", "web", "ping", "-c", "1", "-W", "20", peer)
+    assert peer in cli.ok("exec", "web", "grep", "-w", "peerpod", "/etc/hosts")
 
 
 def test_published_ports_answer_everywhere(cli: Cli, town: tuple[str, str], host: Host) -> None:
@@ -203,10 +205,14 @@ def test_a_pod_is_told_what_its_options_say(cli: Cli, town: tuple[str, str]) -> 
     assert f"inet {wanted}/" in said
 
 
-def test_pods_learn_of_each_other_while_they_run(cli: Cli, town: tuple[str, str]) -> None:
-    cli.ok("run", "-d", "--name", "late", "box", "sleep", "100000")
-    until = "until grep -w late /etc/hosts; do sleep 0.1; done"
-    assert address_of(cli, "late") in cli.ok("exec", "peer", "sh", "-c", until)
+def test_pods_learn_of_each_other_while_they_come_go_and_come_back(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    cli.ok("run", "-d", "--name", "late", "-p", "8086:80", "box", "sh", "-c", f"rm -rf /tmp/w; {SERVE}")
+    for _ in range(2):
+        await_server(cli, "late")
+        address = address_of(cli, "late")
+        cli.ok("exec", "peer", "sh", "-c", f"until grep -w {address} /etc/hosts | grep -qw late; do sleep 0.1; done")
+        assert fetched(host, "127.0.0.1", 8086) == cli.inspect("late")["id"][:12]
+        cli.ok("restart", "-t", "0", "late")
     cli.ok("rm", "-f", "late")
     cli.ok("exec", "peer", "sh", "-c", "while grep -qw late /etc/hosts; do sleep 0.1; done")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.harness.cri import Cri, container_config, pod_config
 from tests.harness.engines import BOX
 
 if TYPE_CHECKING:
@@ -42,3 +43,29 @@ def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines)
     finally:
         engines("podman", "rm", "-af", "-t", "0")
         engines("podman", "network", "rm", "-f", "pair", "late")
+
+
+def test_pods_of_a_kubelet_reach_each_other_and_have_ports_of_the_host(containerd: Engines) -> None:
+    cri = Cri(containerd)
+    made = []
+    try:
+        for number, name in enumerate(("one", "two")):
+            logs = containerd.scratch / f"logs-net-{name}"
+            logs.mkdir()
+            pod = {**pod_config(name, logs), "port_mappings": [{"container_port": 80, "host_port": 8090 + number}]}
+            pod_id = cri("RunPodSandbox", config=pod, runtime_handler="vmsandbox")["pod_sandbox_id"]
+            ip = cri("PodSandboxStatus", pod_sandbox_id=pod_id)["status"]["network"]["ip"]
+            config = container_config("main", BOX, "sh", "-c", SERVE)
+            request = {"pod_sandbox_id": pod_id, "config": config, "sandbox_config": pod}
+            container_id = cri("CreateContainer", **request)["container_id"]
+            made.append((pod_id, ip, container_id))
+            cri("StartContainer", container_id=container_id)
+        for (_, _, asking), (_, ip, _) in zip(made, reversed(made), strict=True):
+            assert cri.execute(asking, "sh", "-c", FETCH.format(f"TCP4:{ip}:80"))[:2] == (0, "page\n")
+        for port in (8090, 8091):
+            assert containerd.ok("sh", "-c", FETCH.format(f"TCP4:127.0.0.1:{port}")) == "page\n"
+    finally:
+        for pod_id, _, _ in made:
+            cri("StopPodSandbox", pod_sandbox_id=pod_id)
+            cri("RemovePodSandbox", pod_sandbox_id=pod_id)
+        cri.close()
