@@ -1,8 +1,9 @@
 """The guest's end of the byte pipe to the host, relayed to the socket that gRPC serves.
 
-Two threads for a virtio-serial port: one takes what the host sends, looks for hellos and passes payload on, the
-other sends what gRPC answers.  The port is opened once and non-blocking, and waited for with edge-triggered epoll:
-while no host is connected it reports a hang-up all the time, and a level-triggered wait would spin.
+`Port` is any virtio-serial port on which hosts come and go, `PortRelay` the one that carries gRPC.  That has two
+threads: one takes what the host sends, looks for hellos and passes payload on, the other sends what gRPC answers.  A
+port is opened once and non-blocking, and waited for with edge-triggered epoll: while no host is connected it reports
+a hang-up all the time, and a level-triggered wait would spin.
 
 `vmsandbox_protocol.link` says what crosses the port.  A vsock connection needs none of that: the kernel begins and
 ends it, so bytes are passed through as they are.
@@ -15,11 +16,13 @@ import select
 import socket
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from vmsandbox_protocol import link
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 #: A port's buffers are pages; one vector takes many of them in one call.
@@ -30,35 +33,38 @@ _SEND = 128 * 1024
 _STALLED = 60
 
 
-class PortRelay:
-    """Relays one port to one unix socket; a session per hello."""
+class Session(Protocol):
+    """One host's use of a port."""
 
-    def __init__(self, port: int, target: Path) -> None:
-        """Takes over the descriptor of a port, which has to be non-blocking."""
-        self._target = str(target)
+    def receive(self, data: memoryview) -> bool:
+        """Take what the host sent, without keeping `data`; False if the session is over."""
+
+    def end(self) -> None:
+        """Stop sending, even within a frame, and close everything."""
+
+
+class Port:
+    """Reads one port; a session per hello."""
+
+    def __init__(self, port: int, begin: Callable[[int, bytes], Session], *, name: str = "port") -> None:
+        """Takes over the descriptor of a port, which has to be non-blocking.
+
+        `begin` makes a session out of the port and a hello's digits; raises OSError if there is to be none now.
+        """
         self._fd = port
+        self._begin = begin
         self._stopped = False
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._buffer = bytearray(_PAGE * _PAGES)
         self._vector = [memoryview(self._buffer)[at : at + _PAGE] for at in range(0, len(self._buffer), _PAGE)]
-        self._session: _Session | None = None
-        self._thread = threading.Thread(target=self._serve, name="port", daemon=True)
-
-    @classmethod
-    def opened(cls, port: Path, target: Path) -> PortRelay:
-        return cls(os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), target)
+        self._session: Session | None = None
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def drain(self, timeout: float) -> None:
-        """Wait until what gRPC answered last has been handed to the port."""
-        session = self._session
-        if session is not None:
-            session.thread.join(timeout)
-
     def stop(self) -> None:
-        """End the session and both threads, and close the port."""
+        """End the session and its thread, and close the port."""
         self._stopped = True
         os.eventfd_write(self._wakeup, 1)
         self._thread.join()
@@ -88,16 +94,12 @@ class PortRelay:
         found = finder.feed(data)
         if found is not None:
             digits, end = found
-            self._begin(digits)
+            self._drop_session()  # whole or not
+            with suppress(OSError):
+                self._session = self._begin(self._fd, digits)
             data = data[end:]
         if self._session is not None and not self._session.receive(data):
             self._drop_session()
-
-    def _begin(self, digits: bytes) -> None:
-        """Drop the old session, whole or not, and greet the new one, unless gRPC is being switched off."""
-        self._drop_session()
-        with suppress(OSError):
-            self._session = _Session(self._fd, self._target, digits)
 
     def _drop_session(self) -> None:
         if self._session is not None:
@@ -105,10 +107,31 @@ class PortRelay:
             self._session = None
 
 
-class _Session:
-    """One host's use of the port; its thread sends, whoever calls `receive` is the other direction."""
+class PortRelay(Port):
+    """Relays one port to one unix socket."""
 
-    def __init__(self, port: int, target: str, digits: bytes) -> None:
+    def __init__(self, port: int, target: Path) -> None:
+        super().__init__(port, partial(_Relayed, str(target)))
+
+    @classmethod
+    def opened(cls, port: Path, target: Path) -> PortRelay:
+        return cls(opened(port), target)
+
+    def drain(self, timeout: float) -> None:
+        """Wait until what gRPC answered last has been handed to the port."""
+        session = self._session
+        if isinstance(session, _Relayed):
+            session.thread.join(timeout)
+
+
+def opened(port: Path) -> int:
+    return os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+
+
+class _Relayed:
+    """A session of gRPC's bytes; its thread sends, whoever calls `receive` is the other direction."""
+
+    def __init__(self, target: str, port: int, digits: bytes) -> None:
         self._port = port
         self._over = False
         self._unframer = link.Unframer()

@@ -25,6 +25,7 @@ from vmsandbox_agent.syscalls import (
 )
 
 PORT_NAME = "vmsandbox.agent"
+BULK_NAME = "vmsandbox.bulk"
 #: seconds for the host's port to appear
 _PORT_TIMEOUT = 60.0
 _AGENT_GROUP = "/agent"
@@ -43,6 +44,9 @@ class Settings:
     #: an open port, -1 for none
     port: int = -1
     port_name: str = ""
+    #: the same of the port for bulk stdio
+    bulk: int = -1
+    bulk_name: str = ""
     vsock_port: int = 0
     #: when the first line of ours was executed, since the kernel's start
     began_us: int = 0
@@ -52,7 +56,7 @@ class Settings:
 
 
 def main(arguments: list[str] | None = None, *, began_us: int = 0) -> int:
-    """Run as PID 1, or with ``service --state DIR --socket PATH [--port-fd FD] [--group GROUP]``.
+    """Run as PID 1, or with ``service --state DIR --socket PATH [--port-fd FD] [--bulk-fd FD] [--group GROUP]``.
 
     `began_us` is when the launcher began, in microseconds since the kernel's start.
     """
@@ -60,7 +64,8 @@ def main(arguments: list[str] | None = None, *, began_us: int = 0) -> int:
     if os.getpid() == 1 and not arguments:
         return _be_init(began_us)
     if not arguments or arguments[0] != "service":
-        print("usage: agent service --state DIR --socket PATH [--port-fd FD] [--group GROUP]", file=sys.stderr)
+        usage = "usage: agent service --state DIR --socket PATH [--port-fd FD] [--bulk-fd FD] [--group GROUP]"
+        print(usage, file=sys.stderr)
         return 2
     options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     base = Path(options["--state"])
@@ -70,6 +75,7 @@ def main(arguments: list[str] | None = None, *, began_us: int = 0) -> int:
         parent_group=options.get("--group", "/vmsandbox-agent"),
         socket=Path(options["--socket"]),
         port=int(options.get("--port-fd", "-1")),
+        bulk=int(options.get("--bulk-fd", "-1")),
         shm=base / "shm",
     )
     become_subreaper()
@@ -96,6 +102,7 @@ def _be_init(began_us: int) -> int:
                 parent_group="/containers",
                 socket=GUEST_BASE / "agent.sock",
                 port_name=PORT_NAME,
+                bulk_name=BULK_NAME,
                 vsock_port=int(parameters.get("vsock", "0")),
                 owns_network=True,
                 began_us=began_us,
@@ -143,10 +150,17 @@ def _serve(settings: Settings) -> int:
     the_machine.phases_us = {"kernel": settings.began_us or started_us, "agent": started_us}
 
     from vmsandbox_agent import link, server, service
+    from vmsandbox_agent.bulk import Bulk
 
     finished = threading.Event()
     grpc_server = server.made()
-    service.register(grpc_server, sandbox, the_machine, lambda power_off: finished.set() if power_off else None)
+    service.register(
+        grpc_server,
+        sandbox,
+        the_machine,
+        lambda power_off: finished.set() if power_off else None,
+        Bulk(lambda: _bulk_port(settings)),
+    )
     server.serve(grpc_server, settings.socket)
     relays: list[server.Relay] = []
     if settings.port_name:
@@ -169,3 +183,18 @@ def _serve(settings: Settings) -> int:
     finished.wait()
     server.stop(grpc_server, relays)
     return 0
+
+
+def _bulk_port(settings: Settings) -> int:
+    """The port for bulk stdio, opened when it is first wanted; raises OSError if there is none."""
+    from vmsandbox_agent import devices, link
+
+    if settings.bulk_name:
+        found = devices.port_named(settings.bulk_name)
+        if found is not None:
+            return link.opened(found)
+    if settings.bulk < 0:
+        raise OSError("no port for bulk stdio")
+    os.set_blocking(settings.bulk, False)
+    os.set_inheritable(settings.bulk, False)
+    return settings.bulk

@@ -11,12 +11,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from vmsandbox_agent import errors, machine, stdio
+from vmsandbox_agent.bulk import Bulk, Lane
 from vmsandbox_agent.events import Event, Exited
 from vmsandbox_protocol import agent_pb2 as pb
 from vmsandbox_protocol import agent_pb2_grpc as pb_grpc
@@ -323,8 +325,9 @@ class ContainerService(pb_grpc.ContainerServicer):
 class ProcessService(pb_grpc.ProcessServicer):
     """Processes and their streams."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox, bulk: Bulk | None = None) -> None:
         self._sandbox = sandbox
+        self._bulk = bulk
 
     @_rpc
     def Exec(self, request: pb.ExecRequest, context: grpc.ServicerContext) -> pb.ExecResponse:
@@ -369,7 +372,8 @@ class ProcessService(pb_grpc.ProcessServicer):
         if not context.add_callback(gone):
             return
         process = table.when_made(start.container_id, start.exec_id, left.is_set)
-        session = process.stdio.attach(start.stdout_offset, start.stderr_offset)
+        lane = self._lane(start)
+        session = process.stdio.attach(start.stdout_offset, start.stderr_offset, lane)
         if not context.add_callback(session.leave):
             return
         failures: list[errors.AgentError] = []
@@ -377,17 +381,29 @@ class ProcessService(pb_grpc.ProcessServicer):
             target=self._take_requests, args=(requests, session, failures), name="attach", daemon=True
         )
         reader.start()
-        for happening in session.events():
-            if isinstance(happening, stdio.Ended):
-                # Streams are told of the end after it was recorded.
-                assert process.ending is not None
-                yield pb.AttachResponse(exited=_exit_status(process.ending))
-            else:
-                yield _attach_response(happening)
+        with lane.joined(session) if lane else nullcontext():
+            has_bulk = lane is not None
+            for happening in session.events():
+                if isinstance(happening, stdio.Ended):
+                    # Streams are told of the end after it was recorded.
+                    assert process.ending is not None
+                    yield pb.AttachResponse(exited=_exit_status(process.ending))
+                else:
+                    answer = _attach_response(happening)
+                    answer.has_bulk, has_bulk = has_bulk, False
+                    yield answer
+        if session.failure is not None:
+            raise session.failure
         if failures:
             raise failures[0]
         if session.displaced:
             raise errors.UnavailableError("another attachment took over, or the process was removed")
+
+    def _lane(self, start: pb.AttachStart) -> Lane | None:
+        """The attachment's share of the port for bulk, if the host offers one and the port is there."""
+        if start.bulk_session and self._bulk is not None and self._bulk.open():
+            return Lane(self._bulk, start.bulk_session, start.bulk_channel)
+        return None
 
     def _take_requests(
         self, requests: Iterator[pb.AttachRequest], session: stdio.Session, failures: list[errors.AgentError]
@@ -428,6 +444,10 @@ def _attach_response(happening: stdio.Happening) -> pb.AttachResponse:
                 eof=happening.eof,
             )
         )
+    if isinstance(happening, stdio.Moved):
+        return pb.AttachResponse(moved=pb.Ack(stream=happening.stream, offset=happening.offset))  # type: ignore[arg-type]
+    if isinstance(happening, stdio.BulkWanted):
+        return pb.AttachResponse(bulk_wanted=True)
     if isinstance(happening, stdio.Accepted):
         return pb.AttachResponse(accepted=pb.Ack(stream=pb.STREAM_STDIN, offset=happening.offset))
     return pb.AttachResponse(stdin_closed=True)
@@ -448,8 +468,14 @@ def _event(event: Event) -> pb.Event:
     return pb.Event(container_id=event.container_id, oom=pb.OomKill(count=event.count))
 
 
-def register(server: grpc.Server, sandbox: Sandbox, machine_: machine.Machine, end: Callable[[bool], None]) -> None:
+def register(
+    server: grpc.Server,
+    sandbox: Sandbox,
+    machine_: machine.Machine,
+    end: Callable[[bool], None],
+    bulk: Bulk | None = None,
+) -> None:
     """Serve everything on `server`."""
     pb_grpc.add_SandboxServicer_to_server(SandboxService(sandbox, machine_, end), server)  # type: ignore[no-untyped-call]
     pb_grpc.add_ContainerServicer_to_server(ContainerService(sandbox), server)  # type: ignore[no-untyped-call]
-    pb_grpc.add_ProcessServicer_to_server(ProcessService(sandbox), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_ProcessServicer_to_server(ProcessService(sandbox, bulk), server)  # type: ignore[no-untyped-call]

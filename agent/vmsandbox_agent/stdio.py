@@ -1,4 +1,4 @@
-"""A process' streams: offsets, acknowledgement, replay and back-pressure.
+"""A process' streams: offsets, acknowledgement, replay, back-pressure, and the way they take.
 
 Output is read from its pipe only while somebody is attached and less than `WINDOW` bytes of it are
 unacknowledged; what is read stays in memory until it is acknowledged, and is given again to whoever attaches
@@ -6,8 +6,9 @@ later and asks for it.  A process that writes faster is stopped by its full pipe
 not fit into the pipe is kept too; a host that sends more than `INPUT_WINDOW` bytes beyond what was accepted is refused,
 because acknowledgements come by the same stream as input and may not wait behind it.
 
-One thread at a time moves the bytes: the one that iterates over `Session.events`.  A newer session makes the
-older one end.
+One thread at a time moves output: the one that iterates over `Session.events`.  A newer session makes the older one
+end.  Streams that carry much take the port for bulk, where there is one (`vmsandbox_agent.bulk`), the others are told
+of as events.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vmsandbox_agent.errors import InvalidArgumentError, UnavailableError
+from vmsandbox_agent.errors import AgentError, InvalidArgumentError, UnavailableError
+from vmsandbox_agent.ring import Ring
+from vmsandbox_protocol.bulk import WORTH_MOVING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from vmsandbox_agent.bulk import Lane
 
 STDIN = 1
 STDOUT = 2
@@ -39,6 +44,8 @@ INPUT_WINDOW = 1024 * 1024
 #: At most this much in one event.
 CHUNK = 256 * 1024
 PIPE_SIZE = 1024 * 1024
+#: room for the output of a process that has not much to say
+_LITTLE = 4096
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,34 @@ class InputClosed:
 
 
 @dataclass(frozen=True)
+class BulkWanted:
+    """An output is worth the port for bulk, if the host began a session there."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Output from this offset on takes the port for bulk."""
+
+    stream: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class Ended:
     """The process ended and all of its output was given."""
 
 
-Happening = Data | Accepted | InputClosed | Ended
+@dataclass(frozen=True)
+class _Piece:
+    """Output for the port for bulk, where it is kept."""
+
+    stream: int
+    offset: int
+    data: Sequence[memoryview]
+    eof: bool
+
+
+Happening = Data | Accepted | InputClosed | BulkWanted | Moved | Ended
 
 
 class Output:
@@ -76,16 +106,21 @@ class Output:
 
     def __init__(self, fd: int | None) -> None:
         self.fd = fd
-        #: offset of the first byte that is kept
-        self.base = 0
-        self.kept = bytearray()
+        self.kept = Ring(WINDOW)
+        #: the last read found as much as there was room for
+        self._much = False
         self.ended = fd is None
         #: nobody reads it any more: it has ended, wherever an attachment begins
         self.abandoned = False
 
     @property
+    def base(self) -> int:
+        """Offset of the first byte that is kept."""
+        return self.kept.base
+
+    @property
     def produced(self) -> int:
-        return self.base + len(self.kept)
+        return self.kept.end
 
     @property
     def wanted(self) -> bool:
@@ -95,9 +130,7 @@ class Output:
     def acknowledge(self, offset: int) -> None:
         if offset > self.produced:
             raise InvalidArgumentError(f"offset {offset} is acknowledged, but there are only {self.produced} bytes")
-        if offset > self.base:
-            del self.kept[: offset - self.base]
-            self.base = offset
+        self.kept.release(offset)
 
     def abandon(self) -> None:
         """Close the reading end: the process gets SIGPIPE, or its terminal hangs up."""
@@ -105,24 +138,26 @@ class Output:
             os.close(self.fd)
         self.fd = None
         self.ended = self.abandoned = True
-        self.base, self.kept = self.produced, bytearray()
+        self.kept.clear()
 
-    def read(self, *, final: bool) -> bytes:
-        """Take what is there; with `final` nothing more is waited for."""
+    def read(self, *, final: bool) -> int:
+        """Take what is there and answer how much; with `final` nothing more is waited for."""
         assert self.fd is not None
         try:
-            data = os.read(self.fd, CHUNK)
+            room = self.kept.room(CHUNK if self._much else _LITTLE, CHUNK)
+            count = os.readv(self.fd, room)
         except BlockingIOError:
             if final:
                 self.ended = True
-            return b""
+            return 0
         except OSError:  # a terminal whose last user is gone
             self.ended = True
-            return b""
-        if not data:
+            return 0
+        if not count:
             self.ended = True
-        self.kept += data
-        return data
+        self._much = count == sum(len(place) for place in room)
+        self.kept.appended(count)
+        return count
 
 
 class Input:
@@ -145,12 +180,17 @@ class Input:
     def pending(self) -> bool:
         return not self.closed and (bool(self.queue) or self.eof)
 
-    def receive(self, offset: int, data: bytes, *, eof: bool) -> None:
+    def receive(self, offset: int, data: bytes | memoryview, *, eof: bool) -> None:
+        """Queue input; of a `memoryview` what the pipe does not take at once is copied."""
         if self.closed:
             return
         if offset > self.received:
             raise InvalidArgumentError(f"input at offset {offset} was sent, but {self.received} follows")
         fresh = memoryview(data)[self.received - offset :]
+        if isinstance(data, memoryview):
+            if not self.queue and self.fd is not None:
+                fresh = fresh[self._given(fresh) :]
+            fresh = memoryview(bytes(fresh))
         if self.queued + len(fresh) > INPUT_WINDOW:
             raise InvalidArgumentError(f"more than {INPUT_WINDOW} bytes of input beyond what was accepted")
         if fresh:
@@ -172,6 +212,16 @@ class Input:
         self.queue.clear()
         self.queued = 0
         self.eof = False
+
+    def _given(self, data: memoryview) -> int:
+        """How much of `data` the pipe took."""
+        assert self.fd is not None
+        try:
+            count = os.write(self.fd, data) if data else 0
+        except OSError:  # it is full; or closed, as `write` will find
+            return 0
+        self.accepted += count
+        return count
 
     def write(self) -> bool:
         """Write what the pipe takes; True if anything was accepted."""
@@ -220,8 +270,11 @@ class Stdio:
         self._session: Session | None = None
         self._forgotten = False
 
-    def attach(self, stdout_offset: int, stderr_offset: int) -> Session:
-        """Begin a session, ending the one before it; InvalidArgumentError for bytes that are not kept."""
+    def attach(self, stdout_offset: int, stderr_offset: int, lane: Lane | None = None) -> Session:
+        """Begin a session, ending the one before it; InvalidArgumentError for bytes that are not kept.
+
+        With a lane it may use the port for bulk.
+        """
         with self.lock:
             if self._forgotten:
                 raise UnavailableError("the process was removed")
@@ -236,7 +289,7 @@ class Stdio:
             if self._session is not None:
                 self._session.close()
             self.input.forget_queue()
-            self._session = Session(self, positions)
+            self._session = Session(self, positions, lane)
             return self._session
 
     def process_ended(self) -> None:
@@ -274,9 +327,18 @@ class Stdio:
 class Session:
     """One attachment.  `events` is iterated over by one thread; the other methods may be called by any."""
 
-    def __init__(self, stdio: Stdio, positions: dict[int, int]) -> None:
+    def __init__(self, stdio: Stdio, positions: dict[int, int], lane: Lane | None = None) -> None:
         self._stdio = stdio
         self._positions = positions
+        self._lane = lane
+        #: from where on a stream is worth moving
+        self._worth_moving = {stream: position + WORTH_MOVING for stream, position in positions.items()}
+        self._moved: set[int] = set()
+        self._bulk_wanted = False
+        #: input comes by the port for bulk, and is accepted there
+        self._input_moved = False
+        #: why it ended, if that was the host's fault
+        self.failure: AgentError | None = None
         self._eof_given: set[int] = set()
         self._closed = False
         self._finished = False
@@ -307,6 +369,26 @@ class Session:
             if not self._closed:
                 self._stdio.input.receive(offset, data, eof=eof)
                 self.wake()
+
+    def receive_bulk(self, offset: int, data: memoryview, *, eof: bool) -> None:
+        """Take input from the port for bulk; what the process has of it is told there."""
+        with self._stdio.lock:
+            if self._closed:
+                return
+            self._input_moved = True
+            source = self._stdio.input
+            before = source.accepted
+            source.receive(offset, data, eof=eof)
+            accepted = source.accepted
+            if source.pending:
+                self.wake()
+        if accepted != before and self._lane is not None:
+            self._lane.accept(accepted)
+
+    def fail(self, error: AgentError) -> None:
+        """End because of what the host did."""
+        self.failure = self.failure or error
+        self.leave()
 
     def acknowledge(self, stream: int, offset: int) -> None:
         """Let go of output below `offset`."""
@@ -360,21 +442,29 @@ class Session:
         closed_input_given = stdio.input.fd is None
         while True:
             happenings: list[Happening] = []
+            pieces: list[_Piece] = []
             with stdio.lock:
                 if self._closed:
                     return
                 # Looked at before the pipes are: what the process wrote is in them when it has ended.
                 process_ended = stdio.has_ended
                 source = stdio.input
-                if source.pending and source.write():
-                    happenings.append(Accepted(source.accepted))
+                accepted = source.accepted if source.pending and source.write() else 0
+                if accepted and not self._input_moved:
+                    happenings.append(Accepted(accepted))
+                    accepted = 0
                 if source.closed:
                     source.release()
                     if not closed_input_given and not source.eof:
                         happenings.append(InputClosed())
                     closed_input_given = True
-                moved = self._move_output(happenings, final=process_ended)
+                moved = self._move_output(happenings, pieces, final=process_ended)
             yield from happenings
+            if accepted and self._lane is not None:
+                self._lane.accept(accepted)
+            for piece in pieces:
+                if not self._send(piece):
+                    return
             if moved:
                 continue
             if process_ended and len(self._eof_given) == len(stdio.outputs):
@@ -384,28 +474,52 @@ class Session:
         while self._is_owed_acknowledgements():
             self._wait()
 
-    def _move_output(self, happenings: list[Happening], *, final: bool) -> bool:
+    def _move_output(self, happenings: list[Happening], pieces: list[_Piece], *, final: bool) -> bool:
         """Collect a chunk of each stream; False if there was nothing."""
         moved = False
         for stream, output in self._stdio.outputs.items():
             if stream in self._eof_given:
                 continue
             position = self._positions[stream]
-            if output.abandoned:
-                data = b""
-            elif position < output.produced:
-                start = position - output.base
-                data = bytes(memoryview(output.kept)[start : start + CHUNK])
-            else:
-                data = output.read(final=final) if output.wanted else b""
-            self._positions[stream] = position + len(data)
+            if position == output.produced and output.wanted:
+                output.read(final=final)
+            data = [] if output.abandoned else output.kept.views(position, CHUNK)
+            count = sum(len(view) for view in data)
+            self._positions[stream] = position + count
             eof = output.abandoned or (output.ended and self._positions[stream] == output.produced)
             if eof:
                 self._eof_given.add(stream)
-            if data or eof:
-                moved = True
-                happenings.append(Data(stream, position, data, eof))
+            if not data and not eof:
+                continue
+            moved = True
+            if self._moves(stream, position, happenings):
+                pieces.append(_Piece(stream, position, data, eof))
+            else:
+                happenings.append(Data(stream, position, b"".join(data), eof))
         return moved
+
+    def _moves(self, stream: int, position: int, happenings: list[Happening]) -> bool:
+        """Whether output from this position on takes the port for bulk."""
+        if stream in self._moved:
+            return True
+        if self._lane is None or position < self._worth_moving[stream]:
+            return False
+        if self._lane.is_there:
+            self._moved.add(stream)
+            happenings.append(Moved(stream, position))
+            return True
+        if not self._bulk_wanted:
+            self._bulk_wanted = True
+            happenings.append(BulkWanted())
+        return False
+
+    def _send(self, piece: _Piece) -> bool:
+        """Send output through the port for bulk; without it the session is over, and another one goes on."""
+        assert self._lane is not None
+        if self._lane.send(piece.stream, piece.offset, piece.data, eof=piece.eof):
+            return True
+        self.fail(UnavailableError("the host's session on the port for bulk ended"))
+        return False
 
     def _is_owed_acknowledgements(self) -> bool:
         with self._stdio.lock:

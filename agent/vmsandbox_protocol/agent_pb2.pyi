@@ -2308,11 +2308,18 @@ class AttachStart(_message.Message):
     EXEC_ID_FIELD_NUMBER: _builtins.int
     STDOUT_OFFSET_FIELD_NUMBER: _builtins.int
     STDERR_OFFSET_FIELD_NUMBER: _builtins.int
+    BULK_SESSION_FIELD_NUMBER: _builtins.int
+    BULK_CHANNEL_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     exec_id: _builtins.str
     stdout_offset: _builtins.int
     """first byte wanted"""
     stderr_offset: _builtins.int
+    bulk_session: _builtins.str
+    """The host offers to move streams that carry much to the port for bulk (vmsandbox_protocol/bulk.py): the digits of
+    the session there, which it begins when it is wanted, and this attachment's number in it.
+    """
+    bulk_channel: _builtins.int
     def __init__(
         self,
         *,
@@ -2320,10 +2327,12 @@ class AttachStart(_message.Message):
         exec_id: _builtins.str = ...,
         stdout_offset: _builtins.int = ...,
         stderr_offset: _builtins.int = ...,
+        bulk_session: _builtins.str = ...,
+        bulk_channel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "stderr_offset", b"stderr_offset", "stdout_offset", b"stdout_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_channel", b"bulk_channel", "bulk_session", b"bulk_session", "container_id", b"container_id", "exec_id", b"exec_id", "stderr_offset", b"stderr_offset", "stdout_offset", b"stdout_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2337,8 +2346,15 @@ class AttachResponse(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
     STDIN_CLOSED_FIELD_NUMBER: _builtins.int
+    BULK_WANTED_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    HAS_BULK_FIELD_NUMBER: _builtins.int
     stdin_closed: _builtins.bool
     """the process no longer reads its input"""
+    bulk_wanted: _builtins.bool
+    """Once: this output is much, and would move if the session were there."""
+    has_bulk: _builtins.bool
+    """With the first answer: there is a port for bulk.  Input may move there when all that was sent is accepted."""
     @_builtins.property
     def accepted(self) -> Global___Ack:
         """first: stdin's offset so far; later: input that reached the process' pipe"""
@@ -2349,6 +2365,10 @@ class AttachResponse(_message.Message):
     def exited(self) -> Global___ExitStatus:
         """after the last chunk of both streams; repeated on each attach until acknowledged"""
 
+    @_builtins.property
+    def moved(self) -> Global___Ack:
+        """From this offset on the output comes through the port for bulk, to its end, and is acknowledged there."""
+
     def __init__(
         self,
         *,
@@ -2356,12 +2376,15 @@ class AttachResponse(_message.Message):
         output: Global___Chunk | None = ...,
         exited: Global___ExitStatus | None = ...,
         stdin_closed: _builtins.bool = ...,
+        bulk_wanted: _builtins.bool = ...,
+        moved: Global___Ack | None = ...,
+        has_bulk: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "exited", b"exited", "output", b"output", "stdin_closed", b"stdin_closed", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "bulk_wanted", b"bulk_wanted", "exited", b"exited", "moved", b"moved", "output", b"output", "stdin_closed", b"stdin_closed", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "exited", b"exited", "output", b"output", "stdin_closed", b"stdin_closed", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "bulk_wanted", b"bulk_wanted", "exited", b"exited", "has_bulk", b"has_bulk", "moved", b"moved", "output", b"output", "stdin_closed", b"stdin_closed", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["accepted", "output", "exited", "stdin_closed"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["accepted", "output", "exited", "stdin_closed", "bulk_wanted", "moved"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 

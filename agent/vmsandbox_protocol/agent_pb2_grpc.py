@@ -1439,6 +1439,7 @@ class ProcessServicer:
         exists: the first answer comes when it does.  At most 2 MiB of each output stream are unacknowledged, at most
         1 MiB of input beyond what was accepted.  After `exited` the call lasts until all output is acknowledged or the
         host has said its last.
+        Streams that carry much may move to the port for bulk, for the rest of the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

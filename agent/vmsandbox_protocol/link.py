@@ -12,8 +12,8 @@ both directions carry frames: four bytes of length, big endian, then as many byt
 the session in an orderly way.
 
 MARK cannot occur inside what a host sends: all of its bytes are above 0x7f, the head of a frame begins with 0x00
-since no frame is longer than 16 MiB, and a payload that contains MARK is cut into two frames in the midst of
-it.  Hex digits are below 0x80, so that a hello that was cut short cannot hide the next one.
+since no frame is longer than 16 MiB, and a payload that contains MARK, or would with the end of its head, is cut into
+two frames.  Hex digits are below 0x80, so that a hello that was cut short cannot hide the next one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ MAX_FRAME = 256 * 1024
 #: Ends a session.
 END = bytes(HEAD)
 
+#: what follows the bytes of MARK that a head may end with
+_MARK_ENDS = tuple(MARK[count:] for count in range(1, HEAD))
 _HEX = frozenset(b"0123456789abcdef")
 
 
@@ -51,6 +53,8 @@ def pieces(data: bytes | bytearray, start: int, end: int) -> Iterator[tuple[int,
         found = data.find(MARK, start, stop)
         if found >= 0:
             stop = found + 1
+        if data.startswith(_MARK_ENDS, start, stop) and MARK in head(stop - start) + data[start : start + len(MARK)]:
+            stop -= 1  # the head would be the beginning of one
         yield start, stop
         start = stop
 

@@ -28,6 +28,8 @@ class FakePort:
     def __init__(self, path: Path, seed: int | None) -> None:
         self.path = path
         self.connections = 0
+        #: bytes that went through it
+        self.to_host = self.to_guest = 0
         self._random = random.Random(seed) if seed is not None else None
         self._inner, guest = socket.socketpair()
         self._inner.setblocking(False)
@@ -96,6 +98,7 @@ class FakePort:
         try:
             while data := await loop.sock_recv(connection, self._size()):
                 self._to_guest += data
+                self.to_guest += len(data)
                 self._changed.set()
                 while len(self._to_guest) > 4 * _MOST and self._connection is connection:  # noqa: ASYNC110
                     await asyncio.sleep(0)
@@ -134,6 +137,7 @@ class FakePort:
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(self._inner, self._size()):
             self._to_host += data
+            self.to_host += len(data)
             self._changed.set()
             while len(self._to_host) > 4 * _MOST:  # noqa: ASYNC110
                 await asyncio.sleep(0.0005)

@@ -24,6 +24,8 @@ from vmsandbox_protocol import agent_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from tests.agent.fake_port import FakePort
+
 _ENTER = """
 set -e
 mount -t proc proc /proc
@@ -149,11 +151,16 @@ def through_socket(path: Path) -> Dial:
 
 @asynccontextmanager
 async def running(
-    directory: Path, *arguments: str, dial: Dial | None = None, port_fd: int | None = None
+    directory: Path,
+    *arguments: str,
+    dial: Dial | None = None,
+    port_fd: int | None = None,
+    bulk: FakePort | None = None,
 ) -> AsyncIterator[HostAgent]:
     """Run the agent in its own namespaces; `directory` holds its state and its log.
 
-    It serves a unix socket, and the port behind `port_fd` if that is given; `dial` is the client's way.
+    It serves a unix socket, and the port behind `port_fd` if that is given; `dial` is the client's way.  `bulk` is
+    the port for bulk stdio.
     """
     base = directory / "guest"
     base.mkdir(parents=True)
@@ -171,13 +178,17 @@ async def running(
             *argv,
             *("--group", f"{CROWD}-{os.getpid()}"),
             *(("--port-fd", str(port_fd)) if port_fd is not None else ()),
+            *(("--bulk-fd", str(bulk.guest_fd)) if bulk is not None else ()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=() if port_fd is None else (port_fd,),
+            pass_fds=[fd for fd in (port_fd, bulk and bulk.guest_fd) if fd is not None],
         )
     try:
-        async with AgentClient.dialled(dial or through_socket(sock), directory=directory) as client:
+        bulk_path = bulk.path if bulk is not None else None
+        async with AgentClient.dialled(
+            dial or through_socket(sock), directory=directory, bulk_path=bulk_path
+        ) as client:
             yield HostAgent(base, sock, client, process)
     finally:
         with suppress(ProcessLookupError):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BASE = "/run/vmsandbox"
 PORT = "vmsandbox.agent"
+BULK = "vmsandbox.bulk"
 
 
 def config_for(directory: Path, *, memory_mib: int = 256) -> VmConfig:
@@ -40,7 +41,7 @@ def config_for(directory: Path, *, memory_mib: int = 256) -> VmConfig:
         memory=Memory(size_mib=memory_mib, hotplug_mib=1024),
         cpus=Cpus(boot=1, maximum=4),
         disks=(Disk(id="root", path=guest.image, read_only=True),),
-        ports=(Port(name=PORT),),
+        ports=(Port(name=PORT), Port(name=BULK)),
         root_ports=8,
     )
 
@@ -76,7 +77,7 @@ class VmAgent(Served):
         await asyncio.to_thread(make_image, image, directory / "rootfs")
         async with (
             QemuHypervisor().running(config_for(machine, **options)) as vm,
-            AgentClient.connected(vm.port_path(PORT), directory=machine) as client,
+            AgentClient.connected(vm.port_path(PORT), directory=machine, bulk_path=vm.port_path(BULK)) as client,
         ):
             try:
                 request = pb.CreateSandboxRequest(

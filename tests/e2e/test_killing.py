@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import psutil
 import pytest
@@ -29,6 +32,29 @@ def test_output_and_exit_code_survive_the_supervisors_death_without_any_verb(cli
     assert supervisor_of(cli, "count") != first
     assert cli.inspect("count")["exit"]["code"] == 11
     assert cli.ok("logs", "count") == "".join(f"line {number}\n" for number in range(60))
+
+
+def test_what_is_under_way_when_supervisors_die_is_neither_lost_nor_repeated(cli: Cli, box: str) -> None:
+    data = random.Random(5).randbytes(12 << 20)
+    with cli.popen("run", "-i", box, "cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        with ThreadPoolExecutor(1) as threads:
+            feeding = threads.submit(feed, client.stdin, data)
+            received = b""
+            for _ in range(3):
+                received += client.stdout.read(3 << 20)
+                (row,) = cli.ps()
+                kill(supervisor_of(cli, row["id"]))
+            received += client.stdout.read()
+            feeding.result()
+        assert client.wait(60) == 0
+    assert received == data
+
+
+def feed(pipe: IO[bytes], data: bytes) -> None:
+    with pipe:
+        pipe.write(data)
 
 
 def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:

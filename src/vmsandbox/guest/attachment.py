@@ -2,32 +2,41 @@
 
 Offsets come from the agent and are believed only if they continue what came before: output without gap or
 repetition, acceptance of no more than was sent, an exit only after the end of both streams.
+
+A stream that carries much moves from the call to the port for bulk (`vmsandbox.guest.bulk`), and stays there.  The two
+are not in step: what the port brings before the call has told of the move is put by.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections import deque
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnavailableError
 from vmsandbox.guest.replies import broken, check_bounds, check_exit, protocol, translated
+from vmsandbox_protocol import bulk
+from vmsandbox_protocol.bulk import STDERR, STDIN, STDOUT, WORTH_MOVING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import TracebackType
 
     from vmsandbox.guest import transport
+    from vmsandbox.guest.bulk import BulkPort, Lane
     from vmsandbox_protocol import agent_pb2 as pb
 
 #: bytes of output in one message at most
 CHUNK_LIMIT = 1024 * 1024
 #: bytes of input that may be sent beyond what the agent has accepted
 INPUT_WINDOW = 1024 * 1024
+#: bytes of output that an honest agent has under way beyond what was acknowledged
+OUTPUT_WINDOW = 2 * 1024 * 1024
+#: bytes of output that are acknowledged together at the port for bulk
+_ACK_EVERY = OUTPUT_WINDOW // 4
 #: bytes of input in one message
 _INPUT_CHUNK = 256 * 1024
-
-STDIN, STDOUT, STDERR = 1, 2, 3
 
 
 class Attachment:
@@ -45,6 +54,7 @@ class Attachment:
         *,
         stdout_offset: int,
         stderr_offset: int,
+        port: BulkPort | None = None,
     ) -> None:
         self._relay = relay
         self._method = method
@@ -63,6 +73,26 @@ class Attachment:
         self._over = False
         self._input_closed = False
         self._exited = False
+        self._port = port
+        self._lane: Lane | None = None
+        self._leaving = ExitStack()
+        self._acknowledged = {STDOUT: stdout_offset, STDERR: stderr_offset}
+        #: outputs that come through the port for bulk
+        self._moved: set[int] = set()
+        #: what the port brought before the call said so: stream -> offset, data, end
+        self._early: dict[int, list[tuple[int, bytes, bool]]] = {STDOUT: [], STDERR: []}
+        self._bulk_wanted = False
+        #: input goes through the port for bulk; it may where the agent has one
+        self._input_moved = False
+        self._input_may_move = False
+        self._first_input: int | None = None
+        #: what the port brought, to be received
+        self._arrived: deque[Any] = deque()
+        self._failure: UnavailableError | None = None
+        self._news = asyncio.Event()
+        self._next: asyncio.Task[pb.AttachResponse | None] | None = None
+        #: told, but not yet to be given on
+        self._exit: pb.AttachResponse | None = None
 
     async def __aenter__(self) -> Attachment:
         await self._relay.ready()
@@ -73,11 +103,15 @@ class Attachment:
             stdout_offset=self._expected[STDOUT],
             stderr_offset=self._expected[STDERR],
         )
+        if self._port is not None:
+            self._lane = self._leaving.enter_context(self._port.lane(self))
+            start.bulk_session, start.bulk_channel = self._lane.digits, self._lane.channel
         # Not read(): that gives nothing more once a write has failed, although answers are still there.
         self._answers = aiter(self._call)
         try:
             await self._write(protocol().AttachRequest(start=start))
         except BaseException:
+            self._leaving.close()
             self._call.cancel()
             raise
         return self
@@ -87,7 +121,11 @@ class Attachment:
     ) -> None:
         self._over = True
         self._progress.set()
+        self._leaving.close()
         self._call.cancel()
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.wait([self._next])
 
     @property
     def accepted(self) -> int | None:
@@ -99,6 +137,46 @@ class Attachment:
 
         Raises UnavailableError when the connection broke or a newer attachment took over: attach again.
         """
+        if self._lane is None:
+            return await self._receive_call()
+        while True:
+            if self._failure is not None:
+                self._finish()
+                self._call.cancel()
+                raise self._failure
+            if self._arrived:
+                arrived: pb.AttachResponse = self._arrived.popleft()
+                return arrived
+            if self._exit is not None and len(self._ended) == len(self._expected):
+                exited, self._exit = self._exit, None
+                return exited
+            if self._next is None:
+                self._next = asyncio.create_task(self._receive_call(), name="answers of an attachment")
+                self._next.add_done_callback(lambda _: self._news.set())
+            if self._next.done():
+                task, self._next = self._next, None
+                answer: pb.AttachResponse | None = task.result()
+                if answer is not None and self._is_for_us(answer):
+                    continue
+                if answer is None and self._exit is not None:
+                    self._failure = broken("it ended an attachment before the output that it owes")
+                    continue
+                return answer
+            self._news.clear()
+            await self._news.wait()
+
+    def _is_for_us(self, answer: pb.AttachResponse) -> bool:
+        """Whether an answer is not to be given on: which way a stream takes is nobody else's business."""
+        what = answer.WhichOneof("what")
+        if what == "bulk_wanted" and self._lane is not None:
+            self._lane.dial()
+        elif what == "exited" and len(self._ended) < len(self._expected):
+            self._exit = answer  # the port has not brought everything yet
+        else:
+            return what == "moved"
+        return True
+
+    async def _receive_call(self) -> pb.AttachResponse | None:
         import grpc
 
         assert self._answers is not None
@@ -131,13 +209,33 @@ class Attachment:
         while True:
             piece = bytes(data[at : at + _INPUT_CHUNK])
             last = at + len(piece) == len(data)
-            await self._room_for(offset + at + len(piece))
-            self._sent = max(self._sent, offset + at + len(piece))
-            chunk = pb.Chunk(stream=STDIN, offset=offset + at, data=piece, eof=eof and last)
-            await self._write(pb.AttachRequest(input=chunk))
+            end = offset + at + len(piece)
+            await self._room_for(end)
+            await self._choose_way(offset + at)
+            self._sent = max(self._sent, end)
+            if self._input_moved:
+                assert self._lane is not None
+                await self._lane.send(offset + at, piece, eof=eof and last)
+            else:
+                chunk = pb.Chunk(stream=STDIN, offset=offset + at, data=piece, eof=eof and last)
+                await self._write(pb.AttachRequest(input=chunk))
             at += len(piece)
             if last:
                 return
+
+    async def _choose_way(self, offset: int) -> None:
+        """Move input to the port for bulk if there is much of it and the port is up."""
+        if self._first_input is None:
+            self._first_input = offset
+        if self._input_moved or not self._input_may_move or offset - self._first_input < WORTH_MOVING:
+            return
+        assert self._lane is not None
+        if not self._lane.is_up:
+            self._lane.dial()
+        elif self._sent == offset:
+            # The guest may not see the port's before the call's: everything has to have arrived.
+            await self._until_accepted(offset)
+            self._input_moved = True
 
     async def ack(self, stream: int, offset: int) -> None:
         """Tell that output below `offset` has been taken over; only the latest of several is sent.
@@ -147,6 +245,10 @@ class Attachment:
         if offset <= self._wanted_acks.get(stream, 0):
             return
         self._wanted_acks[stream] = offset
+        self._acknowledged[stream] = offset
+        if stream in self._moved:
+            self._ack_bulk(stream)
+            return
         async with self._writing:
             latest = self._wanted_acks[stream]
             if latest > self._sent_acks.get(stream, 0):
@@ -154,6 +256,14 @@ class Attachment:
                 pb = protocol()
                 with suppress(UnavailableError):
                     await self._write_now(pb.AttachRequest(ack=pb.Ack(stream=stream, offset=latest)))
+
+    def _ack_bulk(self, stream: int) -> None:
+        """Acknowledge at the port what is due: each costs the guest the waking of a thread."""
+        wanted, sent = self._wanted_acks.get(stream, 0), self._sent_acks.get(stream, 0)
+        if wanted - sent >= _ACK_EVERY or (wanted > sent and stream in self._ended):
+            assert self._lane is not None
+            self._sent_acks[stream] = wanted
+            self._lane.ack(stream, wanted)
 
     async def resize(self, columns: int, rows: int) -> None:
         pb = protocol()
@@ -165,7 +275,10 @@ class Attachment:
         await self._write(protocol().AttachRequest(close=stream))
 
     async def _room_for(self, end: int) -> None:
-        while self._accepted is None or end - self._accepted > INPUT_WINDOW:
+        await self._until_accepted(end - INPUT_WINDOW)
+
+    async def _until_accepted(self, offset: int) -> None:
+        while self._accepted is None or self._accepted < offset:
             if self._over:
                 raise UnavailableError("the attachment is over")
             self._progress.clear()
@@ -203,8 +316,10 @@ class Attachment:
 
     def _check(self, answer: pb.AttachResponse) -> None:
         what = answer.WhichOneof("what")
-        if self._accepted is None and what != "accepted":
-            raise broken("its first answer on an attachment is not what it accepted")
+        if self._accepted is None:
+            if what != "accepted":
+                raise broken("its first answer on an attachment is not what it accepted")
+            self._input_may_move = answer.has_bulk and self._lane is not None
         if self._exited:
             raise broken(f"it tells of '{what}' after the exit")
         if what == "output":
@@ -213,17 +328,21 @@ class Attachment:
             self._check_accepted(answer.accepted)
         elif what == "exited":
             check_exit(answer.exited)
-            if len(self._ended) < len(self._expected):
+            if len(self._ended | self._moved) < len(self._expected):
                 raise broken("it tells of an exit before the end of the output")
             self._exited = True
         elif what == "stdin_closed" and answer.stdin_closed and not self._input_closed:
             self._input_closed = True
+        elif what == "bulk_wanted" and answer.bulk_wanted and self._lane is not None and not self._bulk_wanted:
+            self._bulk_wanted = True
+        elif what == "moved" and self._lane is not None and answer.moved.stream in self._expected:
+            self._check_next(answer.moved.stream, answer.moved.offset)
+            self._move(answer.moved.stream)
         else:
             raise broken("an answer on an attachment says nothing new")
 
     def _check_output(self, chunk: pb.Chunk) -> None:
-        if self._expected.get(chunk.stream) != chunk.offset or chunk.stream in self._ended:
-            raise broken(f"output of stream {chunk.stream} at offset {chunk.offset} is out of order")
+        self._check_next(chunk.stream, chunk.offset)
         if len(chunk.data) > CHUNK_LIMIT:
             raise broken(f"{len(chunk.data)} bytes of output are more than {CHUNK_LIMIT}")
         if not chunk.data and not chunk.eof:
@@ -231,6 +350,64 @@ class Attachment:
         self._expected[chunk.stream] += len(chunk.data)
         if chunk.eof:
             self._ended.add(chunk.stream)
+
+    def _check_next(self, stream: int, offset: int) -> None:
+        """Whether output that comes by the call continues what came before."""
+        if self._expected.get(stream) != offset or stream in self._ended or stream in self._moved:
+            raise broken(f"output of stream {stream} at offset {offset} is out of order")
+
+    # ------------------------------------------------------------ the port for bulk
+
+    def receive_bulk(self, part: bulk.Part) -> None:
+        """Take what the port brought; called by it."""
+        if self._failure is not None:
+            return
+        pb = protocol()
+        if part.kind == bulk.ACK:
+            if not self._input_moved:
+                raise broken("it accepts input where none was sent")
+            accepted = pb.Ack(stream=part.stream, offset=part.offset)
+            self._check_accepted(accepted)
+            self._arrived.append(pb.AttachResponse(accepted=accepted))
+            self._news.set()
+            return
+        stream = part.stream
+        if stream not in self._expected or stream in self._ended:
+            raise broken(f"output of stream {stream} at offset {part.offset} is out of order")
+        if part.offset + len(part.data) - self._acknowledged[stream] > OUTPUT_WINDOW:
+            raise broken(f"it sent output up to {part.offset + len(part.data)} without an acknowledgement")
+        if stream in self._moved:
+            self._take(stream, part.offset, bytes(part.data), eof=part.eof)
+            self._news.set()
+        else:
+            early = self._early[stream]
+            if early and early[-1][0] + len(early[-1][1]) != part.offset:
+                raise broken(f"output of stream {stream} at offset {part.offset} is out of order")
+            early.append((part.offset, bytes(part.data), part.eof))
+
+    def bulk_ended(self, error: UnavailableError) -> None:
+        """The port is gone, or was used against the rules: called by it."""
+        if (self._moved or self._input_moved or any(self._early.values())) and self._failure is None:
+            self._failure = error
+            self._finish()
+            self._news.set()
+
+    def _move(self, stream: int) -> None:
+        """A stream goes on at the port: with what that has brought already."""
+        self._moved.add(stream)
+        early, self._early[stream] = self._early[stream], []
+        for offset, data, eof in early:
+            self._take(stream, offset, data, eof=eof)
+
+    def _take(self, stream: int, offset: int, data: bytes, *, eof: bool) -> None:
+        if self._expected[stream] != offset:
+            raise broken(f"output of stream {stream} at offset {offset} is out of order")
+        self._expected[stream] += len(data)
+        if eof:
+            self._ended.add(stream)
+            self._ack_bulk(stream)
+        pb = protocol()
+        self._arrived.append(pb.AttachResponse(output=pb.Chunk(stream=stream, offset=offset, data=data, eof=eof)))
 
     def _check_accepted(self, accepted: pb.Ack) -> None:
         offset = accepted.offset

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
+from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.guest.replies import broken, check_bounds, check_exit, moment, protocol, translated
 
 if TYPE_CHECKING:
@@ -40,22 +41,26 @@ QUICK = 30.0
 class AgentClient:
     """What the supervisor calls.  Every method raises a `SandboxError`."""
 
-    def __init__(self, relay: transport.Relay, channel: Any) -> None:
+    def __init__(self, relay: transport.Relay, channel: Any, bulk: BulkPort | None = None) -> None:
         from vmsandbox_protocol import agent_pb2_grpc
 
         self._relay = relay
+        self._bulk = bulk
         self._sandbox: Any = agent_pb2_grpc.SandboxStub(channel)  # type: ignore[no-untyped-call]
         self._container: Any = agent_pb2_grpc.ContainerStub(channel)  # type: ignore[no-untyped-call]
         self._process: Any = agent_pb2_grpc.ProcessStub(channel)  # type: ignore[no-untyped-call]
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, port_path: Path, *, directory: Path) -> AsyncIterator[AgentClient]:
+    async def connected(
+        cls, port_path: Path, *, directory: Path, bulk_path: Path | None = None
+    ) -> AsyncIterator[AgentClient]:
         """Reach the agent behind the VMM's socket for its port; returns at once, calls wait for the agent.
 
-        `directory` is private and gets a socket.
+        `directory` is private and gets a socket.  `bulk_path` is the VMM's socket for the port for bulk stdio.
         """
-        async with cls.dialled(transport.through_port(port_path), directory=directory) as client:
+        dial = transport.through_port(port_path)
+        async with cls.dialled(dial, directory=directory, bulk_path=bulk_path) as client:
             yield client
 
     @staticmethod
@@ -65,7 +70,9 @@ class AgentClient:
 
     @classmethod
     @asynccontextmanager
-    async def dialled(cls, dial: transport.Dial, *, directory: Path) -> AsyncIterator[AgentClient]:
+    async def dialled(
+        cls, dial: transport.Dial, *, directory: Path, bulk_path: Path | None = None
+    ) -> AsyncIterator[AgentClient]:
         """Like `connected`, by any way to the agent."""
         import grpc
 
@@ -86,9 +93,12 @@ class AgentClient:
         ]
         async with transport.relayed(dial, directory=directory) as relay:
             channel = grpc.aio.insecure_channel(f"unix:{relay.path}", options=options)
+            bulk = BulkPort(bulk_path) if bulk_path is not None else None
             try:
-                yield cls(relay, channel)
+                yield cls(relay, channel, bulk)
             finally:
+                if bulk is not None:
+                    await bulk.close()
                 await channel.close()
 
     # ------------------------------------------------------------ sandbox
@@ -327,6 +337,7 @@ class AgentClient:
             exec_id,
             stdout_offset=stdout_offset,
             stderr_offset=stderr_offset,
+            port=self._bulk,
         )
 
     # ------------------------------------------------------------ calling

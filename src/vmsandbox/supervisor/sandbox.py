@@ -32,6 +32,7 @@ from vmsandbox_hypervisor.errors import HypervisorError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Coroutine
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from vmsandbox.config.model import Settings
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AGENT_PORT = "vmsandbox.agent"
+BULK_PORT = "vmsandbox.bulk"
 ROOT_DISK = "guest-root"
 #: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
 GUEST_SYSCTLS = {
@@ -322,7 +324,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         memory=Memory(size_mib=base, hotplug_mib=max(0, sandbox.memory_ceiling_mib() - base) // 128 * 128),
         cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
         disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
-        ports=(Port(name=AGENT_PORT),),
+        ports=(Port(name=AGENT_PORT), Port(name=BULK_PORT)),
         shares=(shares.ninep_share(around.paths.shared_dir),) if serves_9p else (),
         root_ports=settings.hypervisor.root_ports if spec.implicit else settings.hypervisor.pod_root_ports,
         accel=spec.accel or settings.hypervisor.accel,
@@ -334,6 +336,13 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         boot_timeout=settings.hypervisor.boot_timeout,
     )
     return slots.reserved(config) if spec.implicit else config
+
+
+def agent_of(vm: Vm, directory: Path) -> AbstractAsyncContextManager[AgentClient]:
+    """Reach a machine's agent; a pod of an earlier version has no port for bulk stdio."""
+    has_bulk = any(port.name == BULK_PORT for port in vm.config.ports)
+    bulk_path = vm.port_path(BULK_PORT) if has_bulk else None
+    return AgentClient.connected(vm.port_path(AGENT_PORT), directory=directory, bulk_path=bulk_path)
 
 
 def _path(text: str) -> Path:
@@ -424,8 +433,7 @@ async def _booted(
     with translating():
         vm = await stack.enter_async_context(around.hypervisor.running(config))
         await loading
-        connecting = AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm)
-        agent = await stack.enter_async_context(connecting)
+        agent = await stack.enter_async_context(agent_of(vm, around.paths.vm))
         sandbox = Sandbox(around, spec, vm, agent, network)
         sandbox.cpus_online = config.cpus.boot
         sandbox.phases["vm"] = time.monotonic() - began
@@ -453,7 +461,7 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
             resumed(around, spec) as network,
             confined(around, spec, config),
             around.hypervisor.adopted(config, pid=known["pid"], start_time=known["start_time"]) as vm,
-            AgentClient.connected(vm.port_path(AGENT_PORT), directory=around.paths.vm) as agent,
+            agent_of(vm, around.paths.vm) as agent,
         ):
             network.recognise(vm)
             sandbox = Sandbox(around, spec, vm, agent, network)

@@ -287,8 +287,8 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             booted = await asyncio.to_thread(slots.for_template, booted, run, layer_mib=layer_mib, cache=cache)
         with translating():
             async with around.hypervisor.running(booted) as vm:
-                port = vm.port_path(booted.ports[0].name)
-                async with AgentClient.connected(port, directory=run) as agent:
+                port, bulk = (vm.port_path(port.name) for port in booted.ports)
+                async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
                     await agent.details(timeout=config.boot_timeout)
                     async with AsyncExitStack() as stack:
                         disk = run / "warm.img"

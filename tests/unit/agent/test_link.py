@@ -48,6 +48,16 @@ def test_what_is_framed_comes_out_and_has_no_mark(data: bytes, places: list[int]
     assert not unframer.ended
 
 
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_a_head_is_not_the_beginning_of_a_mark(known: int) -> None:
+    length = int.from_bytes(link.MARK[:known], "big")
+    data = link.MARK[known:] + bytes(length - 16 + known)
+    assert len(data) == length
+    assert link.MARK in link.head(length) + data
+    if length <= link.MAX_FRAME:
+        assert link.MARK not in framed(data)
+
+
 @given(TRICKY, TRICKY, st.lists(st.integers(0, 1000), max_size=8))
 def test_a_hello_is_found_after_anything_and_however_it_is_cut(stale: bytes, data: bytes, places: list[int]) -> None:
     digits = b"fedcba9876543210" * 2

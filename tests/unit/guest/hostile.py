@@ -52,7 +52,11 @@ def answering(*messages: Any) -> Callable[..., AsyncIterator[bytes]]:
 
 @asynccontextmanager
 async def agent(
-    directory: Path, answer: Callable[..., AsyncIterator[bytes]], *, compression: grpc.Compression | None = None
+    directory: Path,
+    answer: Callable[..., AsyncIterator[bytes]],
+    *,
+    compression: grpc.Compression | None = None,
+    bulk_path: Path | None = None,
 ) -> AsyncIterator[AgentClient]:
     """A client of such an agent."""
     path = directory / "hostile.sock"
@@ -72,7 +76,7 @@ async def agent(
             yield StreamLink(sock)
 
     try:
-        async with AgentClient.dialled(dial, directory=directory) as client:
+        async with AgentClient.dialled(dial, directory=directory, bulk_path=bulk_path) as client:
             yield client
     finally:
         await server.stop(0)
