@@ -6,6 +6,7 @@ and the failure is reported.  The source of a block storage is waited for, since
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -52,6 +53,10 @@ _PROPAGATION = {
 }
 
 
+#: what mounting a share says whose device is not there
+_UNKNOWN_SHARE = {"virtiofs": errno.EINVAL, "9p": errno.ENOENT}
+
+
 @dataclass(frozen=True)
 class Options:
     """mount(8) options taken apart."""
@@ -91,10 +96,12 @@ class Storages:
         calls: sc.SystemCalls,
         *,
         find_block: Callable[[str, int], BlockDevice] = devices.wait_for_block,
+        wait_for: Callable[[Callable[[], bool | None], str], object] = devices.wait_for,
     ) -> None:
         self._base = str(base)
         self._calls = calls
         self._find_block = find_block
+        self._wait_for = wait_for
         self._lock = threading.Lock()
         self._mounted: dict[str, _Mounted] = {}
 
@@ -205,7 +212,7 @@ class Storages:
             if storage.driver == BIND:
                 self._bind(source, point, options)
             else:
-                self._calls.mount(source, point, fstype, options.flags, ",".join(data))
+                self._mount_when_there(source, point, fstype, options.flags, ",".join(data))
                 if options.propagation:
                     self._calls.mount("", point, "", options.propagation)
         except BaseException as error:
@@ -218,6 +225,22 @@ class Storages:
                 ) from error
             raise
         return _Mounted(1, True, address, made)
+
+    def _mount_when_there(self, source: str, point: str, fstype: str, flags: int, data: str) -> None:
+        """Mount; a share that the guest has not heard of yet is waited for, since the host plugs it in meanwhile."""
+        missing = _UNKNOWN_SHARE.get(fstype)
+
+        def mount() -> bool | None:
+            try:
+                self._calls.mount(source, point, fstype, flags, data)
+            except OSError as error:
+                if error.errno != missing:
+                    raise
+                return None
+            return True
+
+        if mount() is None:
+            self._wait_for(mount, f"share '{source}'")
 
     def _bind(self, source: str, point: str, options: Options) -> None:
         recursive = options.flags & sc.MS_REC

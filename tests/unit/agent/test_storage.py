@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from vmsandbox_agent.storage import Storages, parse_options
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -188,3 +190,41 @@ def test_a_device_node_gets_its_name_owner_and_mode(tmp_path: Path, calls: Recor
 def test_options_are_flags_propagation_or_the_file_systems(tmp_path: Path) -> None:
     options = parse_options(["rw", "nosuid", "noexec", "rshared", "uid=5", "defaults", ""])
     assert (options.flags, options.propagation, options.data) == (0x2 | 0x8, (1 << 20) | 16384, ["uid=5"])
+
+
+class Late(Recorder):
+    """Knows a share only after it was asked a few times."""
+
+    def __init__(self, tries: int) -> None:
+        super().__init__()
+        self.tries = tries
+
+    def mount(self, source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+        if fstype == "virtiofs" and self.tries:
+            self.tries -= 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().mount(source, target, fstype, flags, data)
+
+
+def test_a_share_whose_device_comes_late_is_waited_for(tmp_path: Path) -> None:
+    calls = Late(3)
+
+    def wait_for(look: Callable[[], bool | None], what: str) -> None:
+        assert what == "share 'shared'"
+        while look() is None:
+            pass
+
+    storages = Storages(tmp_path, calls, wait_for=wait_for)
+    storages.add([pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source="shared", mount_point=str(tmp_path / "s"))])
+    assert calls.tries == 0
+    assert len(calls.journal) == 1
+
+
+def test_a_share_whose_device_does_not_come_is_an_error(tmp_path: Path) -> None:
+    def wait_for(look: Callable[[], bool | None], what: str) -> None:
+        raise TimedOutError(f"{what} has not appeared after 20 s")
+
+    storages = Storages(tmp_path, Late(100), wait_for=wait_for)
+    with pytest.raises(TimedOutError, match="share 'shared'"):
+        storages.add([pb.Storage(driver=pb.Storage.DRIVER_VIRTIOFS, source="shared", mount_point=str(tmp_path / "s"))])
+    assert not (tmp_path / "s").exists()
