@@ -11,6 +11,17 @@ import pytest
 LATE = ("grpc", "pydantic", "pyroute2", "qemu", "psutil")
 
 
+#: what `vmsandbox-runtime state` has no need for, and each of them costs a millisecond or more
+DEAR = ("socket", "selectors", "hashlib", "contextlib", "dataclasses", "pathlib", "subprocess", "typing", "tempfile")
+
+
+def test_the_state_of_a_container_is_told_with_few_imports() -> None:
+    code = "import sys, vmsandbox.cli.runtime.main, vmsandbox.cli.runtime.looking; print(*sys.modules)"
+    argv = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
+    loaded = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+    assert not [module for module in DEAR if module in loaded]
+
+
 @pytest.mark.parametrize(
     "module", ["main", "control", "service", "sandbox", "creation", "container", "template", "network", "shares"]
 )

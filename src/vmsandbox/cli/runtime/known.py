@@ -1,14 +1,15 @@
-"""Containers as engines name them: by their whole id, with runc's words for those that are not there."""
+"""Containers as engines name them: by their whole id, with runc's words for those that are not there.
+
+`state` is this and little else, and engines ask it often: what only other verbs need is imported by them.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
 
 from vmsandbox import records
-from vmsandbox.cli import client, launch
 from vmsandbox.errors import (
     CommandNotExecutableError,
     CommandNotFoundError,
@@ -52,6 +53,8 @@ def pod_id(container_id: str) -> str:
 
     Names that engines choose may begin alike, and pods' directories are named by the first digits.
     """
+    import hashlib
+
     return hashlib.sha256(container_id.encode()).hexdigest()
 
 
@@ -99,6 +102,8 @@ def state(container: records.Container, *, status: str = "", pid: int | None = N
 
 def ask(roots: Roots, container: records.Container, request: dict[str, Any], *, stopped: str) -> dict[str, Any]:
     """Send a request about a container to its pod; `stopped` is what is said of one that has ended."""
+    from vmsandbox.cli import client, launch
+
     if container.status() == "stopped":
         raise StoppedError(stopped)
     try:

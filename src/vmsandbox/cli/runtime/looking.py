@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: as Go writes "no limit"
 MOST = 2**64 - 1
+#: seconds after which a start is told by its date
+DAY = 86_400
 
 
 def _row(container: records.Container) -> dict[str, Any]:
@@ -64,9 +66,9 @@ def list_verb(options: Options, argv: list[str]) -> int:
     else:
         names = ("id", "pid", "status", "bundle", "created", "owner")
         table = [[name.upper() for name in names], *([str(row[name]) for name in names] for row in rows)]
-        widths = [max(12, *(len(line[column]) for line in table)) for column in range(len(names))]
+        widths = [max(12, *(len(line[column]) + 3 for line in table)) for column in range(len(names))]
         for line in table:
-            print("".join(text.ljust(width + 3) for text, width in zip(line, widths, strict=True)).rstrip())
+            print("".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
     return 0
 
 
@@ -88,14 +90,21 @@ def ps_verb(options: Options, argv: list[str]) -> int:
         print(json.dumps(_pids(container)))
         return 0
     answer = known.ask(roots, container, {"verb": "top"}, stopped="container not running")
-    print(f"{'UID':<12}{'PID':>8}{'PPID':>8}  {'STIME':<10}{'TTY':<8}{'TIME':<10}CMD")
+    print("UID          PID    PPID  C STIME TTY          TIME CMD")
     for row in answer["processes"]:
-        began = time.strftime("%H:%M:%S", time.localtime(row["start_time_ns"] / 1e9))
-        seconds = row["cpu_ms"] // 1000
-        used = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        user, tty = row["user"] or str(row["uid"]), row["tty"] or "?"
-        print(f"{user:<12}{row['pid']:>8}{row['parent_pid']:>8}  {began:<10}{tty:<8}{used:<10}{row['command']}")
+        print(_as_ps(row, time.time()))
     return 0
+
+
+def _as_ps(row: dict[str, Any], now: float) -> str:
+    """A process as a line of ``ps -ef``."""
+    start, seconds = row["start_time_ns"] / 1e9, row["cpu_ms"] // 1000
+    used = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    share = min(99, int(row["cpu_ms"] / 10 / max(now - start, 1)))
+    began = time.strftime("%H:%M" if now - start < DAY else "%b%d", time.localtime(start))
+    user, tty = row["user"] or str(row["uid"]), row["tty"] or "?"
+    numbers = f"{row['pid']:>7} {row['parent_pid']:>7} {share:>2}"
+    return f"{user[:8]:<8} {numbers} {began:>5} {tty:<8} {used} {row['command']}"
 
 
 def _pids(container: records.Container) -> list[int]:
