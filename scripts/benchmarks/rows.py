@@ -111,6 +111,7 @@ def chosen(only: Sequence[str], registered: Sequence[Measurement] = REGISTERED) 
         for row in homes[name].rows:
             if row.name == name:
                 queue += _references(row, homes)
+        queue += [part for part in homes if part.startswith(f"{name}.")]
     return [found for found in registered if wanted & set(found.names)]
 
 
@@ -123,7 +124,8 @@ def shown(only: Sequence[str], registered: Sequence[Measurement]) -> list[Row]:
     wanted = set(only)
     for name in only:
         wanted.update(_references(known[name], known))
-    return [row for row in rows if row.name in wanted or row.name.rpartition(".")[0] in only]
+    parts = tuple(f"{name}." for name in only)
+    return [row for row in rows if row.name in wanted or row.name.startswith(parts)]
 
 
 def _references(row: Row, known: Iterable[str]) -> list[str]:

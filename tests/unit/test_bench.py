@@ -104,6 +104,13 @@ def test_asking_for_a_row_shows_its_parts_and_references_only() -> None:
     ]
 
 
+def test_parts_that_another_measurement_yields_come_along() -> None:
+    part = Measurement((Row("run_cold.engine", "s", "elsewhere"),), lambda _: {}, None, True)
+    measurements = chosen(["run_cold"], [*ALL, part])
+    assert part in measurements
+    assert shown(["run_cold"], measurements)[-1].name == "run_cold.engine"
+
+
 def test_asking_for_nothing_measures_everything() -> None:
     assert chosen([], ALL) == ALL
 
