@@ -176,6 +176,30 @@ def test_devices_sockets_limits_and_hooks_of_a_pod(runtime: Runtime, box_rootfs:
     assert (runtime.scratch / "told").read_text().strip() == os.readlink(f"/proc/{pid}/ns/net")
     assert runtime.ok("list", "-q").split() == ["pause"]
 
+    # Quotas of all containers size the machine while it runs, and its cgroup.
+    def limited(document: dict[str, Any]) -> None:
+        document["linux"]["resources"] = {
+            "memory": {"limit": 128 * MIB},
+            "cpu": {"quota": 200000, "period": 100000},
+            "pids": {"limit": -1},
+        }
+
+    def machine() -> tuple[int, int]:
+        said = runtime.ok("exec", "sized", "sh", "-c", "nproc; grep MemTotal /proc/meminfo").split()
+        return int(said[0]), int(said[2]) // 1024
+
+    runtime.create("sized", bundle("sized", "sleep 1000", limited))
+    runtime.ok("start", "sized")
+    cpus, memory = machine()
+    assert cpus == min(3, len(os.sched_getaffinity(0)))
+    runtime.ok("update", "--memory", str(640 * MIB), "--cpu-quota", "50000", "sized")
+    assert machine()[1] >= memory + 500
+    read = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max"
+    assert runtime.ok("exec", "sized", "sh", "-c", read).split() == [str(640 * MIB), "50000", "100000", "max"]
+    stats = json.loads(runtime.ok("events", "--stats", "sized"))["data"]
+    assert stats["memory"]["usage"]["limit"] == 640 * MIB
+    runtime.ok("delete", "--force", "sized")
+
     # What cannot be had is refused, and the pod goes on.
     refused = {
         "linux.devices[0]": {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},

@@ -93,3 +93,24 @@ def test_what_no_virtual_machine_can_do_is_said(engines: Engines) -> None:
         done = engines.podman("run", "--rm", "--runtime", "vmsandbox", option, BOX, "true")
         assert done.code == 126
         assert f"'linux.namespaces' has no {word} namespace" in done.stderr
+
+
+def test_a_privileged_container_gets_the_machines_devices_and_no_disk_of_the_host(engines: Engines) -> None:
+    script = "ls /dev; grep CapEff /proc/self/status"
+    done = engines.podman("run", "--rm", "--privileged", "--runtime", "vmsandbox", BOX, "sh", "-c", script)
+    assert done.code == 0, (done, engines.logs())
+    words = done.stdout.split()
+    assert {"null", "tty", "zero"} <= set(words)
+    assert not [word for word in words if word.startswith(("vd", "sd", "loop0", "nvme", "dm-"))]
+    assert int(words[-1], 16) & (1 << 21)  # CAP_SYS_ADMIN
+
+
+def test_a_root_of_a_driver_without_layers_is_shared_as_any_directory(engines: Engines) -> None:
+    driver = ("--root", "/run/engines/vfs", "--runroot", "/run/engines/vfs-run", "--storage-driver", "vfs")
+    tar = subprocess.run(["tar", "-C", engines.rootfs, "-c", "."], capture_output=True, check=True).stdout
+    engines.ok("podman", *driver, "import", "-q", "-", BOX, stdin=tar)
+    words = ("run", "--rm", "--network", "none", BOX, "sh", "-c", "echo x > /made; cat /made; grep ' / ' /proc/mounts")
+    done = engines.podman(*driver, "--runtime", "vmsandbox", *words)
+    assert done.code == 0, (done, engines.logs())
+    assert done.stdout.startswith("x\n")
+    assert " virtiofs " in done.stdout

@@ -72,7 +72,7 @@ def sorted_out(bundle: Bundle, *, in_pod: bool) -> Mounts:
             "source": mount.source,
             "options": list(mount.options),
         }
-        if mount.destination == SHM:
+        if mount.destination == SHM and (is_bind(mount) or mount.type in MADE_IN_GUEST):
             if index == last_shm:
                 made.entries.append(_shared_memory(entry, mount, in_pod=in_pod))
         elif is_bind(mount):

@@ -32,6 +32,11 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
         if name in cpu:
             raise UnsupportedError(f"'linux.resources.cpu.{name}' is not supported: cgroup v2 has no such thing")
     pids = {key: value for key, value in (given.get("pids") or {}).items() if value not in (None, 0)}
+    unified = dict(given.get("unified") or {})
+    if pids.get("limit", 0) < 0:
+        # crun 1.8 would write the number, which the kernel does not take.
+        del pids["limit"]
+        unified.setdefault("pids.max", "max")
     block_io = {key: value for key, value in (given.get("blockIO") or {}).items() if value not in (None, 0, [])}
     if "leafWeight" in block_io:
         raise UnsupportedError("'linux.resources.blockIO.leafWeight' is not supported: cgroup v2 has no such thing")
@@ -44,6 +49,6 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
     for name, part in (("network", network), ("rdma", given.get("rdma"))):
         if part:
             raise UnsupportedError(f"'linux.resources.{name}' is not supported: the guest's kernel cannot apply it")
-    if given.get("unified"):
-        made["unified"] = given["unified"]
+    if unified:
+        made["unified"] = unified
     return made

@@ -11,7 +11,7 @@ import pytest
 
 from vmsandbox.cli.runtime.static import default_spec
 from vmsandbox.errors import InvalidBundleError, UnsupportedError
-from vmsandbox.oci import bundle, translate
+from vmsandbox.oci import bundle, limits, translate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -240,4 +240,8 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
 
 def test_zeros_of_an_update_mean_nothing() -> None:
     given = {"memory": {"limit": 0, "swap": 0}, "cpu": {"shares": 0, "cpus": ""}, "pids": {"limit": 0}, "blockIO": {}}
-    assert translate.guest_resources(given) == {}
+    assert limits.guest_resources(given) == {}
+
+
+def test_no_limit_of_processes_is_said_as_the_kernel_takes_it() -> None:
+    assert limits.guest_resources({"pids": {"limit": -1}}) == {"unified": {"pids.max": "max"}}
