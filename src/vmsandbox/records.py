@@ -7,9 +7,9 @@ Stdlib only, and without pathlib or dataclasses: `ps` is this module and little 
 
 from __future__ import annotations
 
-import json
 import os
 
+from vmsandbox import plainjson
 from vmsandbox.errors import (
     AlreadyExistsError,
     AmbiguousError,
@@ -47,6 +47,8 @@ class ForeignDocumentError(DamagedDocumentError):
 
 def write_document(path: str, document: dict[str, Any]) -> None:
     """Replace the document at `path` atomically and durably (write, fsync, rename)."""
+    import json
+
     data = json.dumps({"version": VERSION, **document}, separators=(",", ":")).encode()
     temporary = f"{path}.{os.getpid()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -75,7 +77,7 @@ def read_document(path: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise DamagedDocumentError(f"'{path}' is not a document of ours: larger than {MAX_BYTES} bytes")
     try:
-        document = json.loads(data)
+        document = plainjson.loads(data)
     except (ValueError, RecursionError):
         raise DamagedDocumentError(f"'{path}' is damaged: not valid JSON; 'vmsandbox gc' removes it") from None
     if not isinstance(document, dict) or not isinstance(document.get("version"), int):

@@ -12,7 +12,22 @@ LATE = ("grpc", "pydantic", "pyroute2", "qemu", "psutil")
 
 
 #: what `vmsandbox-runtime state` has no need for, and each of them costs a millisecond or more
-DEAR = ("socket", "selectors", "hashlib", "contextlib", "dataclasses", "pathlib", "subprocess", "typing", "tempfile")
+DEAR = (
+    "json",
+    "re",
+    "enum",
+    "functools",
+    "collections",
+    "socket",
+    "selectors",
+    "hashlib",
+    "contextlib",
+    "dataclasses",
+    "pathlib",
+    "subprocess",
+    "typing",
+    "tempfile",
+)
 
 
 def test_the_state_of_a_container_is_told_with_few_imports() -> None:

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 
-from vmsandbox import records
+from vmsandbox import plainjson, records
 from vmsandbox.errors import (
     CommandNotExecutableError,
     CommandNotFoundError,
@@ -155,7 +154,7 @@ def read_document(path: str, *, what: str) -> dict[str, Any]:
     if len(text) > MAX_DOCUMENT:
         raise InvalidBundleError(f"{what} '{path}' is larger than {MAX_DOCUMENT} bytes")
     try:
-        document = json.loads(text)
+        document = plainjson.loads(text)
     except (ValueError, RecursionError):
         raise InvalidBundleError(f"{what} '{path}' is not valid JSON") from None
     if not isinstance(document, dict):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 
-from vmsandbox import records
+from vmsandbox import plainjson, records
 from vmsandbox.cli.runtime import known
 from vmsandbox.cli.runtime.main import stamp
 from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
@@ -44,7 +43,7 @@ def _row(container: records.Container) -> dict[str, Any]:
 def state_verb(options: Options, argv: list[str]) -> int:
     given = parse(argv, {})
     container = known.find(options.roots(), known.one(given.positional))
-    print(json.dumps(_row(container), indent=2, ensure_ascii=False))
+    print(plainjson.indented(_row(container)))
     return 0
 
 
@@ -62,6 +61,8 @@ def list_verb(options: Options, argv: list[str]) -> int:
         for row in rows:
             print(row["id"])
     elif kind == "json":
+        import json
+
         print(json.dumps(rows, separators=(",", ":"), ensure_ascii=False) if rows else "null")
     else:
         names = ("id", "pid", "status", "bundle", "created", "owner")
@@ -87,7 +88,7 @@ def ps_verb(options: Options, argv: list[str]) -> int:
     roots = options.roots()
     container = known.find(roots, words[0] if words else "")
     if kind == "json":
-        print(json.dumps(_pids(container)))
+        print(f"[{', '.join(map(str, _pids(container)))}]")
         return 0
     answer = known.ask(roots, container, {"verb": "top"}, stopped="container not running")
     print("UID          PID    PPID  C STIME TTY          TIME CMD")
@@ -144,6 +145,8 @@ def events_verb(options: Options, argv: list[str]) -> int:
 
 
 def _print(event: dict[str, Any]) -> None:
+    import json
+
     print(json.dumps(event, separators=(",", ":")), flush=True)
 
 
