@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +14,6 @@ from vmsandbox.cli.runtime import known
 from vmsandbox.cli.runtime.lifecycle import signal_number
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
 from vmsandbox.errors import InvalidArgumentError, InvalidBundleError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
 KNOWN = {"force": FLAG, "bundle": VALUE, "env": VALUES}
@@ -139,3 +136,11 @@ def test_the_client_imports_nothing_heavy() -> None:
     argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_command_that_is_installed_is_ours() -> None:
+    script = Path(__file__).resolve().parents[3] / "bin/vmsandbox-runtime"
+    assert script.read_text().startswith("#!python\n")
+    argv = [sys.executable, str(script), "--version"]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, env={}, cwd="/").stdout
+    assert said.startswith("vmsandbox-runtime version ")
