@@ -83,7 +83,11 @@ LIMITS = {
 MASKED = ("/etc/passwd", "/home", "/proc/self/comm", "/no/such")
 READ_ONLY = ("/tmp", "/home", "/var/empty", "/etc/group", "/no/such")
 PROPAGATION = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
-ATTRIBUTES = ("nosuid", "nodev", "noexec", "ro", "rw", "noatime", "relatime", "nodiratime", "strictatime", "sync")
+ATTRIBUTES = (
+    *("nosuid", "nodev", "noexec", "ro", "rw", "noatime", "relatime", "nodiratime", "strictatime", "sync"),
+    # With all that is mounted below; crun takes these for directories only.
+    *("rro", "rnosuid", "rnodev", "rnoexec"),
+)
 
 names = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=12)
 
@@ -198,6 +202,8 @@ def _mounts(draw: st.DrawFn, spec: dict[str, Any], shared: Path) -> None:
     for number in range(draw(st.integers(0, 3))):
         kind = draw(st.sampled_from(("directory", "file", "socket", "tmpfs", "null")))
         options = _consistent(draw(attributes))
+        if kind not in ("directory", "tmpfs"):
+            options = [option for option in options if option not in ATTRIBUTES[-4:]]
         if draw(st.booleans()):
             options.append(draw(st.sampled_from(PROPAGATION)))
         mount: dict[str, Any] = {"destination": f"/mnt{number}/{kind}", "options": options}
@@ -213,7 +219,7 @@ def _mounts(draw: st.DrawFn, spec: dict[str, Any], shared: Path) -> None:
 
 def _consistent(options: list[str]) -> list[str]:
     """Of options that contradict each other the first, since kernels differ in what they make of several."""
-    for group in (("ro", "rw"), ("noatime", "relatime", "strictatime")):
+    for group in (("ro", "rw", "rro"), ("noatime", "relatime", "strictatime")):
         found = [option for option in options if option in group]
         options = [option for option in options if option not in found[1:]]
     return options
