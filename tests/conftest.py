@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+import hypothesis
 import psutil
 import pytest
 
@@ -22,6 +23,9 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): how long an async test may take")
+    # How long an example takes says something about the machine only.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     # Double-forked processes are reparented to us, so that `no_orphans` sees them.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
