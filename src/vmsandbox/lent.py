@@ -5,6 +5,8 @@ disk, the engine's mount is taken away, and afterwards it is made again as it wa
 mounted, in whatever namespace, makes lending it impossible: the kernel lets only those open a disk exclusively who are
 alone with it.  A file system that is mounted read-only as a whole stays where it is.
 
+A loop device that would go with its last user stays meanwhile.
+
 What was taken away is written down first, in the pod's directory, so that whoever cleans up after a supervisor that was
 killed can put it back.  Stdlib only.
 """
@@ -43,6 +45,10 @@ _FLAGS = {
     "strictatime": 1 << 24,
 }
 _PRIVATE = 1 << 18
+_LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+#: struct loop_info64, and where its flags are
+_LOOP_INFO, _LOOP_FLAGS = 232, 52
+_LOOP_AUTOCLEAR = 4
 _NOFOLLOW = 8
 _ESCAPES = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\"))
 
@@ -137,10 +143,13 @@ def take(root: dict[str, Any], record: str) -> None:
     if root["read_only"]:
         return
     os.makedirs(os.path.dirname(record), mode=0o700, exist_ok=True)
+    root["autoclear"] = _clear_itself(root["device"], wanted=None)
     records.write_document(record, root)
+    _clear_itself(root["device"], wanted=False)
     try:
         _unmount(root["path"])
     except OSError as error:
+        _clear_itself(root["device"], wanted=root["autoclear"])
         os.unlink(record)
         raise NotAloneError(f"'{root['path']}' cannot be unmounted: {error.strerror}") from error
     deadline = time.monotonic() + ALONE_TIMEOUT
@@ -168,7 +177,32 @@ def give_back(record: str) -> None:
             f"cannot mount '{root['device']}' at '{root['path']}' again: {error.strerror}: its engine has to"
         ) from error
     finally:
+        # It is in use again; if it is not, that is its end.
+        _clear_itself(root["device"], wanted=root["autoclear"])
         os.unlink(record)
+
+
+def _clear_itself(device: str, *, wanted: bool | None) -> bool:
+    """Whether a loop device goes with its last user, and from now on, if that is `wanted`; no other device does."""
+    import fcntl
+    import struct
+
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        info = bytearray(_LOOP_INFO)
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+        (flags,) = struct.unpack_from("I", info, _LOOP_FLAGS)
+        if wanted is not None and wanted != bool(flags & _LOOP_AUTOCLEAR):
+            struct.pack_into("I", info, _LOOP_FLAGS, flags ^ _LOOP_AUTOCLEAR)
+            fcntl.ioctl(fd, _LOOP_SET_STATUS64, info)
+    except OSError:  # not a loop device, or one without a file
+        return False
+    finally:
+        os.close(fd)
+    return bool(flags & _LOOP_AUTOCLEAR)
 
 
 def give_back_all(sandbox: SandboxPaths) -> list[str]:

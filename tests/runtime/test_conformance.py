@@ -190,6 +190,7 @@ def comparable(found: dict[str, list[str]], spec: dict[str, Any]) -> dict[str, l
     """What has to be the same: all but what a runtime inherits from the machine it is on."""
     limits = {LABELS[limit["type"]] for limit in spec["process"]["rlimits"]}
     own = {mount["destination"] for mount in spec["mounts"]}
+    sized = {mount["destination"] for mount in spec["mounts"] if mount["type"] == "tmpfs"}
     made = {}
     for name, values in found.items():
         kind, _, rest = name.partition(" ")
@@ -199,7 +200,12 @@ def comparable(found: dict[str, list[str]], spec: dict[str, Any]) -> dict[str, l
             continue
         if name == "Seccomp" and "seccomp" not in spec["linux"]:
             continue  # this machine's own filter may be on crun's side
-        if kind in ("cgroup", "type") or rest == CGROUPS or (kind in ("peer", "size") and rest not in own):
+        if (
+            kind in ("cgroup", "type")
+            or rest == CGROUPS
+            or (kind == "peer" and rest not in own)
+            or (kind == "size" and rest not in sized)
+        ):
             continue  # checked apart; the host's file systems are shared by another one; the machine's own
         # crun gives standard streams to the user, and only its own stdin is the container's /dev/null.
         made[name] = [re.sub(r" \d+ \d+ (1, 3 null)$", r" \1", value) for value in values]
