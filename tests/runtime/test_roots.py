@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from tests.harness.boxes import make_rootfs
@@ -136,21 +134,6 @@ def test_a_root_on_a_disk_is_plugged_and_given_back(runtime: Runtime, mount: Pat
     with (mount / "made").open():
         said = runtime.ok("run", "--bundle", str(runtime.scratch / "two"), "three")
     assert said.startswith("refused\n"), said
-    assert mounted(mount) == before
-
-    # Whoever cleans up after all of it was killed gives it back as well.
-    document["process"]["args"] = ["sleep", "1000"]
-    (runtime.scratch / "two/config.json").write_text(json.dumps(document))
-    pid = runtime.create("four", runtime.scratch / "two")
-    assert mounted(mount) == []
-    (pod,) = runtime.root.glob("s/*/sandbox.json")
-    known = json.loads(pod.read_text())
-    victims = [psutil.Process(each) for each in (pid, known["supervisor"]["pid"], known["vm"]["pid"])]
-    for victim in victims:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    psutil.wait_procs(victims, timeout=30)
-    runtime.ok("delete", "--force", "four")
     assert mounted(mount) == before
 
 
