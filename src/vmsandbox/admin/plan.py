@@ -10,7 +10,8 @@ from vmsandbox import records
 from vmsandbox.config.load import load
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import composition
-from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings, vm_config_for
+from vmsandbox.supervisor.bringup import vm_config_for
+from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings
 from vmsandbox.supervisor.storages import ROOTFS
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 

@@ -14,7 +14,8 @@ from vmsandbox.arguments import Parser
 from vmsandbox.config.load import load
 from vmsandbox.errors import AmbiguousError, NotFoundError, SandboxError
 from vmsandbox.supervisor import template
-from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings, vm_config_for
+from vmsandbox.supervisor.bringup import vm_config_for
+from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
 if TYPE_CHECKING:

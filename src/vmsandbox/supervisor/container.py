@@ -21,9 +21,10 @@ from vmsandbox.oci.options import Device
 from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import shares, slots, store
+from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.lifecycle import Status, advance
 from vmsandbox.supervisor.process import Exit, Process
-from vmsandbox.supervisor.sandbox import Demand, together
+from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
 from vmsandbox_protocol import agent_pb2 as pb
 

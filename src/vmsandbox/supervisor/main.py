@@ -128,7 +128,8 @@ async def _pod(
     around: Surroundings, service: Service, control: Control, *, known: bool, revive: bool
 ) -> tuple[AbstractAsyncContextManager[Sandbox], bool]:
     """The pod to hold, and whether its machine runs already."""
-    from vmsandbox.supervisor.sandbox import SandboxSpec, adopted, opened, swept
+    from vmsandbox.supervisor.bringup import adopted, opened, swept
+    from vmsandbox.supervisor.sandbox import SandboxSpec
 
     if known:
         document = records.read_document(around.paths.document_file)

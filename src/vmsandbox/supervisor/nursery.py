@@ -41,7 +41,7 @@ PRELOADED = (
     "vmsandbox.config.load",
     "vmsandbox.oci.compose",
     "vmsandbox.supervisor.control",
-    "vmsandbox.supervisor.sandbox",
+    "vmsandbox.supervisor.bringup",
     "vmsandbox.supervisor.service",
     "vmsandbox.guest.attachment",
     "vmsandbox.resources.network.rtnl",

@@ -1,58 +1,36 @@
-"""Bring-up and take-down of a pod: one virtual machine, its agent, and what they have been given.
+"""A pod: one virtual machine, its agent, and what they have been given; and what is asked of it.
 
-`opened` boots a new one, `adopted` takes over one whose supervisor died.  Either way the block holds the pod; leaving
-it ends the machine and everything that belongs to it.
+`bringup` makes one; there is no half-built sandbox.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import hashlib
 import logging
 import math
 import os
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import lent, records
-from vmsandbox.errors import ExhaustedError, SandboxError, TimedOutError, UnavailableError
-from vmsandbox.guest import replies
-from vmsandbox.guest.client import AgentClient
-from vmsandbox.guestbuild.choice import chosen
-from vmsandbox.guestbuild.cmdline import EMULATED
-from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import clock, shares, slots, store, template
-from vmsandbox.supervisor.network import Connection, connected, resumed
+from vmsandbox import records
+from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError
+from vmsandbox.supervisor import shares, store
 from vmsandbox.supervisor.translation import translated, translating
-from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
-from vmsandbox_hypervisor.errors import HypervisorError
+from vmsandbox_hypervisor.api import Disk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Coroutine
-    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from vmsandbox.config.model import Settings
+    from vmsandbox.guest.client import AgentClient
     from vmsandbox.paths import Roots, SandboxPaths
+    from vmsandbox.supervisor.network import Connection
     from vmsandbox_hypervisor.api import Accel, Hypervisor, Vm
     from vmsandbox_protocol import agent_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-AGENT_PORT = "vmsandbox.agent"
-BULK_PORT = "vmsandbox.bulk"
-ROOT_DISK = "guest-root"
-#: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
-GUEST_SYSCTLS = {
-    "kernel.pid_max": "4194304",
-    "kernel.threads-max": "1000000",
-    # As docker has it: in a network of its own, everybody may serve any port, and ping.
-    "net.ipv4.ip_unprivileged_port_start": "0",
-    "net.ipv4.ping_group_range": "0 2147483647",
-}
 #: seconds an RPC may take that only touches the guest's kernel
 RPC_TIMEOUT = 30.0
 
@@ -307,254 +285,3 @@ class Sandbox:
     def remember_shared_disk(self, disk_id: str, pci_path: str, *, user: str) -> None:
         """Take a shared disk over from the supervisor before this one."""
         self._shared_disks.setdefault(disk_id, (pci_path, set()))[1].add(user)
-
-
-def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
-    """The machine a pod starts as; pure but for looking up the guest that is in use."""
-    settings = around.settings
-    guest = chosen(around.roots, settings.guest.kernel, settings.guest.image)
-    sandbox = settings.sandbox
-    base = sandbox.base_memory_mib + sandbox.base_memory_mib % 2
-    first = settings.hypervisor.uid_base
-    serves_9p = spec.shareable and (spec.shared_fs or sandbox.shared_fs) == shares.NINEP
-    config = VmConfig(
-        name=f"vmsandbox-{spec.id[:12]}",
-        directory=around.paths.vm,
-        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline, emulated_cmdline=EMULATED),
-        memory=Memory(size_mib=base, hotplug_mib=max(0, sandbox.memory_ceiling_mib() - base) // 128 * 128),
-        cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
-        disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
-        ports=(Port(name=AGENT_PORT), Port(name=BULK_PORT)),
-        shares=(shares.ninep_share(around.paths.shared_dir),) if serves_9p else (),
-        root_ports=settings.hypervisor.root_ports if spec.implicit else settings.hypervisor.pod_root_ports,
-        accel=spec.accel or settings.hypervisor.accel,
-        # Only root can serve files with their owners and modes.
-        # The first uid of the range is for machines without a user's code; each pod gets one of the others.
-        confinement=None if serves_9p or not settings.hypervisor.confine else Confinement(uid=first, gid=first),
-        binary=_path(settings.hypervisor.binary),
-        virtiofsd=_path(settings.hypervisor.virtiofsd),
-        boot_timeout=settings.hypervisor.boot_timeout,
-    )
-    return slots.reserved(config) if spec.implicit else config
-
-
-def agent_of(vm: Vm, directory: Path) -> AbstractAsyncContextManager[AgentClient]:
-    """Reach a machine's agent; a pod of an earlier version has no port for bulk stdio."""
-    has_bulk = any(port.name == BULK_PORT for port in vm.config.ports)
-    bulk_path = vm.port_path(BULK_PORT) if has_bulk else None
-    return AgentClient.connected(vm.port_path(AGENT_PORT), directory=directory, bulk_path=bulk_path)
-
-
-def _path(text: str) -> Path:
-    from pathlib import Path
-
-    return Path(text)
-
-
-@asynccontextmanager
-async def confined(around: Surroundings, spec: SandboxSpec, config: VmConfig) -> AsyncIterator[VmConfig]:
-    """The machine with a uid that no other pod has, for the block: it is left when the machine has ended."""
-    if config.confinement is None:
-        yield config
-        return
-    settings = around.settings.hypervisor
-    identity = await asyncio.to_thread(
-        identities.reserve, around.roots, spec.id, base=settings.uid_base + 1, count=settings.uid_count - 1
-    )
-    try:
-        yield dataclasses.replace(config, confinement=Confinement(uid=identity, gid=identity))
-    finally:
-        identities.release(around.roots, spec.id)
-
-
-@asynccontextmanager
-async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-    """Bring a pod's machine up, as a clone of its template where there is one, and hold it for the block.
-
-    Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
-    """
-    around.paths.vm.mkdir(mode=0o711, exist_ok=True)
-    config = vm_config_for(around, spec)
-    mode = spec.template or around.settings.sandbox.template
-    if config.shares:
-        # QEMU opens it at its start: what is mounted on it later would stay hidden.
-        await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
-    async with connected(around, spec) as network, AsyncExitStack() as stack:
-        config = await stack.enter_async_context(confined(around, spec, config))
-        # A 9p export is part of the command line and the pod's own: no two pods are alike.
-        origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
-        clone, key = await stack.enter_async_context(origin)
-        sandbox = None
-        if clone is not None:
-            sandbox = await _cloned(around, spec, clone, network, stack, required=mode == "require")
-        if sandbox is None:
-            config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
-            sandbox = await _booted(around, spec, config, network, stack)
-        sandbox.template_key = key
-        network.settle()
-        yield sandbox
-
-
-async def _cloned(
-    around: Surroundings,
-    spec: SandboxSpec,
-    config: VmConfig,
-    network: Connection,
-    stack: AsyncExitStack,
-    *,
-    required: bool,
-) -> Sandbox | None:
-    """A pod out of a template; None, and a line in the log, where that fails and is not required."""
-    try:
-        async with AsyncExitStack() as attempt:
-            if slots.has(config):
-                assert config.restore is not None
-                layer = config.restore.with_name(template.LAYER)
-                config = await asyncio.to_thread(slots.for_clone, config, spec, layer)
-            sandbox = await _booted(around, spec, config, network, attempt)
-            stack.push_async_exit(attempt.pop_all())
-            return sandbox
-    except SandboxError as error:
-        if network.failed:
-            raise
-        if required:
-            again = "'vmsandbox template build --force' makes the template again"
-            raise UnavailableError(f"the template's clone failed: {error}: {again}", detail=error.detail) from error
-        log.warning("the template's clone failed, the pod boots cold: %s", error)
-        return None
-
-
-async def _booted(
-    around: Surroundings, spec: SandboxSpec, config: VmConfig, network: Connection, stack: AsyncExitStack
-) -> Sandbox:
-    began = time.monotonic()
-    # While QEMU starts.
-    loading = asyncio.get_running_loop().run_in_executor(None, AgentClient.load)
-    with translating():
-        vm = await stack.enter_async_context(around.hypervisor.running(config))
-        await loading
-        agent = await stack.enter_async_context(agent_of(vm, around.paths.vm))
-        sandbox = Sandbox(around, spec, vm, agent, network)
-        sandbox.cpus_online = config.cpus.boot
-        sandbox.phases["vm"] = time.monotonic() - began
-        # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
-        sandbox.save("creating")
-        sandbox.details = await _unless_vm_ends(sandbox, _introduce(sandbox, timeout=config.boot_timeout))
-        sandbox.phases["agent"] = time.monotonic() - began
-        if network.seconds:
-            sandbox.phases["network"] = network.seconds
-        if config.restore is None:
-            for phase, micros in sandbox.details.boot_phases_us.items():
-                sandbox.phases[f"guest_{phase}"] = micros / 1e6
-        sandbox.save("ready")
-    return sandbox
-
-
-@asynccontextmanager
-async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterator[Sandbox]:
-    """Take over the machine of a supervisor that died; raises `UnavailableError` if the machine is gone too."""
-    spec = SandboxSpec.of(document)
-    known = document["vm"]
-    config = store.vm_config(known)
-    with translating():
-        async with (
-            resumed(around, spec) as network,
-            confined(around, spec, config),
-            around.hypervisor.adopted(config, pid=known["pid"], start_time=known["start_time"]) as vm,
-            agent_of(vm, around.paths.vm) as agent,
-        ):
-            network.recognise(vm)
-            sandbox = Sandbox(around, spec, vm, agent, network)
-            sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
-            sandbox.save("ready")
-            yield sandbox
-
-
-async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any]) -> None:
-    """Remove what is left of a pod's machine whose supervisor died before it could."""
-    async with resumed(around, spec):  # which takes the network apart in the end
-        known = document.get("vm")
-        if known:
-            vm = store.vm_config(known)
-            with translating():
-                await around.hypervisor.destroy(vm, pid=known["pid"], start_time=known["start_time"])
-    await asyncio.to_thread(records.remove_tree, str(around.paths.vm))
-    await asyncio.to_thread(records.close_shared, around.paths)
-    for complaint in await asyncio.to_thread(lent.give_back_all, around.paths):
-        log.warning("%s", complaint)
-
-
-async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
-    """Wait for the agent and give the guest its identity, with a clock that is not older than the call."""
-    from vmsandbox_protocol import agent_pb2 as pb
-
-    spec = sandbox.spec
-    request = pb.CreateSandboxRequest(
-        sandbox_id=spec.id,
-        hostname=spec.hostname,
-        entropy=os.urandom(64),
-        machine_id=hashlib.sha256(spec.id.encode()).hexdigest()[:32],
-        sysctls=GUEST_SYSCTLS | spec.sysctls,
-        shared_pid_namespace="pid" in spec.share,
-    )
-    if "ipc" in spec.share:
-        request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
-    plugging = sandbox.network.plug(sandbox.vm, request)
-    if sandbox.vm.config.restore is None:
-        # What is asked while the guest boots would tell it an old time.
-        await together(plugging, sandbox.agent.details(timeout=timeout))
-        timeout = RPC_TIMEOUT
-    else:
-        await plugging
-    request.time_ns = time.time_ns()
-    details = await sandbox.agent.create_sandbox(request, timeout=timeout)
-    await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))
-    return details
-
-
-async def together(*work: Coroutine[Any, Any, object]) -> None:
-    """Do things at the same time; the first error ends the others."""
-    tasks = [asyncio.create_task(each) for each in work]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:
-    """Await the agent's first answer, or the VM's death, whichever comes first."""
-    answering = asyncio.ensure_future(call)
-    dying = asyncio.create_task(sandbox.watch_vm(), name="watch-vm during boot")
-    try:
-        await asyncio.wait({answering, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
-            await dying
-        return await answering
-    except TimedOutError as error:
-        raise TimedOutError(
-            f"the guest's agent did not answer within {sandbox.vm.config.boot_timeout:g} s; "
-            "'--debug' shows the console, 'hypervisor.boot_timeout' sets the limit",
-            detail=sandbox.vm.evidence(),
-        ) from error
-    finally:
-        for task in (answering, dying):
-            task.cancel()
-        await asyncio.gather(answering, dying, return_exceptions=True)
-
-
-__all__ = [
-    "Demand",
-    "HypervisorError",
-    "Sandbox",
-    "SandboxSpec",
-    "Surroundings",
-    "adopted",
-    "opened",
-    "swept",
-    "vm_config_for",
-]
