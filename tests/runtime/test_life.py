@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import struct
 import subprocess
+import termios
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness.cli import TIMEOUT
+from tests.harness.cli import TIMEOUT, Result
 from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
@@ -25,6 +29,28 @@ def vcpu_affinities(runtime: Runtime) -> list[set[int]]:
     document = json.loads(next(runtime.root.glob("s/*/sandbox.json")).read_text())
     tasks = Path(f"/proc/{document['vm']['pid']}/task").iterdir()
     return [os.sched_getaffinity(int(task.name)) for task in tasks if (task / "comm").read_text().startswith("CPU ")]
+
+
+def kinds_of(events: Path) -> list[str]:
+    """What was told, line by line; one that is not finished is left out."""
+    return [json.loads(line)["type"] for line in events.read_text().rpartition("\n")[0].splitlines()]
+
+
+def run_in_terminal(argv: list[str]) -> Result:
+    """Run a command with a terminal of 31 rows and 97 columns in which a word is typed; all it prints."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("hhhh", 31, 97, 0, 0))
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env={}) as process:
+        os.close(slave)
+        os.write(master, b"word\n")
+        said = b""
+        while True:
+            try:
+                said += os.read(master, 4096)
+            except OSError:
+                break
+    os.close(master)
+    return Result(process.returncode, said, b"")
 
 
 def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootfs: Path) -> None:
@@ -189,6 +215,54 @@ def test_a_pod_outlives_its_supervisor_and_who_could_start_another(runtime: Runt
     assert output.read_bytes() == b"one\ntwo\nthree\n"
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     runtime.ok("delete", "eight")
+
+
+def test_many_processes_at_once_and_too_large_ones(runtime: Runtime, box_rootfs: Path) -> None:
+    """Each of 100 execs has its own output and status; what needs too much memory is killed, and told of."""
+    linux = {**default_spec()["linux"], "resources": {"memory": {"limit": 48 << 20}}}
+    script = 'trap "exec tail /dev/zero" TERM; while :; do sleep 0.1; done'
+    bundle = runtime.bundle("nine", box_rootfs, "sh", "-c", script, linux=linux)
+    pid = runtime.create("nine", bundle)
+    runtime.ok("start", "nine")
+    events = runtime.scratch / "events"
+    with events.open("wb") as stdout:
+        following = subprocess.Popen(runtime.argv("events", "--interval", "300ms", "nine"), stdout=stdout, env={})
+
+    argv = [runtime.argv("exec", "nine", "sh", "-c", f"echo {n}; exit {n}") for n in range(100)]
+    crowd = [
+        subprocess.Popen(each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={})
+        for each in argv
+    ]
+    said = [process.communicate(timeout=3 * TIMEOUT) for process in crowd]
+    assert said == [(f"{n}\n".encode(), b"") for n in range(100)], runtime.said()
+    assert [process.returncode for process in crowd] == [*range(100)]
+
+    done = run_in_terminal(runtime.argv("exec", "-t", "nine", "sh", "-c", "stty size; read x; echo got $x; exit 4"))
+    assert (done.code, "31 97\r\n" in done.stdout, "got word\r\n" in done.stdout) == (4, True, True), done
+    lines = runtime.ok("ps", "nine", "-o", "pid,args").splitlines()
+    assert (lines[0].split(), lines[1].split()[:2]) == (["PID", "COMMAND"], ["1", "sh"])
+    assert "'-p' of ps(1) is not supported" in runtime.refused("ps", "nine", "-p", "1")
+
+    assert runtime("exec", "nine", "tail", "/dev/zero").code == 137
+    while (kinds := kinds_of(events))[-1:] != ["stats"] or "oom" not in kinds:
+        assert runtime.state("nine")["status"] == "running"
+    runtime.ok("kill", "nine", "TERM")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 137
+    assert following.wait(TIMEOUT) == 0
+    kinds = kinds_of(events)
+    assert kinds.count("oom") >= 2, kinds
+    assert kinds[-1] == "oom"
+    assert kinds.count("stats") > 2
+    runtime.ok("delete", "nine")
+
+
+def test_a_container_may_have_the_callers_terminal(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("ten", box_rootfs, "sh", "-c", "tty; stty size; read x; echo got $x; exit 4")
+    document = json.loads((bundle / "config.json").read_text())
+    document["process"]["terminal"] = True
+    (bundle / "config.json").write_text(json.dumps(document))
+    done = run_in_terminal(runtime.argv("run", "--bundle", str(bundle), "ten"))
+    assert (done.code, "31 97\r\n" in done.stdout, "got word\r\n" in done.stdout) == (4, True, True), done
 
 
 def test_containers_of_a_pod_share_one_machine(runtime: Runtime, box_rootfs: Path) -> None:

@@ -114,6 +114,9 @@ class BundleContainer(Container):
         except OSError as error:
             log.warning("cannot hold '%s': %s", device, error)
 
+    #: of the stand-in's network when the container was made; None: that was another supervisor's doing
+    interfaces: frozenset[str] | None = None
+
     async def create_bundle(self, sandbox_ready: asyncio.Future[Sandbox], parts: Translated) -> None:
         """Make the container in the guest; on failure nothing of it is left."""
         try:
@@ -147,6 +150,7 @@ class BundleContainer(Container):
                 "create": round(time.monotonic() - attached, 4),
                 **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
             }
+            self.interfaces = self._interfaces()
         except BaseException:
             await self.release()
             raise
@@ -230,6 +234,20 @@ class BundleContainer(Container):
         """Write down what is about to be plugged, so that whoever takes over finds it."""
         self.document.setdefault("disks", {})[kind] = [disk_id, address]
         self.save()
+
+    async def before_start(self, sandbox: Sandbox) -> None:
+        """Give the guest the interfaces that the engine has put into the network between create and start."""
+        if self.interfaces is not None and self._interfaces() - self.interfaces:
+            await sandbox.network.refresh(sandbox.vm, sandbox.agent)
+
+    def _interfaces(self) -> frozenset[str]:
+        """The names of the interfaces that the stand-in sees."""
+        pid = (self.document.get("standin") or {}).get("pid")
+        try:
+            with open(f"/proc/{pid}/net/dev", encoding="utf-8", errors="replace") as file:
+                return frozenset(line.partition(":")[0].strip() for line in file.readlines()[2:])
+        except OSError:
+            return frozenset()
 
 
 def container_of(around: Surroundings, document: dict[str, Any]) -> Container:

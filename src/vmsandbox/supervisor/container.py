@@ -71,6 +71,9 @@ class Container:
         self.starting = False
         #: it has ended, and what it had in the machine is given back
         self.released = asyncio.Event()
+        #: processes that the guest's kernel has killed for want of memory, and what says that there are more
+        self.oom_kills = 0
+        self._oom_or_end = asyncio.Event()
 
     def __str__(self) -> str:
         return f"container '{self.document.get('name') or self.id[:12]}'"
@@ -134,8 +137,25 @@ class Container:
         except KeyError:
             raise NotFoundError(f"no such exec in {self}: '{exec_id}'") from None
 
+    def oom_kills_are(self, count: int) -> None:
+        """Note how many processes have been killed; a guest may say so any number of times."""
+        if count <= self.oom_kills:
+            return
+        self.oom_kills = count
+        self._oom_or_end.set()
+        if not self.document.get("oom_killed"):
+            self.document["oom_killed"] = True
+            self.save()
+
+    async def oom_or_end(self, seen: int) -> None:
+        """Return once more than `seen` processes have been killed, or the container has ended."""
+        while self.oom_kills <= seen and self.status != "stopped":
+            self._oom_or_end.clear()
+            await self._oom_or_end.wait()
+
     def ended(self, status: Exit) -> None:
         """Record that the init process has ended; its execs ended with it."""
+        self._oom_or_end.set()
         if self.status == "stopped":
             return
         self.document["exit"] = status.document()
@@ -320,6 +340,9 @@ class Container:
             await sandbox.agent.remove_storages(points)
         except NotFoundError:
             return
+
+    async def before_start(self, sandbox: Sandbox) -> None:
+        """What has to be done when a created container is let run."""
 
     def demand(self) -> Demand:
         resources = self.document.get("resources") or {}

@@ -159,7 +159,9 @@ async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
             raise
     async with container.lock:
         container.require("start")
-        await (await service.running_sandbox()).agent.start_container(container.id)
+        sandbox = await service.running_sandbox()
+        await container.before_start(sandbox)
+        await sandbox.agent.start_container(container.id)
         container.document["started"] = time.time()
         container.advance("start")
     return {}

@@ -38,7 +38,9 @@ async def exec_(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     service.notify()
     try:
         sandbox = await service.running_sandbox()
-        await sandbox.agent.exec(composition.exec_request(request, container.document), timeout=EXEC_TIMEOUT)
+        asked = composition.exec_request(request, container.document)
+        async with service.starting:
+            await sandbox.agent.exec(asked, timeout=EXEC_TIMEOUT)
     except BaseException:
         container.drop_exec(process)
         process.fail()
@@ -155,9 +157,7 @@ def _event(service: Service, event: pb.Event) -> None:
     if container is None:
         return
     if event.WhichOneof("what") == "oom":
-        if not container.document.get("oom_killed"):  # a guest may tell of any number
-            container.document["oom_killed"] = True
-            container.save()
+        container.oom_kills_are(event.oom.count)
     else:
         _exit_event(service, container, event)
 

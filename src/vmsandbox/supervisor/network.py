@@ -53,6 +53,8 @@ class Connection:
         self.seconds = 0.0
         #: interfaces that the machine has: name -> id of the device
         self.plugged: dict[str, str] = {}
+        #: what follows the namespace and who starts a container may both do it
+        self._refreshing = asyncio.Lock()
         self._making: asyncio.Task[pod.PodNetwork] | None = None
         self._helper: attach.Helper | None = None
         #: what an interface was plugged in as
@@ -189,6 +191,10 @@ class Connection:
 
     async def refresh(self, vm: Vm, agent: AgentClient) -> None:
         """Bring machine and guest in line with what interfaces the namespace has now."""
+        async with self._refreshing:
+            await self._refresh(vm, agent)
+
+    async def _refresh(self, vm: Vm, agent: AgentClient) -> None:
         network = self.network
         assert network is not None
         found = {endpoint.name: endpoint for endpoint in await attach.scan(network.namespace)}

@@ -5,6 +5,7 @@ Every verb takes the container, the pod and the request, and answers what its cl
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vmsandbox_protocol import agent_pb2 as pb
 
 MIB = 1 << 20
+#: seconds a request for the next OOM kill may last: its client may be gone
+OOM_TIMEOUT = 5.0
 #: what `update` takes, by the names of `oci.options`
 CHANGEABLE = frozenset({"cpus", "memory", "pids_limit", "cpu_shares", "cpuset_cpus"})
 
@@ -85,6 +88,21 @@ async def stats(container: Container, sandbox: Sandbox, _request: dict[str, Any]
             "pod_memory_bytes": (memory.base_mib + memory.plugged_mib) * MIB,
         }
     }
+
+
+async def oom(container: Container, _sandbox: Sandbox, request: dict[str, Any]) -> dict[str, Any]:
+    """How often the guest's kernel has killed for want of memory, once that is more than what was `seen`.
+
+    Without `seen` it is answered at once, with it after `timeout` seconds or the container's end at the latest.
+    """
+    seen, timeout = request.get("seen"), request.get("timeout")
+    if isinstance(seen, int) and isinstance(timeout, int | float):
+        try:
+            async with asyncio.timeout(max(0.0, min(float(timeout), OOM_TIMEOUT))):
+                await container.oom_or_end(seen)
+        except TimeoutError:
+            pass
+    return {"oom_kills": container.oom_kills}
 
 
 # ---------------------------------------------------------------- limits
@@ -196,5 +214,6 @@ VERBS: dict[str, Callable[[Container, Sandbox, dict[str, Any]], Awaitable[dict[s
     "resume": resume,
     "top": top,
     "stats": stats,
+    "oom": oom,
     "update": update,
 }

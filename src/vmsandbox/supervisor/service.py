@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIGKILL = 9
+#: execs that the guest starts at once; others wait, however many there are
+STARTING = 8
 
 
 class Service:
@@ -52,6 +54,8 @@ class Service:
         self._change = asyncio.Event()
         #: ids whose creation failed, or that were removed: nobody need wait for them
         self.gone: set[str] = set()
+        #: execs that are being started in the guest: more at once only make each slower
+        self.starting = asyncio.Semaphore(STARTING)
         #: stand-ins whose process never came to be
         self.unwanted: set[int] = set()
         self._background: set[asyncio.Task[None]] = set()

@@ -5,12 +5,27 @@ from __future__ import annotations
 import json
 import os
 
-from vmsandbox.errors import SandboxError
+from vmsandbox.errors import InvalidBundleError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+
+def checked(hooks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Hooks that are run before anybody else has looked at them; InvalidBundleError names what is wrong."""
+    for index, hook in enumerate(hooks):
+        path, timeout = hook.get("path"), hook.get("timeout")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise InvalidBundleError(f"'hooks.{name}[{index}].path' is not an absolute path")
+        for member in ("args", "env"):
+            texts = hook.get(member)
+            if texts is not None and not (isinstance(texts, list) and all(isinstance(each, str) for each in texts)):
+                raise InvalidBundleError(f"'hooks.{name}[{index}].{member}' is not a list of texts")
+        if timeout is not None and (not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 1):
+            raise InvalidBundleError(f"'hooks.{name}[{index}].timeout' is not a number of seconds above 0")
+    return hooks
 
 
 def run_inside(hooks: list[dict[str, Any]], name: str, state: dict[str, Any]) -> None:

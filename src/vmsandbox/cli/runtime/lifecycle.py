@@ -39,6 +39,8 @@ CREATE = {
     "no-new-keyring": FLAG,
 }
 SHORT = {"b": "bundle", "f": "force", "d": "detach", "a": "all"}
+#: hooks that are run before the supervisor has looked at the bundle
+EARLY = ("prestart", "createRuntime", "createContainer")
 
 
 class Plan:
@@ -59,7 +61,9 @@ class Plan:
         networks = [each for each in entries(linux, "namespaces") if each.get("type") == "network"]
         self.netns = str(networks[0].get("path") or "") if networks else None
         self.cgroups = cgroups.directories(str(linux.get("cgroupsPath") or ""), container_id)
-        self.hooks = part(self.config, "hooks")
+        given = part(self.config, "hooks")
+        #: run on the host while the container is made
+        self.hooks = {name: hooks.checked(entries(given, name), name) for name in EARLY}
         self.root = os.path.normpath(os.path.join(self.bundle, str(part(self.config, "root").get("path") or "")))
         if not os.path.isdir(self.root):
             raise InvalidBundleError(f"'root.path' is '{self.root}', which is not a directory")
@@ -182,8 +186,8 @@ def create(
             )
             try:
                 for name in ("prestart", "createRuntime"):
-                    hooks.run(entries(plan.hooks, name), name, plan.state(standing))
-                hooks.run_inside(entries(plan.hooks, "createContainer"), "createContainer", plan.state(standing))
+                    hooks.run(plan.hooks[name], name, plan.state(standing))
+                hooks.run_inside(plan.hooks["createContainer"], "createContainer", plan.state(standing))
                 client.request(sock, _request(plan, standing, made))
                 standing.announce(pid_file)
             except BaseException as error:

@@ -8,19 +8,17 @@ from vmsandbox import plainjson, records
 from vmsandbox.cli.runtime import known
 from vmsandbox.cli.runtime.main import stamp
 from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
-from vmsandbox.errors import InvalidArgumentError, SandboxError, UnsupportedError
+from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
     from vmsandbox.cli.runtime.main import Options
     from vmsandbox.paths import Roots
 
 #: as Go writes "no limit"
 MOST = 2**64 - 1
-#: seconds after which a start is told by its date
-DAY = 86_400
 
 
 def _row(container: records.Container) -> dict[str, Any]:
@@ -83,29 +81,18 @@ def ps_verb(options: Options, argv: list[str]) -> int:
         kind = value if equals else words.pop(1) if len(words) > 1 else kind
     if kind not in ("table", "json"):
         raise InvalidArgumentError("invalid format option")
-    if len(words) > 1:
-        raise UnsupportedError(f"arguments for ps(1) are not supported: '{words[1]}'; run it in the container")
+    # Late, because engines ask for pids only.
+    from vmsandbox.cli.runtime import processes
+
+    chosen = processes.columns(words[1:])
     roots = options.roots()
     container = known.find(roots, words[0] if words else "")
     if kind == "json":
         print(f"[{', '.join(map(str, _pids(container)))}]")
         return 0
     answer = known.ask(roots, container, {"verb": "top"}, stopped="container not running")
-    print("UID          PID    PPID  C STIME TTY          TIME CMD")
-    for row in answer["processes"]:
-        print(_as_ps(row, time.time()))
+    print(processes.table(answer["processes"], chosen))
     return 0
-
-
-def _as_ps(row: dict[str, Any], now: float) -> str:
-    """A process as a line of ``ps -ef``."""
-    start, seconds = row["start_time_ns"] / 1e9, row["cpu_ms"] // 1000
-    used = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    share = min(99, int(row["cpu_ms"] / 10 / max(now - start, 1)))
-    began = time.strftime("%H:%M" if now - start < DAY else "%b%d", time.localtime(start))
-    user, tty = row["user"] or str(row["uid"]), row["tty"] or "?"
-    numbers = f"{row['pid']:>7} {row['parent_pid']:>7} {share:>2}"
-    return f"{user[:8]:<8} {numbers} {began:>5} {tty:<8} {used} {row['command']}"
 
 
 def _pids(container: records.Container) -> list[int]:
@@ -122,26 +109,49 @@ def events_verb(options: Options, argv: list[str]) -> int:
     given = parse(argv, {"stats": FLAG, "interval": VALUE})
     interval = _seconds(given.text("interval", "5s"))
     roots = options.roots()
-    container = known.find(roots, known.one(given.positional))
+    container_id = known.one(given.positional)
+    container = known.find(roots, container_id)
     if container.status() == "stopped":
         raise known.StoppedError("container is not running")
     if given.flag("stats"):
         _print(_stats(roots, container))
         return 0
-    killed = None
-    while container.status() != "stopped":
+    told: list[str] = []
+    try:
+        _follow(roots, container, interval, told)
+    except SandboxError:
+        # It ends while it is asked; what was killed last is in its document then.
         try:
-            read = _reading(roots, container)
-        except SandboxError:
-            if known.find(roots, container.id).status() == "stopped":
-                return 0
+            container = known.find(roots, container_id)
+        except NotFoundError:
+            return 0
+        if container.status() != "stopped":
             raise
-        if killed is not None and read["oom_kills"] > killed:
-            _print({"type": "oom", "id": container.id})
-        killed = read["oom_kills"]
-        _print({"type": "stats", "id": container.id, "data": shown(read)})
-        time.sleep(interval)
+        document = container.document
+        # One that was told of just before the end is the end's.
+        at_end = (document.get("exit") or {}).get("oom_killed") and told[-1:] != ["oom"]
+        if at_end or (document.get("oom_killed") and "oom" not in told):
+            _print({"type": "oom", "id": container_id})
     return 0
+
+
+def _follow(roots: Roots, container: records.Container, interval: float, told: list[str]) -> NoReturn:
+    """Print until the container ends, which is an error; `told` gets the kinds of what was printed, in a row once."""
+    stopped = "container is not running"
+    killed = known.ask(roots, container, {"verb": "oom"}, stopped=stopped)["oom_kills"]
+    due = time.monotonic()
+    while True:
+        if time.monotonic() >= due:
+            _print(_stats(roots, container))
+            told += [] if told[-1:] == ["stats"] else ["stats"]
+            due = time.monotonic() + interval
+        request = {"verb": "oom", "seen": killed, "timeout": max(0.0, due - time.monotonic())}
+        found = known.ask(roots, container, request, stopped=stopped)["oom_kills"]
+        container = known.find(roots, container.id)
+        if found > killed and container.status() != "stopped":
+            _print({"type": "oom", "id": container.id})
+            told.append("oom")
+        killed = found
 
 
 def _print(event: dict[str, Any]) -> None:

@@ -29,13 +29,15 @@ SHOWN = 200
 class Standing:
     """A stand-in as whoever forked it knows it."""
 
-    __slots__ = ("_child", "_ready", "pid", "start_time")
+    __slots__ = ("_child", "_raw", "_ready", "pid", "start_time")
 
-    def __init__(self, pid: int, ready: int, *, child: bool) -> None:
+    def __init__(self, pid: int, ready: int, *, child: bool, raw: bool) -> None:
         self.pid = pid
         self.start_time = records.start_time(pid)
         self._ready = ready
         self._child = child
+        #: the terminal is the guest's, and ours only passes on what is typed
+        self._raw = raw
 
     def document(self) -> dict[str, Any]:
         return {"pid": self.pid, "start_time": self.start_time}
@@ -58,7 +60,7 @@ class Standing:
         """Wait for its end and pass signals on meanwhile; what to exit with."""
         from vmsandbox.cli import terminal
 
-        with terminal.forwarding(self.pid):
+        with terminal.raw(wanted=self._raw), terminal.forwarding(self.pid):
             _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
@@ -117,7 +119,7 @@ def fork(
     if failed:
         os.close(reading)
         raise SandboxError(said[1:-1].decode(errors="replace"))
-    return Standing(int(said), reading, child=not orphan)
+    return Standing(int(said), reading, child=not orphan, raw=plan.terminal and not orphan)
 
 
 def _prepare(
@@ -139,7 +141,7 @@ def _prepare(
 
         namespaces.enter(netns)
         namespaces.number_children_anew()
-    if plan.terminal:
+    if console_socket:
         _open_terminal(console_socket, size)
         plan.controlling = True
 
@@ -169,13 +171,16 @@ def _open_terminal(console_socket: str, size: tuple[int, int] | None) -> None:
 
 
 def check_console(*, terminal: bool, console_socket: str, detached: bool) -> None:
-    """Raise as runc does where terminal and console socket do not fit together."""
+    """Raise as runc does where terminal and console socket do not fit together.
+
+    In the foreground the stand-in has the caller's terminal itself.
+    """
     if terminal and detached and not console_socket:
         raise InvalidArgumentError("cannot allocate tty if runc will detach without setting console socket")
     if not terminal and console_socket:
         raise InvalidArgumentError("cannot use console socket if runc will not detach or allocate tty")
-    if terminal and not detached:
-        raise InvalidArgumentError("a terminal in the foreground is not supported: use '--detach --console-socket'")
+    if terminal and not detached and console_socket:
+        raise InvalidArgumentError("cannot use console socket if runc will not detach or allocate tty")
 
 
 def shown(args: object) -> str:
