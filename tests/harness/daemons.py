@@ -6,12 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.harness.engines import Engines
 
 CONTAINERD = "/run/engines/containerd.sock"
 DOCKER = "/run/engines/docker.sock"
+CNI_DIRECTORY = "/run/engines/cni.d"
 CONTAINERD_CONF = """version = 2
 root = "/run/engines/containerd-root"
 state = "/run/engines/containerd"
@@ -27,17 +26,12 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   netns_mounts_under_state_dir = false
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
-    conf_dir = "{scratch}/cni"
+    conf_dir = "/run/engines/cni.d"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
     default_runtime_name = "runc"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmsandbox]
-      runtime_type = "io.containerd.runc.v2"
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmsandbox.options]
-        BinaryName = "{runtime}"
-        SystemdCgroup = false
 """
 CNI_CONF = {
     "cniVersion": "0.4.0",
@@ -61,30 +55,30 @@ CNI_CONF = {
 }
 
 
-def configure(scratch: Path, runtime: Path) -> None:
-    """Write the daemons' configuration."""
-    (scratch / "containerd.toml").write_text(CONTAINERD_CONF.format(scratch=scratch, runtime=runtime))
-    (scratch / "cni").mkdir()
-    (scratch / "cni/10-pods.conflist").write_text(json.dumps(CNI_CONF))
+def configure(engines: Engines) -> None:
+    """Write what the daemons need on a machine of tests; our runtime is not in it."""
+    for directory in ("/etc/containerd", "/etc/docker", CNI_DIRECTORY):
+        engines.inside(directory).mkdir(exist_ok=True)
+    engines.inside("/etc/containerd/config.toml").write_text(CONTAINERD_CONF)
+    engines.inside(f"{CNI_DIRECTORY}/10-pods.conflist").write_text(json.dumps(CNI_CONF))
     docker = {
         "data-root": "/run/engines/docker-data",
         "exec-root": "/run/engines/docker",
         "pidfile": "/run/engines/docker.pid",
-        "deprecated-key-path": "/run/engines/docker-key.json",
         "hosts": [f"unix://{DOCKER}"],
         "containerd": CONTAINERD,
         "storage-driver": "overlay2",
         "exec-opts": ["native.cgroupdriver=cgroupfs"],
         "bip": "10.88.9.1/24",
         "features": {"buildkit": False},
-        "runtimes": {"vmsandbox": {"path": str(runtime)}},
+        "default-runtime": "runc",
     }
-    (scratch / "daemon.json").write_text(json.dumps(docker))
+    engines.inside("/etc/docker/daemon.json").write_text(json.dumps(docker))
 
 
 def start_containerd(engines: Engines) -> None:
     """Start containerd and give it podman's images, for `ctr` and for CRI."""
-    engines.daemon("containerd", ("containerd", "--config", f"{engines.scratch}/containerd.toml"), ("ctr", "version"))
+    engines.daemon("containerd", ("containerd",), ("ctr", "version"))
     for number, image in enumerate(("localhost/box:1", "localhost/pause:1")):
         archive = f"{engines.scratch}/{number}.tar"
         engines.ok("podman", "save", "-q", "--format", "oci-archive", "-o", archive, image)
@@ -94,6 +88,5 @@ def start_containerd(engines: Engines) -> None:
 
 def start_docker(engines: Engines) -> None:
     """Start dockerd over the containerd that runs, and give it the image."""
-    argv = ("dockerd", "--config-file", f"{engines.scratch}/daemon.json")
-    engines.daemon("dockerd", argv, ("docker", "version"))
+    engines.daemon("dockerd", ("dockerd",), ("docker", "version"))
     engines.ok("sh", "-c", f"tar -C {engines.rootfs} -c . | docker import - box:1")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from tests.harness import daemons
+from tests.harness import daemons, machine
 from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Result
 
@@ -36,7 +36,8 @@ mount -t proc proc /proc
 umount /sys/fs/cgroup/unified 2>/dev/null || true
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/lib/cni
-mkdir /run/engines
+mkdir -p /run/engines/etc /run/engines/etc.work
+mount -t overlay -o lowerdir=/etc,upperdir=/run/engines/etc,workdir=/run/engines/etc.work etc /etc
 ip link set lo up
 exec catatonit -P
 """
@@ -45,17 +46,19 @@ CONTAINERS_CONF = """[containers]
 log_driver = "k8s-file"
 apparmor_profile = ""
 default_ulimits = ["nofile=1024:4096","nproc=4096:4096"]
+default_capabilities = [
+  "CHOWN","DAC_OVERRIDE","FOWNER","FSETID","KILL","NET_BIND_SERVICE","NET_RAW","SETFCAP","SETGID","SETPCAP","SETUID",
+  "SYS_CHROOT"
+]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "crun"
-runtime_supports_json = ["crun","runc","vmsandbox"]
+runtime_supports_json = ["crun","runc"]
 runtime_supports_nocgroups = ["crun"]
 tmp_dir = "/run/engines/libpod"
 volume_path = "/run/engines/volumes"
 image_copy_tmp_dir = "/run/engines"
-[engine.runtimes]
-vmsandbox = ["{runtime}"]
 [network]
 network_backend = "netavark"
 network_config_dir = "/run/engines/networks"
@@ -87,6 +90,10 @@ class Engines:
         self._init = 0
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._made_cni = False
+        #: of the machine, copied into the engines' namespace
+        self._mounts: set[str] = set()
+        #: what was there before any container was
+        self._before: machine.Found = {}
 
     # ------------------------------------------------------------ the namespaces
 
@@ -96,9 +103,7 @@ class Engines:
             f"#!{sys.executable} -sE\n{code}from vmsandbox.cli.runtime.main import main\nsys.exit(main())\n"
         )
         self.runtime.chmod(0o755)
-        (self.scratch / "containers.conf").write_text(CONTAINERS_CONF.format(runtime=self.runtime))
         (self.scratch / "storage.conf").write_text(STORAGE_CONF)
-        daemons.configure(self.scratch, self.runtime)
         add_program(make_rootfs(self.rootfs), Path("/usr/bin/socat"))
         if not CNI.exists():
             CNI.mkdir()
@@ -113,6 +118,12 @@ class Engines:
             if found and found[0].name() == "catatonit":
                 self._init = found[0].pid
             time.sleep(0.02)
+        self._mounts = set(self._read_mounts())
+        # What the runtime needs in there, it writes itself.
+        self.inside("/etc/containers/containers.conf").write_text(CONTAINERS_CONF)
+        daemons.configure(self)
+        for engine in ("podman", "containerd", "docker"):
+            self.ok(str(self.runtime), "install", engine)
 
     def stop(self) -> None:
         """One signal to its init ends everything in there; QEMU and the rest have no place to hide."""
@@ -124,6 +135,7 @@ class Engines:
             daemon.wait()
         if self._made_cni:
             CNI.rmdir()
+        machine.remove_parents()
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
@@ -144,7 +156,6 @@ class Engines:
         return {
             "PATH": PATH,
             "HOME": "/run/engines",
-            "CONTAINERS_CONF": str(self.scratch / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.scratch / "storage.conf"),
             "CONTAINERD_ADDRESS": daemons.CONTAINERD,
             "DOCKER_HOST": f"unix://{daemons.DOCKER}",
@@ -165,6 +176,9 @@ class Engines:
         tar = subprocess.run(["tar", "-C", self.rootfs, "-c", "."], capture_output=True, check=True).stdout
         self.ok("podman", "import", "-q", "-", BOX, stdin=tar)
         self.ok("podman", "import", "-q", "--change", 'CMD ["/bin/sleep","100000"]', "-", PAUSE, stdin=tar)
+        # What podman makes for its first container, it keeps.
+        self.ok("podman", "run", "--rm", BOX, "true")
+        self._before = self._found()
 
     def inspect(self, name: str) -> dict[str, Any]:
         found: list[dict[str, Any]] = json.loads(self.ok("podman", "inspect", name))
@@ -176,6 +190,7 @@ class Engines:
         """Start a daemon, unless it runs, and wait until the command `ready` succeeds."""
         if name in self._daemons:
             return
+        left = self.added()
         with (self.scratch / f"{name}.log").open("wb") as log:
             self._daemons[name] = subprocess.Popen(
                 self.argv(*argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
@@ -186,6 +201,19 @@ class Engines:
             assert self._daemons[name].poll() is None, f"{name} has ended: {said}"
             assert time.monotonic() < deadline, f"{name} does not start: {said}"
             time.sleep(0.2)
+        # What it is itself stays; what had been left before does not become part of it.
+        self._before = {
+            kind: {each for each in found if f"{kind} {each}" not in left} for kind, found in self._found().items()
+        }
+
+    def reload(self, name: str, *, until: Sequence[str], shows: str) -> None:
+        """Have a daemon read its configuration again, until a command shows what is new."""
+        (daemon,) = psutil.Process(self._daemons[name].pid).children()  # below nsenter
+        daemon.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + START_TIMEOUT
+        while shows not in (said := self.ok(*until)):
+            assert time.monotonic() < deadline, f"{name} does not take its configuration: {said}"
+            time.sleep(0.1)
 
     # ------------------------------------------------------------ what is left
 
@@ -203,9 +231,20 @@ class Engines:
                 left.append(f"process {process.pid} {line[:200]}")
         kept = self("sh", "-c", f"ls -d {ROOTS.format('[scn]/*')} 2>/dev/null").stdout.split()
         left += [f"file {path}" for path in kept]
-        mounts = self("cat", "/proc/self/mounts").stdout.splitlines()
-        left += [line for line in mounts if "/shared/" in line]
+        left += [line for line in self._read_mounts() if "/shared/" in line and line not in self._mounts]
         return left
+
+    def _read_mounts(self) -> list[str]:
+        return Path(f"/proc/{self._init}/mounts").read_text().splitlines()
+
+    def _found(self) -> machine.Found:
+        places = f"{ROOTS.format('[scnput]/*')} /run/netns/* /run/docker/netns/*"
+        files = self("sh", "-c", f"ls -d {places} 2>/dev/null").stdout.split()
+        return machine.found(self._init, files, (self.scratch, self.data_root))
+
+    def added(self) -> list[str]:
+        """What there is that was not there before the first container, daemons apart."""
+        return machine.added(self._before, self._found())
 
     def logs(self) -> str:
         """What supervisors said, for the evidence of a failed test."""

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compares the machine with what it was comes when all else has had its turn."""
+    items.sort(key=lambda item: item.path.name == "test_nothing_left.py")
+
+
 @pytest.fixture(scope="session")
 def runtime_data_root() -> Iterator[Path]:
     with prepared_data_root() as directory:

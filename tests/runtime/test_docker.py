@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.harness.daemons import CNI_DIRECTORY
+from vmsandbox import __version__
 
 if TYPE_CHECKING:
     from tests.harness.engines import Engines
@@ -22,12 +26,29 @@ runtimes = pytest.mark.parametrize("name", ["runc", "vmsandbox"])
 
 @runtimes
 def test_docker_runs_a_container_to_its_end(docker: Engines, name: str) -> None:
-    options = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "-v", f"{docker.scratch}/cni:/config:ro")
+    options = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "-v", f"{CNI_DIRECTORY}:/config:ro")
     script = "cat; touch /x 2>&1; touch /tmp/x && ls /config; touch /config/x 2>&1; exit 4"
     done = docker("docker", "run", "--rm", "-i", "--runtime", name, *options, BOX, "sh", "-c", script, stdin=b"given\n")
     refused = "touch: /{}: Read-only file system\n"
     said = "given\n" + refused.format("x") + "10-pods.conflist\n" + refused.format("config/x")
     assert (done.code, done.stdout) == (4, said), (done, docker.logs())
+
+
+def test_docker_knows_what_was_installed(docker: Engines) -> None:
+    """The runtime can be the default one, and docker shows its commit then; installing it is undone and done again."""
+    file = docker.inside("/etc/docker/daemon.json")
+    asked = ("docker", "info", "-f", "{{json .Runtimes}} {{.RuncCommit.ID}}")
+    before, shown = file.read_text(), docker.ok(*asked)
+    assert '"vmsandbox"' in shown
+    file.write_text(json.dumps({**json.loads(before), "default-runtime": "vmsandbox"}))
+    docker.reload("dockerd", until=asked, shows=f"v{__version__}")
+    assert docker.ok("docker", "run", "--rm", "--network", "none", BOX, "expr", "5", "+", "6") == "11\n"
+    file.write_text(before)
+    docker.reload("dockerd", until=asked, shows=shown.rpartition(" ")[2])
+    docker.ok(str(docker.runtime), "uninstall", "docker")
+    assert "vmsandbox" not in file.read_text()
+    docker.ok(str(docker.runtime), "install", "docker")
+    assert file.read_text() == before
 
 
 @runtimes
@@ -64,6 +85,7 @@ def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> N
     docker.ok("docker", "run", "-d", *options, BOX, "sh", "-c", SERVING)
     done = docker("docker", "exec", "-i", "-e", "A=b", "kept", "sh", "-c", "cat; echo $A; exit 6", stdin=b"inside\n")
     assert (done.code, done.stdout) == (6, "inside\nb\n")
+    assert docker.ok("docker", "exec", "-t", "kept", "tty").startswith("/dev/pts/")
     for program, code in (("nosuch", 126), ("/etc/passwd", 126)):  # docker's own codes, as with runc
         assert docker("docker", "exec", "kept", program).code == code
     address = docker.ok("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "kept").strip()
@@ -86,8 +108,12 @@ def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> N
     assert docker.ok("docker", "logs", "kept") == "up\n"
     docker.ok("docker", "start", "kept")
     assert docker.ok("docker", "exec", "kept", "cat", "/data/file", "/var/copy").startswith("kept\n")
+    waiters = [
+        subprocess.Popen(docker.argv("docker", "wait", "kept"), stdout=subprocess.PIPE, env=docker.environment)
+        for _ in range(3)
+    ]
     docker.ok("docker", "kill", "kept")
-    assert docker.ok("docker", "wait", "kept") == "137\n"
+    assert [waiter.communicate()[0] for waiter in waiters] == [b"137\n"] * 3
     docker.ok("docker", "start", "kept")
     docker.ok("docker", "rm", "-f", "kept")
     docker.ok("docker", "volume", "rm", "kept")

@@ -52,20 +52,46 @@ def test_podman_has_a_terminal(engines: Engines, name: str) -> None:
 
 @runtimes
 def test_podman_keeps_a_container_with_its_own_network(engines: Engines, name: str) -> None:
-    engines.ok("podman", "run", "-d", "--name", "kept", "--runtime", name, "-m", "100m", BOX, "sh", "-c", OBEDIENT)
+    files = ("--read-only", "-v", "kept:/data", "--tmpfs", "/scratch")
+    health = ("--health-cmd", "test -e /tmp/well", "--health-interval", "disable")
+    options = ("--name", "kept", "--runtime", name, "-m", "100m", *files, *health)
+    engines.ok("podman", "run", "-d", *options, BOX, "sh", "-c", OBEDIENT)
     done = engines.podman("exec", "kept", "sh", "-c", "echo inside; exit 6")
     assert (done.code, done.stdout) == (6, "inside\n")
+    assert engines.ok("podman", "exec", "-t", "kept", "tty").startswith("/dev/pts/")
     assert engines.podman("exec", "kept", "nosuch").code == 127
     address = engines.inspect("kept")["NetworkSettings"]["Networks"]["podman"]["IPAddress"]
     assert f"{address}/" in engines.ok("podman", "exec", "kept", "ip", "-o", "addr", "show", "eth0")
+
+    # its files, and its health
+    assert "Read-only file system" in engines.podman("exec", "kept", "touch", "/file").stderr
+    engines.ok("podman", "exec", "kept", "sh", "-c", "echo kept > /data/file; touch /scratch/file")
+    assert engines.podman("healthcheck", "run", "kept").code == 1
+    engines.ok("podman", "exec", "kept", "touch", "/tmp/well")
+    assert engines.podman("healthcheck", "run", "kept").code == 0
+    assert engines.inspect("kept")["State"]["Health"]["Status"] == "healthy"
+
+    # what it does, and may use
+    title, *processes = engines.ok("podman", "top", "kept", "pid", "args").splitlines()
+    assert title.split() == ["PID", "COMMAND"]
+    assert processes[0].split()[0] == "1"
+    assert OBEDIENT in processes[0]
+    assert OBEDIENT in engines.ok("podman", "top", "kept", "-o", "pid,args")
+    usage = engines.ok("podman", "stats", "--no-stream", "--format", "{{.MemUsage}}", "kept")
+    assert not usage.startswith("0B"), usage
+    engines.ok("podman", "update", "--memory", "200m", "--cpus", "1", "--cpuset-cpus", "0", "kept")
     engines.ok("podman", "pause", "kept")
     assert engines.inspect("kept")["State"]["Status"] == "paused"
     engines.ok("podman", "unpause", "kept")
-    engines.ok("podman", "update", "--memory", "200m", "kept")
+
     engines.ok("podman", "stop", "-t", "20", "kept")
     assert engines.inspect("kept")["State"]["ExitCode"] == 9
     assert engines.ok("podman", "logs", "kept") == "up\n"
-    engines.ok("podman", "rm", "kept")
+    engines.ok("podman", "start", "kept")
+    assert engines.ok("podman", "exec", "kept", "cat", "/data/file") == "kept\n"
+    engines.ok("podman", "kill", "kept")
+    assert engines.ok("podman", "wait", "kept") == "137\n"
+    engines.ok("podman", "rm", "-v", "kept")
 
 
 def test_a_copy_never_reaches_the_host(engines: Engines) -> None:

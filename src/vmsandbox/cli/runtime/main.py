@@ -39,6 +39,8 @@ VERBS = {
     "update": ("limits", "change the limits of a container"),
     "spec": ("static", "write a config.json to begin with"),
     "features": ("static", "print what is supported"),
+    "install": ("install", "make podman, docker or containerd know this runtime"),
+    "uninstall": ("install", "undo that"),
     "checkpoint": ("static", ""),
     "restore": ("static", ""),
 }
@@ -194,9 +196,19 @@ def main() -> int:
         if error.detail and options.debug:
             report(options, error.detail, level="debug")
         report(options, str(error))
-        return EXEC_FAILED if verb == "exec" else FAILED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return FAILED
+        what = f"'{error.filename}': " if error.filename else ""
+        report(options, f"cannot {verb or 'begin'}: {what}{(error.strerror or str(error)).lower()}")
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return FAILED
+    except Exception as error:
+        # A bug; engines still want one line, and where it is says the debug log.
+        import traceback
+
+        if options.debug:
+            report(options, traceback.format_exc(), level="debug")
+        report(options, f"internal error: {type(error).__name__}: {error}")
+    return EXEC_FAILED if verb == "exec" else FAILED
