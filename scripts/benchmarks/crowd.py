@@ -25,9 +25,9 @@ PODS = 8
     warm_up=False,
 )
 def start_8_pods(place: Workplace) -> Mapping[str, float]:
-    with _running(place, 1) as (one, _):
+    with running(place, 1) as (one, _):
         pass
-    with _running(place, PODS) as (all_of_them, pids):
+    with running(place, PODS) as (all_of_them, pids):
         found = memory.footprint(pids).total_mib / PODS
     return {"start_pod": one, "start_8_pods": all_of_them, "pss_pod_block": found}
 
@@ -40,12 +40,12 @@ def start_8_pods(place: Workplace) -> Mapping[str, float]:
 def pss_pod_virtiofs(place: Workplace) -> Mapping[str, float]:
     directory = place.directory / "shared"
     directory.mkdir(exist_ok=True)
-    with _running(place, PODS, "-v", f"{directory}:/mnt") as (_, pids):
+    with running(place, PODS, "-v", f"{directory}:/mnt") as (_, pids):
         return {"pss_pod_virtiofs": memory.footprint(pids).total_mib / PODS}
 
 
 @contextmanager
-def _running(place: Workplace, pods: int, *options: str) -> Iterator[tuple[float, set[int]]]:
+def running(place: Workplace, pods: int, *options: str) -> Iterator[tuple[float, set[int]]]:
     """Seconds from the first request until all pods run, and their processes."""
     options = (place.template, *options)
     image = place.image

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from scripts.benchmarks.rows import Measurement
 
 #: modules with measurements, in the order of the report
-MODULES = ("native", "floor", "pods", "clones", "resizing", "streams", "sharing", "network", "crowd", "engines")
+MODULES = (
+    *("native", "floor", "pods", "clones", "resizing", "streams"),
+    *("sharing", "network", "crowd", "engines", "growth"),
+)
 RUNS = 5
 UNIFIED = "/sys/fs/cgroup/unified"
 #: set in the environment of the process that has a mount namespace of its own
