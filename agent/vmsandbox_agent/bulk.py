@@ -173,8 +173,9 @@ class BulkSession:
                 data = data[os.write(self._port, data) :]
             except BlockingIOError:
                 for fd, events in self._epoll.poll():
-                    # The host went; what it did not read is lost, and who comes next begins anew.
-                    self.over |= fd == self._port and bool(events & select.EPOLLHUP)
+                    if fd == self._port and events & select.EPOLLHUP:
+                        # The host went; what it did not read is lost, and who comes next begins anew.
+                        self.over = True
 
 
 def _give(receiver: Receiver, part: bulk.Part) -> None:
