@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.agent.hearing import hear
 from tests.unit.guest.hostile import agent, saying
 from vmsandbox.errors import UnavailableError
 from vmsandbox.guest.attachment import OUTPUT_WINDOW
@@ -43,9 +44,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def guest(
-    directory: Path, answer: Callable[..., AsyncIterator[bytes]], *frames: bytes, close: bool = False
+    directory: Path,
+    answer: Callable[..., AsyncIterator[bytes]],
+    *frames: bytes,
+    close: bool = False,
+    hold: asyncio.Event | None = None,
 ) -> AsyncIterator[AgentClient]:
-    """A client of a guest that says on its port for bulk what a test wants, after bytes that were meant for others."""
+    """A client of a guest that says on its port for bulk what a test wants, after bytes that were meant for others.
+
+    With `hold` it waits before it says the last.
+    """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -53,6 +61,8 @@ async def guest(
             writer.write(link.ECHO + b"0" * link.NONCE_DIGITS + data(7, b"stale"))
             writer.write(link.ECHO + hello[len(link.MARK) :])
             for frame in frames:
+                if hold is not None and frame is frames[-1]:
+                    await hold.wait()
                 writer.write(frame)
                 await writer.drain()
             if not close:
@@ -131,7 +141,21 @@ async def test_a_move_that_was_not_offered_ends_the_attachment(directory: Path) 
             await attachment.receive()
 
 
-async def test_what_the_port_brings_early_waits_and_an_exit_waits_for_the_port(directory: Path) -> None:
+async def test_an_exit_waits_for_what_the_port_still_brings(directory: Path) -> None:
+    last = asyncio.Event()
+    answer = saying(FIRST, WANTED, moved(), ERR_ENDS, EXITED)
+    frames = (data(0, b"one "), data(4, b"two", eof=True))
+    async with guest(directory, answer, *frames, hold=last) as client, client.attach("web", "") as attachment:
+        hearing = asyncio.create_task(hear(attachment, acknowledge=False))
+        while attachment._exit is None and not hearing.done():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        last.set()
+        heard = await hearing
+    assert heard.stdout == b"one two"
+    assert heard.exit is not None
+
+
+async def test_what_the_port_brings_early_waits_for_the_move(directory: Path) -> None:
     told = asyncio.Event()
 
     async def answer(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
