@@ -165,10 +165,23 @@ def give_back(record: str) -> None:
 
     Raises SandboxError if it cannot be mounted; then it is forgotten all the same.
     """
+    import fcntl
+
     try:
-        root = records.read_document(record)
-    except SandboxError:
+        lock = open(record, "rb")  # noqa: SIM115 - closed by the with below
+    except FileNotFoundError:
         return
+    with lock:
+        # A supervisor that ends and whoever cleans up after it may both be here.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            root = records.read_document(record)
+        except SandboxError:
+            return
+        _give_back(root, record)
+
+
+def _give_back(root: dict[str, Any], record: str) -> None:
     try:
         if find(root["path"]) is None:
             _mount(root)

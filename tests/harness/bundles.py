@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from tests.harness.cli import TIMEOUT, Result
 from vmsandbox.cli.runtime.static import default_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
 SANDBOX = {"io.kubernetes.cri.container-type": "sandbox"}
@@ -22,7 +25,9 @@ SANDBOX = {"io.kubernetes.cri.container-type": "sandbox"}
 class Runtime:
     """Runs `vmsandbox-runtime` with its own root and a data root that tests share."""
 
-    def __init__(self, scratch: Path, data_root: Path) -> None:
+    def __init__(self, scratch: Path, data_root: Path, *, inside: Sequence[str] = ()) -> None:
+        """`inside` is what goes before every command, for one that runs in other namespaces."""
+        self._inside = inside
         self.scratch = scratch
         self.root = scratch / "r"
         self.data_root = data_root
@@ -30,7 +35,18 @@ class Runtime:
 
     def argv(self, *words: str) -> list[str]:
         roots = ("--root", str(self.root), "--data-root", str(self.data_root))
-        return [sys.executable, "-c", CODE, *roots, "--log", str(self.log), "--log-format", "json", *words]
+        return [
+            *self._inside,
+            sys.executable,
+            "-c",
+            CODE,
+            *roots,
+            "--log",
+            str(self.log),
+            "--log-format",
+            "json",
+            *words,
+        ]
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}

@@ -5,37 +5,45 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from tests.harness.boxes import make_rootfs
+from tests.harness.bundles import Runtime
 from vmsandbox import lent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.harness.bundles import Runtime
-
 MIB = 1 << 20
 
 
-def mounted(path: Path) -> list[str]:
-    """Options and type of what is mounted at a place."""
-    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+def mounted(path: Path, pid: int | str = "self") -> list[str]:
+    """Options and type of what is mounted at a place, as the process `pid` sees it."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
     return [f"{fields[8]} {fields[5]}" for fields in lines if fields[4] == str(path)]
+
+
+def make_image(directory: Path) -> Path:
+    """An ext4 file system in a file."""
+    image = directory / "root.img"
+    image.write_bytes(b"")
+    os.truncate(image, 32 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-d", make_rootfs(directory / "tree"), image], check=True)
+    (directory / "rootfs").mkdir()
+    return image
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
     """An ext4 file system in a file, mounted through a loop device that goes with its last user."""
-    image, place = tmp_path / "root.img", tmp_path / "rootfs"
-    image.write_bytes(b"")
-    os.truncate(image, 32 * MIB)
-    tree = make_rootfs(tmp_path / "tree")
-    subprocess.run(["mkfs.ext4", "-q", "-d", tree, image], check=True)
-    place.mkdir()
+    image, place = make_image(tmp_path), tmp_path / "rootfs"
     subprocess.run(["mount", "-o", "loop,nosuid,noatime", image, place], check=True)
     yield place
     subprocess.run(["umount", place], check=True)
@@ -78,6 +86,18 @@ def test_what_is_taken_is_given_back_as_it_was(mount: Path, tmp_path: Path) -> N
     assert not record.exists()
 
 
+def test_several_may_give_back_at_once(mount: Path, tmp_path: Path) -> None:
+    before = mounted(mount)
+    found = lent.find(str(mount))
+    assert found is not None
+    record = tmp_path / "roots/one.json"
+    lent.take(found, str(record))
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from vmsandbox import lent; lent.give_back({str(record)!r})"
+    several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [process.wait() for process in several] == [0, 0, 0, 0]
+    assert mounted(mount) == before
+
+
 def test_what_somebody_uses_is_left_where_it_is(mount: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lent, "ALONE_TIMEOUT", 0.1)
     before = mounted(mount)
@@ -99,42 +119,72 @@ def test_what_somebody_uses_is_left_where_it_is(mount: Path, tmp_path: Path, mon
     assert not record.exists()
 
 
-def test_a_root_on_a_disk_is_plugged_and_given_back(runtime: Runtime, mount: Path) -> None:
-    before = mounted(mount)
-    script = "grep ' / ' /proc/mounts; echo written > /made; cat /etc/passwd | head -n1; sleep 1000"
-    bundle = runtime.bundle("one", mount, "sh", "-c", script)
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[int]:
+    """A process in a mount namespace of its own, where such a file system is mounted.
+
+    Nobody who makes a namespace meanwhile takes a copy of that mount along.
+    """
+    image, place = make_image(tmp_path), tmp_path / "rootfs"
+    command = 'mount -o loop,nosuid,noatime "$1" "$2" && exec sleep 100000'
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", command, "sh", image, place]
+    with subprocess.Popen(argv) as process:
+        while psutil.Process(process.pid).name() != "sleep":
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process.pid
+        process.kill()
+
+
+@pytest.fixture
+def apart(holder: int, runtime_data_root: Path) -> Iterator[Runtime]:
+    """The command in that namespace."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
+        inside = ("/usr/bin/nsenter", "-t", str(holder), "--mount")
+        made = Runtime(Path(scratch), runtime_data_root, inside=inside)
+        yield made
+        made.remove_all()
+        assert made.leftovers() == []
+
+
+def test_a_root_on_a_disk_is_plugged_and_given_back(apart: Runtime, holder: int, tmp_path: Path) -> None:
+    place, seen = tmp_path / "rootfs", Path(f"/proc/{holder}/root{tmp_path}/rootfs")
+    before = mounted(place, holder)
+    assert len(before) == 1
+    script = "grep ' / ' /proc/mounts; echo written > /made; sleep 1000"
+    bundle = apart.bundle("one", place, "sh", "-c", script)
     document = json.loads((bundle / "config.json").read_text())
-    found = lent.find(str(mount))
-    assert found is not None
+    device = os.stat(seen).st_dev
     document["linux"]["resources"]["blockIO"] = {
-        "throttleReadIOPSDevice": [{"major": found["numbers"][0], "minor": found["numbers"][1], "rate": 100000}]
+        "throttleReadIOPSDevice": [{"major": os.major(device), "minor": os.minor(device), "rate": 100000}]
     }
     (bundle / "config.json").write_text(json.dumps(document))
-    with (runtime.scratch / "out").open("wb") as stdout:
-        pid = runtime.create("one", bundle, stdout=stdout)
+    with (apart.scratch / "out").open("wb") as stdout:
+        pid = apart.create("one", bundle, stdout=stdout)
     # Two kernels never have it at once, and the stand-in does not hold it either.
-    assert mounted(mount) == []
+    assert mounted(place, holder) == []
     assert os.listdir(f"/proc/{pid}/root") == ["proc"]
-    runtime.ok("start", "one")
-    assert "riops=100000" in runtime.ok("exec", "one", "cat", "/sys/fs/cgroup/io.max")
-    runtime.ok("delete", "--force", "one")
-    assert mounted(mount) == before
-    device, kind = (runtime.scratch / "out").read_text().split()[0:3:2]
-    assert (device.startswith("/dev/vd"), kind) == (True, "ext4")
-    assert (mount / "made").read_text() == "written\n"
+    apart.ok("start", "one")
+    assert "riops=100000" in apart.ok("exec", "one", "cat", "/sys/fs/cgroup/io.max")
+    apart.ok("delete", "--force", "one")
+    assert mounted(place, holder) == before
+    source, kind = (apart.scratch / "out").read_text().split()[0:3:2]
+    assert (source.startswith("/dev/vd"), kind) == (True, "ext4")
+    assert (seen / "made").read_text() == "written\n"
 
     # Read-only: the machine cannot write it whatever the container does; and in use, it is shared.
-    (runtime.scratch / "two").mkdir()
+    (apart.scratch / "two").mkdir()
     document["root"]["readonly"] = True
     del document["linux"]["resources"]["blockIO"]
-    script = "touch /x 2>/dev/null || echo refused; cat /sys/block/vdb/ro /sys/block/vdb/size | head -n1"
+    script = "touch /x 2>/dev/null || echo refused; cut -d' ' -f3,4 /proc/mounts | head -n1"
     document["process"]["args"] = ["sh", "-c", script]
-    (runtime.scratch / "two/config.json").write_text(json.dumps(document))
-    assert runtime.ok("run", "--bundle", str(runtime.scratch / "two"), "two") == "refused\n1\n"
-    with (mount / "made").open():
-        said = runtime.ok("run", "--bundle", str(runtime.scratch / "two"), "three")
-    assert said.startswith("refused\n"), said
-    assert mounted(mount) == before
+    (apart.scratch / "two/config.json").write_text(json.dumps(document))
+    said = apart.ok("run", "--bundle", str(apart.scratch / "two"), "two")
+    assert said.startswith("refused\next4 ro,"), said
+    with (seen / "made").open():
+        said = apart.ok("run", "--bundle", str(apart.scratch / "two"), "three")
+    assert said.startswith("refused\nvirtiofs "), said
+    assert mounted(place, holder) == before
 
 
 def test_roots_and_mounts_over_9p(runtime: Runtime, box_rootfs: Path) -> None:
