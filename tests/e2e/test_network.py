@@ -368,3 +368,21 @@ def test_a_container_has_no_network_if_it_is_told_so(cli: Cli) -> None:
     assert "lo:" in said
     assert "eth0" not in said
     assert "default" not in said
+
+
+def test_the_default_network_is_as_configured_once_no_pod_is_on_it(cli: Cli, host: Host, tmp_path: Path) -> None:
+    cli.remove_all()
+    with untouched(cli, host):
+        with configured(cli, tmp_path, 'subnet = "10.93.0.7/16"'):
+            done = cli("run", "--rm", "box", "true")
+            assert done.code == 125
+            assert "'10.93.0.7/16' is not a network" in last_line(done.stderr)
+        with configured(cli, tmp_path, 'subnet = "10.93.0.0/16"\nipv6 = true'):
+            options = ("-p", f"[{hosts.ADDRESS6}]:8084:80")
+            cli.ok("run", "-d", "--name", "six", *options, "box", "sh", "-c", SERVE)
+            await_server(cli, "six")
+            assert address_of(cli, "six").startswith("10.93.")
+            assert address_of(cli, "six", family="inet6").startswith("fd")
+            assert "1 packets received" in cli.ok("exec", "six", "ping", "-6", "-c", "1", "-W", "20", hosts.WORLD6)
+            assert fetched(host.world, hosts.ADDRESS6, 8084) == cli.inspect("six")["id"][:12]
+            cli.ok("rm", "-f", "six")
