@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cloned
 #: serves its hostname by HTTP, and by UDP and TCP what it is sent
 SERVE = (
     "mkdir /tmp/w; hostname > /tmp/w/index.html; socat UDP-RECVFROM:53,fork EXEC:cat & "
-    "socat TCP-LISTEN:7,fork,backlog=256 PIPE & exec httpd -f -h /tmp/w"
+    "socat TCP-LISTEN:7,fork,backlog=256 EXEC:cat,nofork & exec httpd -f -h /tmp/w"
 )
 #: asks an HTTP server by name or address; busybox is static, and so resolves no names
 FETCH = "#!/bin/sh\nprintf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' | socat -t 20 - TCP:$1:${2:-80} | tail -n 1\n"
