@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,6 +185,21 @@ def test_a_root_on_a_disk_is_plugged_and_given_back(apart: Runtime, holder: int,
     with (seen / "made").open():
         said = apart.ok("run", "--bundle", str(apart.scratch / "two"), "three")
     assert said.startswith("refused\nvirtiofs "), said
+    assert mounted(place, holder) == before
+
+    # Whoever cleans up after all of it was killed gives it back as well.
+    document["process"]["args"] = ["sleep", "1000"]
+    (apart.scratch / "two/config.json").write_text(json.dumps(document))
+    pid = apart.create("four", apart.scratch / "two")
+    assert mounted(place, holder) == []
+    (pod,) = apart.root.glob("s/*/sandbox.json")
+    known = json.loads(pod.read_text())
+    victims = [psutil.Process(each) for each in (pid, known["supervisor"]["pid"], known["vm"]["pid"])]
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    psutil.wait_procs(victims, timeout=30)
+    apart.ok("delete", "--force", "four")
     assert mounted(place, holder) == before
 
 
