@@ -114,21 +114,17 @@ def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool)
         if not is_whole(directory):
             raise UnavailableError(f"template '{key}' is damaged: 'vmsandbox template build' makes it again")
         template = Template.found(directory, size_mib=config.memory.size_mib)
-        fd = _held(directory, template)
-    try:
-        with _holding(directory, fd):
-            if shareable:
-                own = copied_memory(fd)
-                try:
-                    backing: PrivateMemory | SharedMemory = SharedMemory(fd=own)
-                    yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
-                finally:
-                    os.close(own)
-            else:
-                backing = PrivateMemory(fd=fd)
+    with shared_memory(directory, template) as fd:
+        if shareable:
+            own = copied_memory(fd)
+            try:
+                backing: PrivateMemory | SharedMemory = SharedMemory(fd=own)
                 yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
-    finally:
-        os.close(fd)
+            finally:
+                os.close(own)
+        else:
+            backing = PrivateMemory(fd=fd)
+            yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
 
 
 def is_whole(directory: Path) -> bool:
@@ -171,17 +167,43 @@ def _is_sealed(fd: int) -> bool:
 
 
 @contextmanager
-def _holding(directory: Path, fd: int) -> Iterator[None]:
-    """Let later supervisors find the memory here instead of loading it again."""
-    note = directory / "holders" / str(os.getpid())
+def shared_memory(directory: Path, template: Template) -> Iterator[int]:
+    """The template's memory for the block, where later supervisors find it instead of loading it again.
+
+    One at a time looks for it: of several that come at once each would load, and keep, its own.
+    """
+    with _alone(directory / "holders"):
+        fd = _held(directory, template)
+        note = _noted(directory / "holders", fd)
+    try:
+        yield fd
+    finally:
+        note.unlink(missing_ok=True)
+        os.close(fd)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # the template has just been removed: nobody else can find it either
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _noted(holders: Path, fd: int) -> Path:
+    """Tell of our descriptor, which a note in the directory does as long as it is there."""
+    note = holders / str(os.getpid())
     try:
         note.write_text(f"{os.getpid()} {records.start_time(os.getpid())} {fd}")
     except OSError as error:
         log.info("the template's memory is not offered to others: %s", error)
-    try:
-        yield
-    finally:
-        note.unlink(missing_ok=True)
+    return note
 
 
 def _entries(directory: Path) -> list[Path]:
