@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import time
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import shares, slots, store
 from vmsandbox.supervisor.aio import together
+from vmsandbox.supervisor.giving import Given
 from vmsandbox.supervisor.lifecycle import Status, advance
 from vmsandbox.supervisor.process import Exit, Process
 from vmsandbox.supervisor.sandbox import Demand
@@ -66,7 +66,7 @@ class Container:
             standin=document.get("standin"),
         )
         self.execs: dict[str, Process] = {}
-        self.stack = AsyncExitStack()
+        self.stack = Given()
         #: another life of it is being made: its document says "stopped" until it runs
         self.starting = False
         #: it has ended, and what it had in the machine is given back
@@ -422,11 +422,9 @@ class Container:
         self.stack.push_async_callback(self._remove_in_guest, sandbox)
 
     async def release(self) -> None:
-        """Give everything in the VM back, in reverse order; every step is attempted, the first error is logged."""
-        try:
-            await self.stack.aclose()
-        except SandboxError as error:
-            log.warning("%s was not released cleanly: %s", self, error)
+        """Give everything in the VM back, in reverse order; every step is attempted, and what failed is logged."""
+        if failed := await self.stack.give_back():
+            log.warning("%s was not released cleanly: %s", self, "; ".join(map(str, failed)))
 
     def forget(self) -> None:
         """Remove what is on disk.  The virtual machine has given everything back, or is gone."""
