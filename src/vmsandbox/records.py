@@ -58,8 +58,10 @@ def write_document(path: str, document: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from error  # a full disk does not say where it is
         raise
 
 

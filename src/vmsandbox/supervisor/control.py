@@ -6,13 +6,14 @@ This is one of the three edges at which any error becomes an answer.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import log as logs
 from vmsandbox import wire
-from vmsandbox.errors import SandboxError
+from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.supervisor import copying, execution
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ log = logging.getLogger(__name__)
 
 #: Verbs whose caller wants the pod's resources released when the connection closes, not only the answer.
 UNTIL_RELEASED = {"run", "create", "start", "stop", "delete", "pod-start", "pod-stop", "pod-remove"}
+#: what to do about it
+HELP = {
+    errno.ENOSPC: "make room where '--root' and '--data-root' are, or choose others",
+    errno.EDQUOT: "make room where '--root' and '--data-root' are, or choose others",
+    errno.EROFS: "choose another '--root' or '--data-root'",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "free some memory",
+}
 
 
 class Control:
@@ -124,6 +134,9 @@ class Control:
             answer = {"error": {"code": error.code, "message": str(error), "detail": error.detail}}
         except (wire.WireError, ConnectionError):
             raise
+        except OSError as error:
+            log.exception("request '%s' failed", verb)
+            answer = {"error": {"code": UnavailableError.code, "message": _words(error)}}
         except Exception as error:
             log.exception("request '%s' failed", verb)
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
@@ -132,3 +145,10 @@ class Control:
         if verb in ("run", "create", "create-bundle") and self.service.implicit():
             return True
         return verb in UNTIL_RELEASED and self.service.ending()
+
+
+def _words(error: OSError) -> str:
+    """What the machine lacks, and where."""
+    where = f" for '{error.filename}'" if error.filename else ""
+    next_step = HELP.get(error.errno or 0, "'--debug' and the supervisor's log say more")
+    return f"the machine refuses{where}: {error.strerror or error}; {next_step}"

@@ -1,0 +1,97 @@
+"""A machine that lacks something: one clear error each, and nothing is left."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.cli import Cli, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.cloned
+
+
+@contextmanager
+def mounted(options: str) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = Path(tempfile.mkdtemp(prefix="vs-"))
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=755,{options}", "none", place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", place], check=True)  # the nursery may be in it, for a while
+    finally:
+        shutil.rmtree(place)
+
+
+def check(result: Result, cli: Cli, *said: str, code: int = 125) -> None:
+    """One line that says it, and nothing left."""
+    assert result.code == code, result
+    line = next(line for line in result.stderr.splitlines() if line.startswith("vmsandbox: "))
+    for part in said:
+        assert part in line, result
+    assert "internal error" not in line
+    cli("gc", "-q")
+    assert cli.leftovers() == []
+
+
+def test_a_run_root_that_is_read_only(data_root: Path, box: str) -> None:
+    with mounted("ro") as place:
+        cli = Cli(place / "r", data_root)
+        check(cli("run", "--rm", box, "true"), cli, "Read-only file system", str(place))
+
+
+def test_a_run_root_without_room(data_root: Path, box: str) -> None:
+    with mounted("size=16k") as place:
+        cli = Cli(place / "r", data_root)
+        check(cli("run", "--rm", box, "true"), cli, "No space left on device")
+
+
+def test_a_data_root_without_room_for_a_writable_layer(data_root: Path, box: str) -> None:
+    with mounted("size=32k") as place, tempfile.TemporaryDirectory(prefix="vs-") as run:
+        for name in ("guest", "images", "templates"):
+            (place / name).symlink_to(data_root / name)
+        cli = Cli(Path(run), place)
+        check(cli("run", "--rm", box, "true"), cli, "cannot make writable layer", "no space left on device: free some")
+
+
+@pytest.mark.parametrize(("binary", "said"), [("binary", "cannot use"), ("virtiofsd", "cannot start virtiofsd")])
+def test_a_program_that_is_missing(cli: Cli, box: str, tmp_path: Path, binary: str, said: str) -> None:
+    cli.config = tmp_path / "config.toml"
+    cli.config.write_text(f'[hypervisor]\n{binary} = "/no/such/program"\n')
+    result = cli("run", "--rm", "-v", f"{tmp_path}:/data", box, "true")
+    check(result, cli, said, "/no/such/program")
+
+
+@pytest.mark.parametrize("limit", [12, 24])
+def test_too_few_descriptors(cli: Cli, box: str, limit: int) -> None:
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    check(cli("run", "--rm", box, "true", preexec_fn=lower), cli, "Too many open files")
+
+
+def test_more_disks_than_a_pod_has_slots(cli: Cli, box: str, tmp_path: Path, pod_template: None) -> None:
+    cli.ok("pod", "create", "--name", "p")
+    devices = []
+    for number in range(48):
+        disk = tmp_path / f"{number}.img"
+        with disk.open("wb") as file:
+            file.truncate(1 << 20)
+        devices += ["--device", f"{disk}:/dev/d{number}"]
+    result = cli("run", "--rm", "--pod", "p", *devices, box, "true", timeout=300)
+    assert result.code == 125, result
+    line = next(line for line in result.stderr.splitlines() if line.startswith("vmsandbox: "))
+    assert "all 48 root ports are in use: remove a container of the pod, or raise" in line
+    assert cli.ps() == []
+    assert cli.ok("run", "--rm", "--pod", "p", box, "sh", "-c", "ls /sys/block | grep -c vd") == "3\n"
