@@ -17,7 +17,7 @@ def inside(cli: Cli, container: str, script: str) -> list[str]:
     return cli.ok("exec", container, "sh", "-c", script).split()
 
 
-def test_a_paused_container_stands_still_until_unpaused(pod: tuple[Cli, str]) -> None:
+def test_a15_a_paused_container_stands_still_until_unpaused(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     assert cli.ok("pause", container) == f"{container}\n"
     assert cli.inspect(container)["status"] == "paused"
@@ -30,7 +30,7 @@ def test_a_paused_container_stands_still_until_unpaused(pod: tuple[Cli, str]) ->
     assert cli("exec", container, "true").code == 0
 
 
-def test_top_lists_processes_by_their_pids_inside(pod: tuple[Cli, str]) -> None:
+def test_a14_top_lists_processes_by_their_pids_inside(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     rows = json.loads(cli.ok("top", "--format", "json", container))
     assert [(row["pid"], row["user"], row["command"]) for row in rows] == [(1, "root", "sleep 100000")]
@@ -39,7 +39,7 @@ def test_top_lists_processes_by_their_pids_inside(pod: tuple[Cli, str]) -> None:
     assert line.endswith("sleep 100000")
 
 
-def test_stats_shows_what_is_used_once_as_table_and_json(pod: tuple[Cli, str]) -> None:
+def test_a15_stats_shows_what_is_used_once_as_table_and_json(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     row = json.loads(cli.ok("stats", "--no-stream", "--format", "json", container))[0]
     assert (row["id"], row["name"], row["pids"]) == (container, "shared", 1)
@@ -60,7 +60,7 @@ def test_stats_streams_a_reading_a_second(pod: tuple[Cli, str]) -> None:
 
 
 @pytest.mark.both_ways
-def test_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, str]) -> None:
+def test_a15_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo"
     grown = cli("update", "--cpus", "2", "--memory", "512m", "--pids-limit", "50", container)

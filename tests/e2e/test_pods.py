@@ -69,6 +69,18 @@ def test_a1_containers_of_a_pod_share_its_machine_ipc_and_hostname_and_no_files(
     assert {cli.inspect(name)["pod"]["vm"]["pid"] for name in "ab"} == {described(cli, "shop")["vm"]["pid"]}
 
 
+def test_a7_a_root_is_on_disks_with_ids_derived_from_what_they_are_for_and_noted(empty: Cli, box: str) -> None:
+    cli = empty
+    container_id = cli.ok("run", "-d", "--pod", "shop", box, "sh", "-c", SERVE).strip()
+    path = cli.run_root / "s" / described(cli, "shop")["id"][:12] / "containers" / f"{container_id}.json"
+    container = json.loads(path.read_text())
+    image, scratch = container["disks"]["image"], container["disks"]["scratch"]
+    assert scratch[0] == f"scratch-{container_id[:12]}"
+    assert image[0] == f"image-{container['image']['id'].removeprefix('sha256:')[:12]}"
+    seen = inside(cli, container_id, "cat /sys/block/vd*/ro")
+    assert sorted(seen.splitlines()) == ["0", "1", "1"]  # its own, the guest's, the image's
+
+
 def test_containers_of_a_pod_start_and_stop_independently_and_are_listed_with_it(empty: Cli, box: str) -> None:
     cli = empty
     assert cli.ok("run", "--rm", "--pod", "shop", box, "echo", "first") == "first\n"

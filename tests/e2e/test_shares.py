@@ -129,7 +129,7 @@ def check_read_only(cli: Cli, source: Path) -> None:
     (source / "mounted" / "host").unlink()
 
 
-def test_directories_files_and_what_is_mounted_in_them_are_shared(sharing: Cli) -> None:
+def test_a6_directories_files_and_what_is_mounted_in_them_are_shared(sharing: Cli) -> None:
     script = "cat /data/file /etc/one /ro-file /ro/file /data/mounted/deep; ls -A /data"
     assert inside(sharing, script) == "from the host\n" * 4 + "deep\nfile\nlink\nmounted\nowned\nprivate\n"
 
@@ -138,11 +138,11 @@ def test_a_tmpfs_is_made_by_mount_as_well(sharing: Cli) -> None:
     assert "size=1024k" in inside(sharing, "mount | grep ' /memory '")
 
 
-def test_read_only_is_enforced_on_both_sides(sharing: Cli, source: Path) -> None:
+def test_a6_read_only_is_enforced_on_both_sides(sharing: Cli, source: Path) -> None:
     check_read_only(sharing, source)
 
 
-def test_owners_and_modes_are_kept_as_numbers(sharing: Cli, source: Path) -> None:
+def test_a8_owners_and_modes_are_kept_as_numbers(sharing: Cli, source: Path) -> None:
     check_numbers(sharing, source)
 
 
@@ -231,7 +231,7 @@ def clear(source: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_9p_shares_the_same_way(cli: Cli, box: str, source: Path) -> None:
+def test_a8_9p_shares_the_same_way(cli: Cli, box: str, source: Path) -> None:
     cli.ok(
         *("run", "-d", "--name", "box", "--shared-fs", "9p", "-v", f"{source}:/data", "-v", f"{source}:/ro:ro"),
         *("-v", f"{source}/file:/ro-file:ro", box, "sleep", "100000"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SCRIPT = "trap 'exit 3' TERM; echo life >> /lives; wc -l < /lives; while :; do sleep 0.1; done"
 
 
-def test_a_stopped_container_starts_again_on_its_writable_layer_and_log(cli: Cli, box: str) -> None:
+def test_c6_a_stopped_container_starts_again_on_its_writable_layer_and_log(cli: Cli, box: str) -> None:
     container = cli.ok("run", "-d", "--name", "web", "-e", "X=1", box, "sh", "-c", SCRIPT).strip()
     cli.await_line("web", "1")  # from then on it obeys
     first = cli.inspect("web")
@@ -77,7 +77,7 @@ def test_what_the_death_of_everything_left_starts_again(cli: Cli, box: str) -> N
     assert cli.inspect("web")["status"] == "running"
 
 
-def test_a_start_that_fails_leaves_the_container_stopped_as_it_was(cli: Cli, box: str) -> None:
+def test_a10_a_start_that_fails_leaves_the_container_stopped_as_it_was(cli: Cli, box: str) -> None:
     cli("run", "--name", "web", box, "sh", "-c", "exit 4")
     config = cli.run_root / "broken.toml"
     config.write_text('[hypervisor]\nbinary = "/no/such/qemu"\n')

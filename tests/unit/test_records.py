@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from vmsandbox import records
+from vmsandbox.cli import launch
 from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import Roots
 
@@ -34,6 +37,33 @@ def test_a_document_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert records.read_document(path) == {"version": records.VERSION, "id": "a", "n": [1, 2]}
     assert os.listdir(tmp_path) == ["x.json"]
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("step", ["fsync", "rename"])
+def test_b5_a_document_that_cannot_be_written_leaves_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = str(tmp_path / "x.json")
+    records.write_document(path, {"id": "old"})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            records.write_document(path, {"id": "new"})
+    assert records.read_document(path)["id"] == "old"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_b6_one_process_at_a_time_has_a_pods_lock(tmp_path: Path) -> None:
+    sandbox = Roots(tmp_path, tmp_path).sandbox("ab" * 32)
+    os.makedirs(sandbox.dir)
+    other = ["flock", "--nonblock", sandbox.lock_file, "true"]
+    with launch.locked(sandbox):
+        assert subprocess.run(other, check=False).returncode == 1
+    assert subprocess.run(other, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -87,14 +117,14 @@ def test_a_pods_value_of_a_foreign_type_is_damage_that_is_named(roots: Roots) ->
             records.load_pod(roots, records.read_document(path)["id"])
 
 
-def test_a_damaged_container_does_not_spoil_the_others(roots: Roots) -> None:
+def test_b8_a_damaged_container_does_not_spoil_the_others(roots: Roots) -> None:
     add(roots, "aa" * 32)
     Path(add(roots, "bb" * 32)).write_text("{")
     found = list(records.containers(roots))
     assert [type(item) for item in found] == [records.Container, records.DamagedDocumentError]
 
 
-def test_a_running_container_whose_stand_in_is_gone_counts_as_stopped(roots: Roots) -> None:
+def test_a3_a_pid_is_trusted_only_with_its_start_time(roots: Roots) -> None:
     me = {"pid": os.getpid(), "start_time": records.start_time(os.getpid())}
     add(roots, "aa" * 32, status="running", standin=me)
     add(roots, "bb" * 32, status="running", standin={**me, "start_time": 1})
@@ -102,7 +132,7 @@ def test_a_running_container_whose_stand_in_is_gone_counts_as_stopped(roots: Roo
     assert records.load(roots, "bb" * 32).status() == "stopped"
 
 
-def test_ids_are_found_by_name_by_id_and_by_unique_prefix(roots: Roots) -> None:
+def test_c8_ids_are_found_by_name_by_id_and_by_unique_prefix(roots: Roots) -> None:
     first, second = "abc1" * 16, "abd1" * 16
     add(roots, first)
     add(roots, second)
@@ -120,7 +150,7 @@ def test_what_does_not_exist_is_not_found(roots: Roots, reference: str) -> None:
         records.resolve(roots, reference)
 
 
-def test_a_taken_name_names_its_holder(roots: Roots) -> None:
+def test_c7_a_taken_name_names_its_holder(roots: Roots) -> None:
     records.reserve_name(roots, "web", "f00d" * 16)
     with pytest.raises(AlreadyExistsError, match="f00df00df00d"):
         records.reserve_name(roots, "web", "beef" * 16)
@@ -137,7 +167,7 @@ def test_a_name_that_is_no_safe_file_name_is_refused(roots: Roots, name: str) ->
         records.reserve_name(roots, name, "f00d" * 16)
 
 
-def test_forgetting_a_container_leaves_nothing_of_it(roots: Roots) -> None:
+def test_b7_forgetting_a_container_leaves_nothing_of_it(roots: Roots) -> None:
     container_id = "ab" * 32
     add(roots, container_id)
     records.reserve_name(roots, "web", container_id)
@@ -188,7 +218,7 @@ def test_pods_are_found_by_name_by_id_and_by_unique_prefix_and_are_no_containers
         records.reserve_name(roots, "shop", second)
 
 
-def test_a_pod_stays_without_containers_until_it_is_forgotten(roots: Roots) -> None:
+def test_b7_a_pod_stays_without_containers_until_it_is_forgotten(roots: Roots) -> None:
     pod_id = "ab" * 32
     add_pod(roots, pod_id, name="shop")
     records.reserve_name(roots, "shop", pod_id)

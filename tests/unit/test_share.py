@@ -140,7 +140,7 @@ def test_a_socket_cannot_cross(directory: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("destination", ["/proc", "/sys/fs/cgroup", "/dev/sda"])
-def test_the_guests_own_places_are_refused(destination: str) -> None:
+def test_a6_the_guests_own_places_are_refused(destination: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"'{destination}'"):
         share.check_destination(destination)
 
@@ -150,7 +150,7 @@ def test_places_with_similar_names_are_not(destination: str) -> None:
     share.check_destination(destination)
 
 
-def test_a_name_tells_container_and_source_and_is_never_the_same() -> None:
+def test_a6_a_name_tells_container_and_source_and_is_never_the_same() -> None:
     first, second = (share.name_for("box", "/a/my data/ä,b") for _ in range(2))
     assert first != second
     assert first.startswith("box-")

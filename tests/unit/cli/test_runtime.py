@@ -67,7 +67,7 @@ def test_signals_are_known_by_name_and_number(text: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "65", "NOSUCH", "RTMIN+", "RTMIN+99", "-1", "1e1", "RTMAX+1"])
-def test_unknown_signals_are_refused(text: str) -> None:
+def test_a12_unknown_signals_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError):
         signal_number(text)
 
