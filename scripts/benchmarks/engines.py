@@ -40,6 +40,7 @@ PARTS = {
     "virtiofsd": "virtiofsd",
     "supervisor": "vmsandbox supervisor",
     "stand_in": "vmsandbox stand-in",
+    "starter": "vmsandbox starter",
     "shim": "containerd-shim",
 }
 _numbers = count(1)

@@ -135,7 +135,8 @@ class Engines:
             daemon.wait()
         if self._made_cni:
             CNI.rmdir()
-        machine.remove_parents()
+        if self._before:
+            machine.remove_cgroups(self._before["cgroup"])
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}

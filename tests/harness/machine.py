@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 CGROUPS = Path("/sys/fs/cgroup")
 #: directories of engines where runc and crun leave what was empty before; the harness removes them in the end
@@ -83,14 +83,21 @@ def cgroups() -> Iterator[Path]:
             yield from (path for path in (controller / parent).glob("**") if path != controller / parent)
 
 
-def remove_parents() -> None:
-    """Remove what is left of engines' cgroups once they have none below."""
+def remove_cgroups(before: Collection[str]) -> None:
+    """Remove what engines that were killed have left of cgroups, and their parents once nothing is below them."""
+    for path in sorted(cgroups(), key=lambda path: len(path.parts), reverse=True):
+        if str(path) not in before:
+            _remove(path)
     for controller in CGROUPS.iterdir():
         for parent in PARENTS:
-            try:
-                (controller / parent).rmdir()
-            except OSError:
-                continue
+            _remove(controller / parent)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        return  # somebody else's, and in use
 
 
 def added(before: Found, after: Found) -> list[str]:
