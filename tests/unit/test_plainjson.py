@@ -51,6 +51,19 @@ def test_what_is_too_deep_is_an_error() -> None:
         plainjson.loads(b"[" * 200_000)
 
 
+@pytest.mark.parametrize("data", ['{"version": 1, "na', '{"a": tru}', "[1,", '"\\x"', "{1: 2}"])
+def test_what_is_refused_is_refused_without_json_too(data: str) -> None:
+    code = f"""import sys; sys.path[:0] = {sys.path!r}
+from vmsandbox import plainjson
+assert 'json.decoder' not in sys.modules
+try:
+    plainjson.loads({data.encode()!r})
+except ValueError as error:
+    print('refused')
+"""
+    assert subprocess.check_output([sys.executable, "-I", "-S", "-c", code], text=True) == "refused\n"
+
+
 def test_it_needs_nothing_else() -> None:
     code = f"import sys; sys.path[:0] = {sys.path!r}; import vmsandbox.plainjson; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-I", "-S", "-c", code], text=True).split()

@@ -51,6 +51,7 @@ class QemuHypervisor:
         in `config.directory`; unless `Vm.release` was called: then everything goes on.
         """
         choice = await probe.chosen(config.accel, binary=config.binary, cache=self._accel_cache)
+        choice = probe.permitted(choice, config)
         # Of a machine that ended together with its owner.
         remove_files(config)
         evidence = Evidence(config.directory)

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from vmsandbox_hypervisor.evidence import reason_in
 if TYPE_CHECKING:
     from typing import Literal
 
-    from vmsandbox_hypervisor.api import Accel
+    from vmsandbox_hypervisor.api import Accel, VmConfig
 
 DEVICE = Path("/dev/kvm")
 CPUINFO = Path("/proc/cpuinfo")
@@ -80,6 +81,28 @@ async def chosen(
     if accel == "kvm":
         raise AccelError(f"KVM was asked for, but it does not work here: {failure}")
     return AccelChoice(accel="tcg", reason=f"KVM does not work here: {failure}")
+
+
+def permitted(choice: AccelChoice, config: VmConfig, *, device: Path = DEVICE) -> AccelChoice:
+    """The choice for a QEMU that runs as somebody else, who may not open the device that we could try.
+
+    `AccelError` where KVM was asked for, emulation where it was only the best.
+    """
+    identity = config.confinement
+    if choice.accel != "kvm" or identity is None:
+        return choice
+    info = device.stat()
+    bits = stat.S_IRUSR | stat.S_IWUSR
+    if info.st_uid != identity.uid:
+        bits >>= 3 if info.st_gid in (identity.gid, *identity.groups) else 6
+    if info.st_mode & bits == bits:
+        return choice
+    why = (
+        f"'{device}' is not for uid {identity.uid}, which QEMU has: give a group of its the right, or do not confine it"
+    )
+    if config.accel == "kvm":
+        raise AccelError(f"KVM was asked for, but {why}")
+    return AccelChoice(accel="tcg", reason=f"KVM does not work here: {why}")
 
 
 def _denial(device: Path) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vmsandbox_hypervisor.api import AccelChoice, Confinement, Kernel, Memory, VmConfig
 from vmsandbox_hypervisor.errors import AccelError
 from vmsandbox_hypervisor.qemu import probe
 from vmsandbox_hypervisor.qemu.machine import QEMU
@@ -119,3 +121,30 @@ async def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: P
 @pytest.mark.deadline(20)
 async def test_the_probe_s_guest_really_runs_under_qemu() -> None:
     assert await probe.tried("tcg", binary=QEMU) is None
+
+
+@pytest.mark.parametrize(("mode", "allowed"), [(0o600, False), (0o660, False), (0o666, True)])
+def test_a_device_that_is_not_for_qemu_s_uid_is_no_kvm(tmp_path: Path, mode: int, allowed: bool) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    device.chmod(mode)
+    choice = AccelChoice(accel="kvm", reason="a guest ran with it")
+    config = VmConfig(
+        name="vm",
+        directory=tmp_path,
+        kernel=Kernel(path=Path("/guest/vmlinux")),
+        memory=Memory(size_mib=128),
+        confinement=Confinement(uid=1900000001, gid=1900000001),
+    )
+    auto, asked = (replace(config, accel=accel) for accel in ("auto", "kvm"))
+    if allowed:
+        assert probe.permitted(choice, asked, device=device) == choice
+        return
+    assert probe.permitted(choice, auto, device=device).accel == "tcg"
+    with pytest.raises(AccelError, match=r"KVM was asked for, but .* is not for uid 1900000001"):
+        probe.permitted(choice, asked, device=device)
+    assert probe.permitted(choice, replace(asked, confinement=None), device=device) == choice
+    ours = os.stat(device).st_gid
+    grouped = replace(asked, confinement=Confinement(uid=1900000001, gid=1900000001, groups=(ours,)))
+    if mode == 0o660:
+        assert probe.permitted(choice, grouped, device=device) == choice
