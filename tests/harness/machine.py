@@ -41,7 +41,7 @@ def found(init: int, files: Iterable[str], owned: Iterable[Path]) -> Found:
             line.partition(":")[0].strip() for line in Path(f"/proc/{init}/net/dev").read_text().splitlines()[2:]
         }
         - BRIDGES,
-        "cgroup": {str(path) for path in cgroups()},
+        "cgroup": {str(path) for path in cgroups() if not _is_podmans_own(path)},
         "loop device": {
             f"{path.parent.parent.name} {backing}"
             for path in Path("/sys/block").glob("loop*/loop/backing_file")
@@ -81,6 +81,13 @@ def cgroups() -> Iterator[Path]:
     for controller in CGROUPS.iterdir():
         for parent in PARENTS:
             yield from (path for path in (controller / parent).glob("**") if path != controller / parent)
+
+
+def _is_podmans_own(path: Path) -> bool:
+    """Whether it is the empty group of a pod, which podman forgets in the one hierarchy that has no controller."""
+    if path.parent != CGROUPS / "systemd/libpod_parent" or path.name.startswith("libpod-"):
+        return False
+    return not any(entry.is_dir() for entry in path.iterdir())
 
 
 def remove_cgroups(before: Collection[str]) -> None:
