@@ -56,18 +56,20 @@ async def guest(
     """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            hello = await reader.readexactly(link.HELLO)
-            writer.write(link.ECHO + b"0" * link.NONCE_DIGITS + data(7, b"stale"))
-            writer.write(link.ECHO + hello[len(link.MARK) :])
-            for frame in frames:
-                if hold is not None and frame is frames[-1]:
-                    await hold.wait()
-                writer.write(frame)
-                await writer.drain()
-            if not close:
-                await reader.read()
-        writer.close()
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                hello = await reader.readexactly(link.HELLO)
+                writer.write(link.ECHO + b"0" * link.NONCE_DIGITS + data(7, b"stale"))
+                writer.write(link.ECHO + hello[len(link.MARK) :])
+                for frame in frames:
+                    if hold is not None and frame is frames[-1]:
+                        await hold.wait()
+                    writer.write(frame)
+                    await writer.drain()
+                if not close:
+                    await reader.read()
+        finally:
+            writer.close()  # however the test ends
 
     path = directory / "bulk"
     server = await asyncio.start_unix_server(serve, str(path))
