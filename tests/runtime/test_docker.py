@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.daemons import CNI_DIRECTORY
+from tests.harness.terminals import typed
 from vmsandbox import __version__
 
 if TYPE_CHECKING:
@@ -60,22 +59,12 @@ def test_docker_tells_why_a_program_cannot_run(docker: Engines, name: str) -> No
 
 @runtimes
 def test_docker_has_a_terminal(docker: Engines, name: str) -> None:
-    master, slave = pty.openpty()
     options = ("--rm", "-it", "--network", "none", "--runtime", name)
     argv = docker.argv("docker", "run", *options, BOX, "sh", "-c", "tty; read x; echo got $x; exit 3")
-    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=docker.environment) as process:
-        os.close(slave)
-        os.write(master, b"word\n")
-        said = b""
-        while True:
-            try:
-                said += os.read(master, 4096)
-            except OSError:
-                break
-    os.close(master)
-    assert process.returncode == 3
-    assert b"/dev/pts/0" in said or b"/dev/console" in said
-    assert b"got word" in said
+    done = typed(argv, docker.environment)
+    assert done.code == 3
+    assert "/dev/pts/0" in done.stdout or "/dev/console" in done.stdout
+    assert "got word" in done.stdout
 
 
 @runtimes

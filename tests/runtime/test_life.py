@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
-import struct
 import subprocess
-import termios
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness.cli import TIMEOUT, Result
+from tests.harness.cli import TIMEOUT
+from tests.harness.terminals import typed
 from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
@@ -34,23 +31,6 @@ def vcpu_affinities(runtime: Runtime) -> list[set[int]]:
 def kinds_of(events: Path) -> list[str]:
     """What was told, line by line; one that is not finished is left out."""
     return [json.loads(line)["type"] for line in events.read_text().rpartition("\n")[0].splitlines()]
-
-
-def run_in_terminal(argv: list[str]) -> Result:
-    """Run a command with a terminal of 31 rows and 97 columns in which a word is typed; all it prints."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("hhhh", 31, 97, 0, 0))
-    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env={}) as process:
-        os.close(slave)
-        os.write(master, b"word\n")
-        said = b""
-        while True:
-            try:
-                said += os.read(master, 4096)
-            except OSError:
-                break
-    os.close(master)
-    return Result(process.returncode, said, b"")
 
 
 def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootfs: Path) -> None:
@@ -237,7 +217,7 @@ def test_many_processes_at_once_and_too_large_ones(runtime: Runtime, box_rootfs:
     assert said == [(f"{n}\n".encode(), b"") for n in range(100)], runtime.said()
     assert [process.returncode for process in crowd] == [*range(100)]
 
-    done = run_in_terminal(runtime.argv("exec", "-t", "nine", "sh", "-c", "stty size; read x; echo got $x; exit 4"))
+    done = typed(runtime.argv("exec", "-t", "nine", "sh", "-c", "stty size; read x; echo got $x; exit 4"))
     assert (done.code, "31 97\r\n" in done.stdout, "got word\r\n" in done.stdout) == (4, True, True), done
     lines = runtime.ok("ps", "nine", "-o", "pid,args").splitlines()
     assert (lines[0].split(), lines[1].split()[:2]) == (["PID", "COMMAND"], ["1", "sh"])
@@ -261,7 +241,7 @@ def test_a_container_may_have_the_callers_terminal(runtime: Runtime, box_rootfs:
     document = json.loads((bundle / "config.json").read_text())
     document["process"]["terminal"] = True
     (bundle / "config.json").write_text(json.dumps(document))
-    done = run_in_terminal(runtime.argv("run", "--bundle", str(bundle), "ten"))
+    done = typed(runtime.argv("run", "--bundle", str(bundle), "ten"))
     assert (done.code, "31 97\r\n" in done.stdout, "got word\r\n" in done.stdout) == (4, True, True), done
 
 

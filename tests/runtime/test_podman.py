@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.engines import BOX
+from tests.harness.terminals import typed
 
 if TYPE_CHECKING:
     from tests.harness.engines import Engines
@@ -33,21 +32,11 @@ def test_podman_tells_why_a_program_cannot_run(engines: Engines, name: str) -> N
 
 @runtimes
 def test_podman_has_a_terminal(engines: Engines, name: str) -> None:
-    master, slave = pty.openpty()
     argv = engines.argv("podman", "run", "--rm", "-it", "--runtime", name, BOX, "sh", "-c", "tty; read x; echo got $x")
-    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=engines.environment) as process:
-        os.close(slave)
-        os.write(master, b"word\n")
-        said = b""
-        while True:
-            try:
-                said += os.read(master, 4096)
-            except OSError:
-                break
-    os.close(master)
-    assert process.returncode == 0
-    assert b"/dev/pts/0" in said
-    assert b"got word" in said
+    done = typed(argv, engines.environment)
+    assert done.code == 0
+    assert "/dev/pts/0" in done.stdout
+    assert "got word" in done.stdout
 
 
 @runtimes
