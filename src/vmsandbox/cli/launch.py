@@ -93,7 +93,7 @@ def spawn_supervisor(
         words = (sandbox.dir, roots.run_dir, roots.data_dir, *arguments)
         if nursed:
             try:
-                pid = nursery.forked(roots, listener, log, words)
+                pid = nursery.forked(roots, listener, log, words, environment())
             except (OSError, ValueError, KeyError, wire.WireError) as error:
                 raise UnavailableError(f"the process that starts supervisors ended: {error}: try again") from error
             if pid is not None:
@@ -108,10 +108,13 @@ def spawn_supervisor(
         os.close(log)
 
 
+def environment() -> dict[str, str]:
+    """What a supervisor gets: ours, with a PATH where an engine gave us none."""
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **os.environ}
+
+
 def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int) -> int:
     """Run Python code with `descriptors` from `LISTEN_FD` on, and with standard error in a log."""
-    environment = dict(os.environ)
-    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     # Out of the way of the numbers they are to get.
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LISTEN_FD + len(descriptors)) for fd in descriptors]
     devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -119,7 +122,7 @@ def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", code, *words],
-            environment,
+            environment(),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, devnull, 0),
                 (os.POSIX_SPAWN_DUP2, devnull, 1),

@@ -10,7 +10,7 @@ from vmsandbox import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vmsandbox.paths import Roots
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 PATIENCE = 1.0
 
 
-def forked(roots: Roots, listener: socket.socket, log: int, arguments: Sequence[str]) -> int | None:
+def forked(
+    roots: Roots, listener: socket.socket, log: int, arguments: Sequence[str], environment: Mapping[str, str]
+) -> int | None:
     """The pid of a supervisor that the nursery forked on `listener`; None if there is none for us.
 
     Raises `OSError` or `WireError` when it went away in the middle: then nobody knows whether there is a supervisor.
@@ -32,7 +34,7 @@ def forked(roots: Roots, listener: socket.socket, log: int, arguments: Sequence[
         except OSError:
             return None
         nursery.settimeout(None)
-        request = wire.encode_message({"arguments": [*arguments], "environment": dict(os.environ)})
+        request = wire.encode_message({"arguments": [*arguments], "environment": {**environment}})
         socket.send_fds(nursery, [request[: wire.HEAD.size]], [log, listener.fileno()])
         nursery.sendall(request[wire.HEAD.size :])
         answer = wire.receive(nursery)

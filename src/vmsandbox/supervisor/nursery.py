@@ -92,11 +92,14 @@ def _forked(become: Callable[[], None]) -> int:
     with os.fdopen(reading, "rb") as pipe:
         between = os.fork()
         if between == 0:
-            child = os.fork()
-            if child == 0:
-                become()
-            os.write(writing, str(child).encode())
-            os._exit(0)
+            # Whatever fails here must not go on as a second nursery.
+            try:
+                child = os.fork()
+                if child == 0:
+                    become()
+                os.write(writing, str(child).encode())
+            finally:
+                os._exit(1)
         os.close(writing)
         os.waitpid(between, 0)
         return int(pipe.read(32))
@@ -105,10 +108,7 @@ def _forked(become: Callable[[], None]) -> int:
 def _become(arguments: Sequence[str]) -> None:
     """Be a supervisor from now on; its descriptors are where it expects them."""
     os.setsid()
-    try:
-        main(arguments)
-    finally:
-        os._exit(1)
+    main(arguments)
 
 
 def _serve(listener: socket.socket, run_root: str) -> None:
