@@ -134,6 +134,8 @@ class Output:
         self.received = 0
         self.acked = 0
         self.eof = False
+        #: nobody reads it any more
+        self.closed = False
         self.pending = bytearray()
         self.limit = ATOMIC
         if fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode):
@@ -156,6 +158,7 @@ class Output:
             return True
         except OSError:
             self.fd = -1
+            self.closed = True
             self.pending.clear()
             return False
         del self.pending[:count]
@@ -268,7 +271,16 @@ class Standin:
             self._send({"eof": "stdin", "offset": self.input_sent})
         for number in self.signals:
             self._send({"signal": number})
+        for kind, output in self.outputs.items():
+            self._repeat(kind, output)
         return True
+
+    def _repeat(self, kind: int, output: Output) -> None:
+        """Say again what of an output may not have arrived; the agent stops a process whose output nobody takes."""
+        if output.closed:
+            self._send({"closed": output.name})
+        if output.acked:
+            self._send({"ack": NAMES[kind], "offset": output.acked})
 
     def _found(self) -> socket.socket:
         """The supervisor that is there, or a new one, which must not be in our namespaces."""

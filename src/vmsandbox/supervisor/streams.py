@@ -66,6 +66,9 @@ class Link:
         self.queued = 0
         self.signals: asyncio.Queue[int] = asyncio.Queue()
         self.attachment: Attachment | None = None
+        #: what the stand-in said of outputs, perhaps before there was an attachment
+        self.acked: dict[int, int] = {}
+        self.closed: set[int] = set()
         writer.transport.set_write_buffer_limits(high=HIGH_WATER)
 
     async def serve(self, agent: AgentClient | None) -> None:
@@ -109,6 +112,10 @@ class Link:
             try:
                 if self.size:
                     await attachment.resize(*self.size)
+                for stream in [*self.closed]:
+                    await attachment.close_output(stream)
+                for stream, offset in [*self.acked.items()]:
+                    await attachment.ack(stream, offset)
                 await self._forward(attachment)
             finally:
                 self.attachment = None
@@ -161,8 +168,10 @@ class Link:
                 continue
             message = frame.message()
             if "ack" in message:
+                stream, offset = STREAM_OF[message["ack"]], int(message["offset"])
+                self.acked[stream] = offset
                 if self.attachment is not None:
-                    await self.attachment.ack(STREAM_OF[message["ack"]], int(message["offset"]))
+                    await self.attachment.ack(stream, offset)
             elif message.get("eof") == "stdin":
                 self._queue(int(message["offset"]), b"", eof=True)
             elif "signal" in message:
@@ -172,8 +181,10 @@ class Link:
                 if self.attachment is not None:
                     await self.attachment.resize(*self.size)
             elif "closed" in message:
+                stream = STREAM_OF[message["closed"]]
+                self.closed.add(stream)
                 if self.attachment is not None:
-                    await self.attachment.close_output(STREAM_OF[message["closed"]])
+                    await self.attachment.close_output(stream)
             elif "done" in message:
                 self.process.delivered.set()
                 return

@@ -154,6 +154,26 @@ def test_it_resumes_from_its_offsets_after_the_connection_broke(roots: Roots, su
     os.close(process.stdin)
 
 
+def test_it_says_again_what_it_said_of_its_output_before_the_connection_broke(
+    roots: Roots, supervisor: Supervisor
+) -> None:
+    """The supervisor may have died with it; an agent that is owed an acknowledgement takes no more output."""
+    process = start(roots, stdin=False)
+    supervisor.accept()
+    supervisor.output(0, b"read")
+    assert supervisor.until("ack") == {"ack": "stdout", "offset": 4}
+    os.close(process.stderr)
+    supervisor.output(0, b"unread", wire.STDERR)
+    assert supervisor.until("closed") == {"closed": "stderr"}
+    supervisor.accept()
+    said = [supervisor.message() for _ in range(2)]
+    assert {"ack": "stdout", "offset": 4} in said
+    assert {"closed": "stderr"} in said
+    supervisor.say(exit={"code": 0})
+    assert process.read() == b"read"
+    assert process.exit_code() == 0
+
+
 def test_the_end_of_input_is_said_with_its_offset(roots: Roots, supervisor: Supervisor) -> None:
     process = start(roots)
     supervisor.accept()
