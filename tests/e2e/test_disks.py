@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[str]:
-    """A loop device of 8 MiB with a partition that begins at 1 MiB, if the kernel scans for such."""
+    """A loop device of 8 MiB."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(8 * MIB))
     device = subprocess.run(
@@ -26,6 +27,23 @@ def loop(tmp_path: Path) -> Iterator[str]:
     ).stdout.strip()
     yield device
     subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.fixture
+def partition(loop: str) -> Iterator[str]:
+    """A partition of 4 MiB that begins at 2 MiB of the loop device."""
+    with open(loop, "r+b") as disk:
+        disk.write(partition_table(start=2 * MIB, size=4 * MIB))
+    # Not left to the kernel, which may have been built without knowing partition tables.
+    subprocess.run(["partx", "-u", loop], check=True)
+    yield f"{loop}p1"
+    subprocess.run(["partx", "-d", loop], check=True)
+
+
+def partition_table(*, start: int, size: int) -> bytes:
+    """A master boot record with one Linux partition."""
+    entry = struct.pack("<B3xB3xII", 0, 0x83, start // 512, size // 512)
+    return bytes(446) + entry.ljust(64, b"\0") + b"\x55\xaa"
 
 
 def attached(cli: Cli) -> int:
@@ -41,6 +59,45 @@ def test_a9_a_loop_device_appears_under_its_path_and_takes_what_is_written(cli: 
         assert disk.read(8) == b"written\n"
     # Free again: nobody holds it any more.
     assert subprocess.run(["losetup", "-O", "BACK-FILE", loop], capture_output=True, check=True).returncode == 0
+
+
+def test_a9_a_partition_is_a_disk_of_its_own_and_nothing_beside_it_changes(
+    cli: Cli, box: str, loop: str, partition: str
+) -> None:
+    script = (
+        "blockdev --getsize64 /dev/data; stat -c '%F %a' /dev/data; echo written > /dev/data;"
+        "echo last | dd of=/dev/data bs=512 seek=8191 conv=sync 2>/dev/null; sync; head -c 8 /dev/data;"
+        "echo x | dd of=/dev/data bs=512 seek=8192 conv=sync 2>/dev/null || echo full"
+    )
+    done = cli("run", "--rm", "--device", f"{partition}:/dev/data", box, "sh", "-c", script)
+    assert done.stdout == f"{4 * MIB}\nblock special file 660\nwritten\nfull\n", done
+    with open(loop, "rb") as disk:
+        found = disk.read()
+    assert found[:512] == partition_table(start=2 * MIB, size=4 * MIB)
+    assert found[2 * MIB :].startswith(b"written\n")
+    assert found[6 * MIB - 512 :].startswith(b"last\n")
+    assert not any(found[512 : 2 * MIB])
+    assert not any(found[6 * MIB :])
+
+
+def test_a9_a_partition_that_the_host_has_mounted_is_given_for_reading_only(
+    cli: Cli, box: str, loop: str, partition: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "mounted"
+    place.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-F", partition], check=True)
+    subprocess.run(["mount", partition, place], check=True)
+    try:
+        refused = cli("run", "--rm", "--device", partition, box, "true")
+        assert (refused.code, f"the host has it mounted at '{place}'" in refused.stderr) == (125, True), refused
+        # The disk that it is a part of would be written as well.
+        refused = cli("run", "--rm", "--device", loop, box, "true")
+        assert (refused.code, "the host has it in use" in refused.stderr) == (125, True), refused
+        magic = ("dd", "if=/dev/fs", "bs=1", "skip=1080", "count=2")
+        read = cli("run", "--rm", "--device", f"{partition}:/dev/fs:r", box, *magic)
+        assert (read.code, read.raw) == (0, b"\x53\xef"), read
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_a9_a_raw_file_given_for_reading_cannot_be_written_from_inside(cli: Cli, box: str, tmp_path: Path) -> None:

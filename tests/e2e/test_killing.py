@@ -66,6 +66,23 @@ def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:
     assert cli.leftovers() == []
 
 
+def test_a_guest_s_clock_that_went_wrong_while_nobody_looked_is_set_right_by_the_next_supervisor(
+    cli: Cli, box: str
+) -> None:
+    # What a jump of the host's clock is for the guest, without touching the host's: its own is an hour off.
+    cli.ok("run", "-d", "--name", "web", "--privileged", box, "sleep", "1000")
+
+    def ahead() -> float:
+        return int(cli.ok("exec", "web", "date", "+%s")) - time.time()
+
+    cli.ok("exec", "web", "date", "-s", f"@{int(time.time()) + 3600}")
+    assert ahead() > 3000
+    kill(supervisor_of(cli, "web"))
+    deadline = time.monotonic() + 60
+    while abs(ahead()) > 300:
+        assert time.monotonic() < deadline, "the clock is still wrong"
+
+
 @pytest.mark.both_ways
 def test_the_virtual_machines_death_stops_the_container_and_says_why(cli: Cli, box: str) -> None:
     cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,6 +40,11 @@ def test_a14_top_lists_processes_by_their_pids_inside(pod: tuple[Cli, str]) -> N
     head, line = cli.ok("top", container).splitlines()
     assert head.split()[:3] == ["USER", "PID", "PPID"]
     assert line.endswith("sleep 100000")
+    assert cli.ok("top", container, "-o", "pid,user,args") == "PID USER COMMAND\n  1 root sleep 100000\n"
+    assert cli.ok("top", container, "-ef").split()[:3] == ["UID", "PID", "PPID"]
+    assert cli.ok("top", container, "aux").split()[:3] == ["USER", "PID", "%CPU"]
+    refused = cli("top", container, "-o", "pid,nonsense")
+    assert (refused.code, "column 'nonsense' of ps(1) is not known" in refused.stderr) == (1, True), refused
 
 
 def test_a15_stats_shows_what_is_used_once_as_table_and_json(pod: tuple[Cli, str]) -> None:
@@ -134,6 +142,40 @@ def test_what_is_copied_in_comes_out_the_same(pod: tuple[Cli, str], tmp_path: Pa
     assert (tmp_path / "out/link").readlink().name == "a"
     cli.ok("cp", f"{source}/.", f"{container}:/root")
     assert inside(cli, container, "ls /root") == ["a", "link", "sub"]
+
+
+def test_a_copy_onto_a_link_goes_where_the_link_leads(pod: tuple[Cli, str], tmp_path: Path) -> None:
+    cli, container = pod
+    (tmp_path / "file").write_text("copied\n")
+    inside(
+        cli,
+        container,
+        "mkdir -p /links/real/sub; cd /links; echo old > real/old; ln -s real dir; ln -s ../old real/sub/up;"
+        "ln -s /links/dir/sub/up file; ln -s real/new later; ln -s round round",
+    )
+    for name in ("file", "dir", "later"):
+        cli.ok("cp", str(tmp_path / "file"), f"{container}:/links/{name}")
+    script = (
+        "cd /links; cat real/old real/file real/new; for link in file dir later real/sub/up; do readlink $link; done"
+    )
+    assert inside(cli, container, script) == [*3 * ["copied"], "/links/dir/sub/up", "real", "real/new", "../old"]
+    refused = cli("cp", str(tmp_path / "file"), f"{container}:/links/round")
+    assert (refused.code, "leads to too many others" in refused.stderr) == (1, True), refused
+
+
+def test_an_archive_goes_in_by_stdin_and_out_by_stdout(pod: tuple[Cli, str], tmp_path: Path) -> None:
+    cli, container = pod
+    (tmp_path / "one").write_text("in an archive\n")
+    packed = subprocess.run(["tar", "-cz", "-C", tmp_path, "one"], capture_output=True, check=True).stdout
+    inside(cli, container, "mkdir /archive")
+    cli.ok("cp", "-", f"{container}:/archive", stdin=packed)
+    with tarfile.open(fileobj=io.BytesIO(cli("cp", f"{container}:/archive/.", "-").raw)) as archive:
+        assert archive.getnames() == ["archive", "archive/one"]
+        content = archive.extractfile("archive/one")
+        assert content
+        assert content.read() == b"in an archive\n"
+    refused = cli("cp", "-", f"{container}:/archive", stdin=b"no archive")
+    assert (refused.code, "not a tar archive" in refused.stderr) == (1, True), refused
 
 
 def test_a_copy_of_what_is_not_there_says_so(pod: tuple[Cli, str], tmp_path: Path) -> None:

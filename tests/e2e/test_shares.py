@@ -224,6 +224,17 @@ def test_10000_small_files_and_a_gibibyte_are_equal_on_both_sides(sharing: Cli, 
         clear(source)
 
 
+@pytest.mark.long
+@pytest.mark.cloned
+def test_10000_small_files_and_a_gibibyte_are_equal_on_both_sides_of_9p(cli: Cli, box: str, source: Path) -> None:
+    cli.ok("run", "-d", "--name", "box", "--shared-fs", "9p", "-v", f"{source}:/data", box, "sleep", "100000")
+    fill(source, files=10_000, mib=1024)
+    try:
+        compare(cli, source, files=10_000, copied="many")
+    finally:
+        clear(source)
+
+
 def clear(source: Path) -> None:
     (source / "large").unlink()
     shutil.rmtree(source / "many")

@@ -197,9 +197,10 @@ def is_maker(pid: int) -> bool:
     return b"template" in command_line(pid)
 
 
-def is_young(path: str) -> bool:
+def is_young(path: str, *, follow: bool = True) -> bool:
+    """Whether it may still be being made.  What a clock that has been put back since calls new for years is old."""
     try:
-        return time.time() - os.stat(path).st_mtime < YOUNG
+        return abs(time.time() - os.stat(path, follow_symlinks=follow).st_mtime) < YOUNG
     except FileNotFoundError:
         return True
 
@@ -294,18 +295,18 @@ def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
     """Remove ids, names and data that belong to no pod of this run root."""
     for container_id in entries(roots.by_container_dir):
         link = f"{roots.by_container_dir}/{container_id}"
-        if not os.path.exists(f"{link}/containers/{container_id}.json") and not is_young_link(link):
+        if not os.path.exists(f"{link}/containers/{container_id}.json") and not is_young(link, follow=False):
             os.unlink(link)
     for pod_id in entries(roots.by_pod_dir):
         link = f"{roots.by_pod_dir}/{pod_id}"
-        if not os.path.exists(link) and not is_young_link(link):
+        if not os.path.exists(link) and not is_young(link, follow=False):
             os.unlink(link)
     for uid in identities.collect(roots):
         say(f"released uid {uid}")
     known = {*entries(roots.by_container_dir), *entries(roots.by_pod_dir)}
     for name in entries(roots.names_dir):
         path = f"{roots.names_dir}/{name}"
-        if os.readlink(path) not in known and not is_young_link(path):
+        if os.readlink(path) not in known and not is_young(path, follow=False):
             os.unlink(path)
             say(f"released the name '{name}'")
     for container_id in entries(roots.container_data_dir):
@@ -321,13 +322,6 @@ def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
         for holder in holders:
             if holder not in data:
                 store.release(holder)
-
-
-def is_young_link(path: str) -> bool:
-    try:
-        return time.time() - os.lstat(path).st_mtime < YOUNG
-    except FileNotFoundError:
-        return True
 
 
 def owner(directory: str) -> str:

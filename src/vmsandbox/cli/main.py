@@ -114,18 +114,34 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
 
 def main() -> int:
     """Entry point of the `vmsandbox` command."""
+    output.occupy_stdio()
     options, rest = Options(), [""]
     try:
         options, rest = parse(sys.argv[1:])
-        return dispatch(options, rest)
+        code = dispatch(options, rest)
+        sys.stdout.flush()  # what cannot be written is an error of this command, and not of the interpreter's end
+        return code
     except SandboxError as error:
         output.report(error, debug=options.debug)
         return output.run_exit_code(error) if rest[0] in ("run", "create", "exec") else output.FAILED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        output.give_up_stdout()
         return output.FAILED
+    except OSError as error:
+        output.give_up_stdout()
+        output.report(unforeseen(error, rest[0] if rest else ""), debug=options.debug)
+        return output.ENGINE_FAILED if rest[:1] in (["run"], ["create"], ["exec"]) else output.FAILED
+
+
+def unforeseen(error: OSError, verb: str) -> SandboxError:
+    """What the system refused where nobody expected it to; the traceback is evidence."""
+    import traceback
+
+    what = f"'{error.filename}': " if error.filename else ""
+    text = f"cannot {verb or 'begin'}: {what}{(error.strerror or str(error)).lower()}"
+    return SandboxError(text, detail="".join(traceback.format_exception(error)))
 
 
 def dispatch(options: Options, rest: list[str]) -> int:

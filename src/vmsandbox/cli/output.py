@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from vmsandbox.errors import CommandNotExecutableError, CommandNotFoundError, SandboxError
@@ -22,6 +23,24 @@ def report(error: SandboxError, *, debug: bool) -> None:
             print(error.detail.rstrip(), file=sys.stderr)
         else:
             print("vmsandbox: '--debug' before the verb shows the evidence", file=sys.stderr)
+
+
+def occupy_stdio() -> None:
+    """Put /dev/null where 0, 1 or 2 is closed, so that nothing of ours ever gets those numbers."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def give_up_stdout() -> None:
+    """Let nothing more be written where it cannot be: also what is in a buffer, when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run_exit_code(error: SandboxError) -> int:

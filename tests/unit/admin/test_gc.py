@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,17 @@ def test_a_pod_of_a_newer_version_is_left_alone(roots: Roots, capsys: pytest.Cap
     assert "left pod" in collected(roots, capsys)
     assert records.pod_ids(roots) == [A]
     assert records.container_ids(roots) == [B]
+
+
+@pytest.mark.parametrize(
+    ("age", "stays"), [(0, True), (-3, True), (3, True), (60, False), (-60, False), (-10 * 365 * 86400, False)]
+)
+def test_what_is_new_may_be_in_the_making_whatever_the_clock_was_put_to(
+    roots: Roots, capsys: pytest.CaptureFixture[str], age: int, stays: bool
+) -> None:
+    name = f"{roots.names_dir}/web"
+    os.symlink(A, name)
+    made = time.time() - age
+    os.utime(name, (made, made), follow_symlinks=False)
+    assert gc.main([], roots) == 0
+    assert os.path.lexists(name) is stays

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,15 +115,98 @@ def test_what_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     [
         ("2030-01-31T12:00:00Z", "2030-01-31T12:00:00.000000000Z"),
         ("2030-01-31T12:00:00+02:00", "2030-01-31T10:00:00.000000000Z"),
-        ("2030-01-31", "2030-01-31T00:00:00.000000000Z"),
+        ("2030-01-31T12:00:00.123456789Z", "2030-01-31T12:00:00.123456"),
+        ("2030-01-31", "2030-01-30T23:00:00.000000000Z"),
+        ("2030-07-31T12:00:00", "2030-07-31T10:00:00.000000000Z"),
         ("0", "1970-01-01T00:00:00.000000000Z"),
     ],
 )
-def test_a_time_is_understood_as_logs_write_it(text: str, stamp: str) -> None:
-    assert logs.stamp_of(text) == stamp
+def test_a_time_is_understood_as_logs_write_it(text: str, stamp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        assert logs.stamp_of(text).startswith(stamp)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_duration_is_before_now() -> None:
-    assert logs.stamp_of("1h30m") < logs.stamp_of("10s") < logs.stamp_of("2200-01-01")
-    with pytest.raises(InvalidArgumentError, match="invalid time 'yesterday'"):
-        logs.stamp_of("yesterday")
+    texts = ("1h31m", "1.5h", "10s", "1500ms", "2200-01-01")
+    stamps = [logs.stamp_of(text) for text in texts]
+    assert stamps == sorted(set(stamps))
+
+
+@pytest.mark.parametrize("text", ["yesterday", "1x", "h", "1h 5m", "-5m", "99999999999999999", "0001-01-01"])
+def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"invalid time '{text}': write for example '10m'"):
+        logs.stamp_of(text)
+
+
+def written(tmp_path: Path, *pieces: tuple[str, bytes]) -> list[containerlog.Record]:
+    log = LogWriter(str(tmp_path / "log"), max_bytes=1 << 20, files=3)
+    for stream, data in pieces:
+        log.write(stream, data)
+    log.close()
+    return list(containerlog.records(str(tmp_path / "log")))
+
+
+PIECES = (
+    ("stdout", b"first\nin "),
+    ("stdout", b"pie"),
+    ("stderr", b"between\n"),
+    ("stdout", b"ces\nlast"),
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (None, b"first\nin piebetween\nces\nlast"),
+        (9, b"first\nin piebetween\nces\nlast"),
+        (3, b"in piebetween\nces\nlast"),
+        (2, b"between\nlast"),
+        (1, b"last"),
+        (0, b""),
+    ],
+)
+def test_the_last_lines_are_whole_whatever_pieces_they_were_written_in(
+    tmp_path: Path, count: int | None, shown: bytes
+) -> None:
+    found = logs.last(written(tmp_path, *PIECES), count)
+    assert b"".join(record.data() for record in found) == shown
+
+
+def test_a_line_has_one_time_and_streams_keep_their_order(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    found = written(tmp_path, *PIECES)
+    printer = logs.Printer(timestamps=True)
+    printer.show(found[:2])
+    printer.show(found[2:])
+    out, err = capfdbinary.readouterr()
+    stamps = [record.stamp.encode() for record in found]
+    assert out == b"%s first\n%s in pieces\n%s last" % (stamps[0], stamps[1], stamps[5])
+    assert err == b"%s between\n" % stamps[3]
+
+
+def test_what_went_to_both_streams_is_in_order_where_both_go_to_one_place(tmp_path: Path) -> None:
+    written(tmp_path, ("stdout", b"1\n"), ("stderr", b"2\n"), ("stdout", b"3\n"), ("stderr", b"4\n"))
+    program = (
+        "import sys; from vmsandbox.cli import containerlog; from vmsandbox.cli.verbs.logs import Printer;"
+        "Printer(timestamps=False).show(containerlog.records(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    assert done.stdout == b"1\n2\n3\n4\n"
+
+
+@pytest.mark.parametrize(("text", "count"), [("all", None), ("-1", None), ("0", 0), ("12", 12)])
+def test_a_number_of_lines_is_understood_as_docker_does(text: str, count: int | None) -> None:
+    assert logs.parser().parse_args(["--tail", text, "web"]).tail == count
+
+
+@pytest.mark.parametrize("text", ["x", "1.5", "", "1k"])
+def test_what_is_no_number_of_lines_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"'{text}' is neither a number of lines nor 'all'"):
+        logs.parser().parse_args([f"--tail={text}", "web"])

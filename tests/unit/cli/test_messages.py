@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,3 +163,24 @@ def test_a_stopped_pod_is_removed_without_a_machine_with_its_containers(
     assert (records.pod_ids(roots), os.listdir(roots.container_data_dir)) == ([], [])
     assert {"ee" * 32, "ff" * 32}.isdisjoint(records.container_ids(roots))
     assert sorted(os.listdir(roots.names_dir)) == ["done"]
+
+
+@pytest.mark.parametrize("words", [["ps", "-a"], ["--help"], ["inspect", "done"]])
+def test_what_cannot_be_written_is_one_line(roots: Roots, words: list[str]) -> None:
+    code = "import sys; from vmsandbox.cli.main import main; sys.exit(main())"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    *_, line, hint = done.stderr.splitlines()
+    assert line == f"vmsandbox: cannot {words[0].lstrip('-')}: no space left on device"
+    assert hint.startswith("vmsandbox: '--debug'")
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_streams_stay_without_anything_of_ours(roots: Roots) -> None:
+    code = (
+        "import os; os.close(0); os.close(1); os.close(2); import sys; sys.stdin = sys.stdout = sys.stderr = None;"
+        "from vmsandbox.cli.main import main; code = main();"
+        "sys.exit(code or [os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)] != 3 * ['/dev/null'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code, "ps", "-a"], close_fds=True).returncode == 0

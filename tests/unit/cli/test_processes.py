@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vmsandbox.cli.runtime import processes
+from vmsandbox.cli import processes
 from vmsandbox.errors import UnsupportedError
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmsandbox.cli.verbs._unpack import Unpacker
-from vmsandbox.errors import ExhaustedError, InvalidArgumentError
+from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,3 +118,26 @@ def test_headers_are_bounded_before_they_are_read(destination: Path) -> None:
     huge.type, huge.size = tarfile.XHDTYPE, 4 << 30
     with pytest.raises(InvalidArgumentError, match="header of"):
         unpacked(destination, huge.tobuf(tarfile.USTAR_FORMAT))
+
+
+def test_a_directory_that_has_to_take_the_place_of_a_file_is_an_error_that_names_it(destination: Path) -> None:
+    (destination / "here").write_text("a file")
+    with pytest.raises(InvalidArgumentError, match=f"^'{destination}/here' is a file: a directory cannot be copied"):
+        unpacked(destination, entry("top", tarfile.DIRTYPE))
+    assert (destination / "here").read_text() == "a file"
+
+
+def test_a_file_that_has_to_take_the_place_of_a_directory_is_an_error_that_names_it(destination: Path) -> None:
+    (destination / "here" / "sub").mkdir(parents=True)
+    with pytest.raises(InvalidArgumentError, match=f"cannot copy to '{destination}/here/sub': Is a directory"):
+        unpacked(destination, entry("top", tarfile.DIRTYPE), entry("top/sub", data=b"x"))
+
+
+def test_only_a_directory_is_made_where_one_was_asked_for(destination: Path) -> None:
+    made = Unpacker(str(destination), "top", "here", owners=False, most_bytes=1 << 20)
+    made.only_directory = True
+    with pytest.raises(NotFoundError, match=f"directory '{destination}/here' does not exist"):
+        made.unpack(io.BytesIO(entry("top", data=b"x") + bytes(1024)))
+    assert list(destination.iterdir()) == []
+    made.unpack(io.BytesIO(entry("top", tarfile.DIRTYPE) + entry("top/file") + bytes(1024)))
+    assert (destination / "here/file").exists()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import os
 import random
-import struct
+import select
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from vmsandbox.supervisor import clock
 
 MS = 1_000_000
+#: flags of timerfd_settime(2)
+ABSTIME, CANCEL_ON_SET = 1, 2
 
 
 class Guest:
@@ -27,13 +30,16 @@ class Guest:
         self.shifts: list[int] = []
         self.readings = 0
         self.read = asyncio.Event()
+        self.shifted = asyncio.Event()
         monkeypatch.setattr(clock.time, "time_ns", lambda: self.now)
         monkeypatch.setattr(clock.time, "monotonic_ns", lambda: self.now)
 
     async def shift_time(self, shift_ns: int) -> int:
         self.now += self.delays()
         self.ahead += shift_ns
-        self.shifts += [shift_ns] if shift_ns else []
+        if shift_ns:
+            self.shifts.append(shift_ns)
+            self.shifted.set()
         shown = self.now + self.ahead
         self.now += self.delays()
         return shown
@@ -93,23 +99,50 @@ async def test_readings_from_before_and_after_a_step_are_not_mixed() -> None:
     assert clock.Ahead(-5, 5).narrowed(clock.Ahead(95, 120)) == clock.Ahead(95, 120)
 
 
-async def test_a_step_of_the_host_s_clock_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_asked_to_tell_when_the_clock_is_set() -> None:
+    with clock._timer(60) as fd:
+        told = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+        assert (int(told["clockid"]), int(told["settime flags"], 8)) == (time.CLOCK_REALTIME, ABSTIME | CANCEL_ON_SET)
+        assert not select.select([fd], [], [], 0)[0]
+
+
+def test_the_timer_ends_by_itself_without_a_clock_being_set() -> None:
+    with clock._timer(0.05) as fd:
+        assert select.select([fd], [], [], 60)[0] == [fd]
+
+
+@pytest.mark.parametrize("jump", [-86400 * 365, -1, 1, 3600, 86400 * 365 * 10])
+async def test_a_jump_of_the_host_s_clock_is_followed_at_once(monkeypatch: pytest.MonkeyPatch, jump: int) -> None:
     guest = Guest(monkeypatch)
-    monkeypatch.undo()
+    kernel = os.eventfd(0, os.EFD_NONBLOCK)
+    monkeypatch.setattr(clock, "_timer", lambda _seconds: contextlib.nullcontext(kernel))
     keeping = asyncio.create_task(clock.keep(cast("Any", guest), at_once=True))
     await guest.read.wait()
-    guest.read.clear()
-    step_the_clock_by_a_nanosecond()
-    await guest.read.wait()
+    assert guest.shifts == []
+    # The guest's clock goes on as it did: the same jump seen from the host is one of the guest the other way.
+    guest.now += jump * 1000 * MS
+    guest.ahead -= jump * 1000 * MS
+    os.eventfd_write(kernel, 1)
+    await guest.shifted.wait()
     keeping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await keeping
+    os.close(kernel)
+    assert abs(guest.ahead) <= clock.PRECISION_NS
+    assert guest.shifts == [pytest.approx(jump * 1000 * MS, abs=2 * MS)]
 
 
-def step_the_clock_by_a_nanosecond() -> None:
-    adj_setoffset, adj_nano = 0x0100, 0x2000
-    timex = bytearray(208)
-    struct.pack_into("I", timex, 0, adj_setoffset | adj_nano)
-    struct.pack_into("2q", timex, 72, 0, 1)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.clock_adjtime(time.CLOCK_REALTIME, (ctypes.c_char * 208).from_buffer(timex)) >= 0
+async def test_a_jump_between_two_readings_is_no_reason_to_believe_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, delays=lambda: 20 * MS)
+    jump = 3600 * 1000 * MS
+
+    async def read_and_jump() -> int:
+        if guest.readings == 1:
+            guest.now += jump
+            guest.ahead -= jump
+        return await read()
+
+    read = guest.read_time
+    monkeypatch.setattr(guest, "read_time", read_and_jump)
+    await clock.correct(cast("Any", guest))
+    assert abs(guest.ahead) <= 50 * MS

@@ -82,7 +82,7 @@ def ps_verb(options: Options, argv: list[str]) -> int:
     if kind not in ("table", "json"):
         raise InvalidArgumentError("invalid format option")
     # Late, because engines ask for pids only.
-    from vmsandbox.cli.runtime import processes
+    from vmsandbox.cli import processes
 
     chosen = processes.columns(words[1:])
     roots = options.roots()

@@ -11,6 +11,7 @@ import sys
 import time
 
 from vmsandbox import __version__
+from vmsandbox.cli import output
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 from vmsandbox.paths import Roots
 
@@ -162,22 +163,9 @@ def report(options: Options, message: str, *, level: str = "error") -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def occupy_stdio() -> None:
-    """Put /dev/null where 0, 1 or 2 is closed, so that nothing of ours ever gets those numbers."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
 def main() -> int:
     """Entry point of the `vmsandbox-runtime` command."""
-    occupy_stdio()
+    output.occupy_stdio()
     options, verb = Options(), ""
     try:
         options, rest = parse(sys.argv[1:])
@@ -198,7 +186,7 @@ def main() -> int:
         report(options, str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            output.give_up_stdout()
             return FAILED
         what = f"'{error.filename}': " if error.filename else ""
         report(options, f"cannot {verb or 'begin'}: {what}{(error.strerror or str(error)).lower()}")

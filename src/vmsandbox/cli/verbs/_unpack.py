@@ -8,11 +8,12 @@ numbers and headers are bounded; links that lead outside and special files are l
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import tarfile
 from contextlib import contextmanager
 
-from vmsandbox.errors import ExhaustedError, InvalidArgumentError
+from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,8 +56,12 @@ class Unpacker:
         self.owners = owners
         self.most_bytes = most_bytes
         self.written = 0
+        #: the top entry has to be a directory: only that can be made under the name that was asked for
+        self.only_directory = False
         #: what was left out, and why
         self.left_out: list[str] = []
+        #: what is being made
+        self._entry = ""
         self._directories: list[tuple[str, tarfile.TarInfo]] = []
 
     def unpack(self, stream: IO[bytes]) -> None:
@@ -76,7 +81,8 @@ class Unpacker:
         except (tarfile.TarError, RecursionError, EOFError, ValueError) as error:
             raise InvalidArgumentError(f"the guest sent a broken archive: {_shown(str(error))}") from error
         except OSError as error:
-            raise InvalidArgumentError(f"cannot copy to '{self.directory}': {error.strerror or error}") from error
+            place = os.path.join(self.directory, self._entry) if self._entry else self.directory
+            raise InvalidArgumentError(f"cannot copy to '{_shown(place)}': {error.strerror or error}") from error
         finally:
             os.close(root)
 
@@ -92,6 +98,9 @@ class Unpacker:
                 raise InvalidArgumentError(f"the guest sent directories more than {MOST_DEPTH} deep")
             linkname = self._renamed(member.linkname) if member.islnk() else member.linkname
             member = member.replace(name=name or ".", linkname=linkname, deep=False)
+            self._entry = name
+            if self.only_directory and count == 1 and not member.isdir():
+                raise NotFoundError(f"directory '{os.path.join(self.directory, self.name)}' does not exist")
             if self._allowed(member):
                 self._make(root, name, archive, member)
 
@@ -128,7 +137,11 @@ class Unpacker:
                 try:
                     os.mkdir(last, 0o700, dir_fd=parent)
                 except FileExistsError:
-                    os.close(os.open(last, DIRECTORY, dir_fd=parent))
+                    if not stat.S_ISDIR(os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode):
+                        there = _shown(os.path.join(self.directory, name))
+                        raise InvalidArgumentError(
+                            f"'{there}' is a file: a directory cannot be copied onto it"
+                        ) from None
                 self._directories.append((name, member))
                 return
             try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import sys
 import tarfile
+import zlib
 
 from vmsandbox import records, wire
 from vmsandbox.arguments import Parser
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
     from contextlib import AbstractContextManager
-    from typing import IO, Any, cast  # noqa: F401 - IO is named in texts
+    from io import BufferedReader
+    from typing import IO, Any, cast
 
     from vmsandbox.cli.main import Options
     from vmsandbox.paths import Roots
@@ -27,6 +32,10 @@ else:
 
     def cast(_kind: object, value: object) -> object:
         return value
+
+
+#: links that are followed from one to the next before that is taken for a circle, as the kernel does
+MOST_LINKS = 40
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,15 +149,20 @@ class Copier:
             raise
         return sock
 
-    def _directory_inside(self, path: str) -> bool | None:
-        """Whether a path in the container is a directory; None if nothing is there."""
-        request = {"verb": "copy-out", "path": path, "follow": True}
-        try:
-            with self._asked(request) as sock, opened(Incoming(sock)) as archive:
-                member = archive.next()
-        except NotFoundError:
-            return None
-        return member is not None and member.isdir()
+    def _found_inside(self, path: str) -> tuple[str, bool | None]:
+        """Where a path in the container leads by links, and whether a directory is there; None if nothing is."""
+        for _ in range(MOST_LINKS):
+            request = {"verb": "copy-out", "path": path, "follow": False}
+            try:
+                with self._asked(request) as sock, opened(Incoming(sock)) as archive:
+                    member = archive.next()
+            except NotFoundError:
+                return path, None
+            if member is None or not member.issym():
+                return path, member is not None and member.isdir()
+            # Not normalised: '..' is the parent of where a link before it leads, as for the kernel.
+            path = os.path.join(os.path.dirname(path.rstrip("/")), member.linkname)
+        raise InvalidArgumentError(f"'{path}' in the container is a link that leads to too many others")
 
     # ------------------------------------------------------------ out of the container
 
@@ -168,6 +182,7 @@ class Copier:
                 os.mkdir(os.path.join(directory, name), 0o755)
                 directory, name = os.path.join(directory, name), ""
             unpacker = Unpacker(directory, last_name(source) or ".", name, owners=self.owners, most_bytes=most_bytes)
+            unpacker.only_directory = destination.endswith("/") and not os.path.isdir(destination)
             unpacker.unpack(cast("IO[bytes]", incoming))
             unpacker.report()
         return 0
@@ -195,7 +210,7 @@ class Copier:
 
     def _target_inside(self, path: str, *, is_directory: bool) -> tuple[str, str]:
         """The directory to unpack into and what the top entry is called there ("": as on the host)."""
-        there = self._directory_inside(path)
+        path, there = self._found_inside(path)
         if there:
             return path, ""
         if there is False and is_directory:
@@ -238,9 +253,28 @@ class Copier:
 
 
 def pass_on(outgoing: Outgoing) -> None:
-    """What is an archive already."""
-    while data := sys.stdin.buffer.read(wire.CHUNK):
+    """What is an archive already; a compressed one is unpacked here."""
+    plain = decompressed(cast("BufferedReader", sys.stdin.buffer))
+    while True:
+        try:
+            data = plain.read(wire.CHUNK)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise InvalidArgumentError(f"the archive on stdin is damaged: {error}") from error
+        if not data:
+            return
         outgoing.write(data)
+
+
+def decompressed(source: BufferedReader) -> IO[bytes]:
+    """Whatever gzip, bzip2 or xz has packed, as it was before."""
+    head = source.peek(6)
+    if head.startswith(b"\x1f\x8b"):
+        return cast("IO[bytes]", gzip.open(source))
+    if head.startswith(b"BZh"):
+        return cast("IO[bytes]", bz2.open(source))
+    if head.startswith(b"\xfd7zXZ\0"):
+        return cast("IO[bytes]", lzma.open(source))
+    return source
 
 
 def opened(incoming: Incoming) -> tarfile.TarFile:
@@ -252,6 +286,8 @@ def target_on_host(destination: str, name: str) -> tuple[str, str]:
     """The directory to unpack into, and what the top entry is called there."""
     if os.path.isdir(destination):
         return destination, name
+    if os.path.islink(destination):
+        destination = os.path.realpath(destination)
     if os.path.lexists(destination) and not name:
         raise InvalidArgumentError(f"'{destination}' is a file: a directory cannot be copied onto it")
     directory = os.path.dirname(destination.rstrip("/")) or "."

@@ -1,4 +1,7 @@
-"""`vmsandbox logs`: what a container has printed, and what it prints from now on."""
+"""`vmsandbox logs`: what a container has printed, and what it prints from now on.
+
+A line may be several records, one for each piece that the container wrote; stdout's and stderr's may alternate.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
     from vmsandbox.cli.main import Options
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
+#: a number and its unit, as Go writes durations, and days
+DURATION = r"(\d{1,9}(?:\.\d{1,9})?)(ns|us|ms|[smhd])"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,14 +34,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-t", "--timestamps", action="store_true", help="show when each line was printed")
     made.add_argument("-n", "--tail", type=lines, default=None, metavar="N", help="only the last N lines, or 'all'")
     made.add_argument(
-        "--since", default=None, metavar="TIME", help="only newer lines: 10m ago, or 2030-01-31T12:00:00Z, or seconds"
+        "--since",
+        default=None,
+        metavar="TIME",
+        help="only what is newer: 10m (ago), 2030-01-31T12:00:00Z (local time without a zone), or seconds since 1970",
     )
     made.add_argument("container", metavar="CONTAINER")
     return made
 
 
 def lines(text: str) -> int | None:
-    return None if text == "all" else max(0, int(text))
+    """How many lines are wanted; None for all, which is also what docker takes negative numbers for."""
+    import argparse
+
+    if not re.fullmatch(r"all|-?\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of lines nor 'all'")
+    return None if text == "all" or text.startswith("-") else int(text)
 
 
 def main(options: Options, argv: list[str]) -> int:
@@ -48,7 +61,7 @@ def main(options: Options, argv: list[str]) -> int:
     if arguments.follow:
         follow(container, path, arguments, since)
     else:
-        show(last(newer(containerlog.records(path), since), arguments.tail), timestamps=arguments.timestamps)
+        Printer(timestamps=arguments.timestamps).show(last(newer(containerlog.records(path), since), arguments.tail))
     return 0
 
 
@@ -57,17 +70,45 @@ def newer(found: Iterable[containerlog.Record], since: str) -> Iterable[containe
 
 
 def last(found: Iterable[containerlog.Record], count: int | None) -> Iterable[containerlog.Record]:
-    return found if count is None else deque(found, maxlen=count)
-
-
-def show(found: Iterable[containerlog.Record], *, timestamps: bool) -> None:
-    streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
+    """The records of the last `count` lines that were begun."""
+    if count is None:
+        return found
+    kept: deque[tuple[int, containerlog.Record]] = deque()
+    #: the line that a stream is in the middle of, by its number
+    begun: dict[str, int] = {}
+    total = 0
     for record in found:
-        if timestamps:
-            streams[record.stream].write(record.stamp.encode() + b" ")
-        streams[record.stream].write(record.data())
-    for stream in streams.values():
-        stream.flush()
+        number = begun.pop(record.stream, 0)
+        if not number:
+            number = total = total + 1
+        if record.partial:
+            begun[record.stream] = number
+        kept.append((number, record))
+        while kept and kept[0][0] <= total - count:
+            kept.popleft()
+    return [record for number, record in kept if number > total - count]
+
+
+class Printer:
+    """Writes records to the streams that they came from, in their order even if both go to one place."""
+
+    def __init__(self, *, timestamps: bool) -> None:
+        self.timestamps = timestamps
+        self._within: set[str] = set()
+
+    def show(self, found: Iterable[containerlog.Record]) -> None:
+        streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
+        before = ""
+        for record in found:
+            if before not in ("", record.stream):
+                streams[before].flush()
+            before = record.stream
+            if self.timestamps and record.stream not in self._within:
+                streams[before].write(record.stamp.encode() + b" ")
+            streams[before].write(record.data())
+            (self._within.add if record.partial else self._within.discard)(record.stream)
+        for stream in streams.values():
+            stream.flush()
 
 
 def follow(container: records.Container, path: str, arguments: argparse.Namespace, since: str) -> None:
@@ -80,34 +121,36 @@ def follow(container: records.Container, path: str, arguments: argparse.Namespac
     standin = container.document.get("standin") or {}
     watch = Watch(directory, standin.get("pid"), standin.get("start_time"))
     tail = Tail(path, opened=watch.file)
+    printer = Printer(timestamps=arguments.timestamps)
     try:
-        show(last(newer(tail.records(), since), arguments.tail), timestamps=arguments.timestamps)
+        printer.show(last(newer(tail.records(), since), arguments.tail))
         going_on = True
         while going_on:
             going_on = watch.wait()
-            show(newer(tail.records(), since), timestamps=arguments.timestamps)
+            printer.show(newer(tail.records(), since))
     finally:
         tail.close()
         watch.close()
 
 
 def stamp_of(text: str) -> str:
-    """The time a log would write for `text`: a duration before now, seconds since the epoch, or a date in UTC."""
+    """The time a log would write for `text`: a duration before now, seconds since the epoch, or a date.
+
+    A date without a zone is local time, as docker takes it.
+    """
     moment = None
-    if re.fullmatch(r"(\d{1,9}[smhd])+", text):
-        parts = re.findall(r"(\d+)([smhd])", text)
-        moment = time.time() - sum(int(count) * UNITS[unit] for count, unit in parts)
+    if re.fullmatch(f"(?:{DURATION})+", text):
+        moment = time.time() - sum(float(count) * UNITS[unit] for count, unit in re.findall(DURATION, text))
     elif re.fullmatch(r"\d{1,11}(\.\d{1,9})?", text):
         moment = float(text)
     else:
-        from datetime import UTC, datetime
+        from datetime import datetime
 
         try:
-            parsed = datetime.fromisoformat(text)
-        except ValueError:
+            moment = datetime.fromisoformat(text).timestamp()
+        except (ValueError, OverflowError):
             raise InvalidArgumentError(
                 f"invalid time '{text}': write for example '10m', '1h30m', '2030-01-31T12:00:00Z' or seconds"
             ) from None
-        moment = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
     seconds, nanos = divmod(int(max(0.0, moment) * 1e9), 1_000_000_000)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanos:09d}Z"

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from vmsandbox.arguments import Parser
-from vmsandbox.cli import table
+from vmsandbox.cli import processes, table
 from vmsandbox.cli.verbs._running import ask
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from typing import Any
 
     from vmsandbox.cli.main import Options
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="vmsandbox top", description="Lists the processes of a container, by their pids inside.")
+    made = Parser(
+        prog="vmsandbox top",
+        allow_abbrev=False,
+        description="Lists the processes of a container, by their pids inside. Options of ps(1) behind the container "
+        "choose the columns: '-ef', 'aux', '-o pid,user,args'.",
+    )
     made.add_argument("--format", choices=("table", "json"), default="table")
     made.add_argument("container", metavar="CONTAINER")
+    made.add_argument("ps", nargs=argparse.REMAINDER, metavar="PS OPTIONS")
     return made
 
 
 def main(options: Options, argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
+    chosen = processes.columns(arguments.ps) if arguments.ps else []
     request = {"verb": "top"}
     rows = ask(options.roots(), arguments.container, request, wanted="list the processes of")["processes"]
     if arguments.format == "json":
         print(json.dumps(rows, indent=2))
+    elif chosen:
+        print(processes.table(rows, chosen))
     else:
         print(table.aligned([HEAD, *(line(row) for row in rows)]))
     return 0
