@@ -89,6 +89,8 @@ class Attachment:
         #: what the port brought, to be received
         self._arrived: deque[Any] = deque()
         self._failure: UnavailableError | None = None
+        #: why nothing comes through the port any more
+        self._port_ended: UnavailableError | None = None
         self._news = asyncio.Event()
         self._next: asyncio.Task[pb.AttachResponse | None] | None = None
         #: told, but not yet to be given on
@@ -235,7 +237,7 @@ class Attachment:
         elif self._sent == offset:
             # The guest may not see the port's before the call's: everything has to have arrived.
             await self._until_accepted(offset)
-            self._input_moved = True
+            self._input_moved = self._lane.is_up  # it may have ended meanwhile
 
     async def ack(self, stream: int, offset: int) -> None:
         """Tell that output below `offset` has been taken over; only the latest of several is sent.
@@ -387,6 +389,7 @@ class Attachment:
 
     def bulk_ended(self, error: UnavailableError) -> None:
         """The port is gone, or was used against the rules: called by it."""
+        self._port_ended = error
         if (self._moved or self._input_moved or any(self._early.values())) and self._failure is None:
             self._failure = error
             self._finish()
@@ -394,6 +397,8 @@ class Attachment:
 
     def _move(self, stream: int) -> None:
         """A stream goes on at the port: with what that has brought already."""
+        if self._port_ended is not None:
+            raise self._port_ended
         self._moved.add(stream)
         early, self._early[stream] = self._early[stream], []
         for offset, data, eof in early:

@@ -116,6 +116,23 @@ async def test_a_port_that_closes_ends_the_attachments_that_moved_there(director
             await exhausted(attachment)
 
 
+@pytest.mark.parametrize("how", ["lies", "closes"])
+async def test_a_move_to_a_port_that_has_ended_ends_the_attachment(directory: Path, how: str) -> None:
+    async def answer(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        yield FIRST.SerializeToString()
+        yield WANTED.SerializeToString()
+        while attachment._port_ended is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        yield moved().SerializeToString()
+        await asyncio.Event().wait()
+
+    frames = LIES["a frame of an unknown kind"] if how == "lies" else []
+    made = guest(directory, answer, *frames, close=how == "closes")
+    async with made as client, client.attach("web", "") as attachment:
+        with pytest.raises(UnavailableError, match="broke the protocol" if how == "lies" else "was closed"):
+            await exhausted(attachment)
+
+
 CALLS: dict[str, list[pb.AttachResponse]] = {
     "a move of a stream that is input": [FIRST, moved(stream=pb.STREAM_STDIN)],
     "a move from elsewhere": [FIRST, moved(5)],
