@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ import psutil
 
 from tests.harness.cli import TIMEOUT
 from tests.harness.terminals import typed
+from vmsandbox import wire
 from vmsandbox.cli.runtime.static import default_spec
+from vmsandbox.supervisor.execution import EXEC_TIMEOUT
 
 if TYPE_CHECKING:
     from tests.harness.bundles import Runtime
@@ -274,11 +277,19 @@ def test_containers_of_a_pod_share_one_machine(runtime: Runtime, box_rootfs: Pat
     assert said[0].startswith("podname\n")
     assert runtime.ok("list", "-q").split() == ["pause"]
     assert len([*runtime.root.glob("s/*")]) == 1
+    # A stand-in whose container never comes to be, because its creation was refused, holds up no end.
+    with socket.socket(socket.AF_UNIX) as standin:
+        standin.settimeout(TIMEOUT)
+        standin.connect(str(next(runtime.root.glob("s/*/control.sock"))))
+        standin.sendall(wire.encode_message({"verb": "attach", "container": "nosuch"}))
+        runtime.ok("delete", "--force", "pause", timeout=EXEC_TIMEOUT / 2)
+        frame = wire.receive(standin)
+    assert frame is not None
+    assert frame.message() == {"unknown": True}
 
 
 def test_a_console_socket_gets_the_terminal(runtime: Runtime, box_rootfs: Path) -> None:
     import array
-    import socket
 
     bundle = runtime.bundle("six", box_rootfs, "sh", "-c", "tty; stty size; read line; echo got $line; exit 9")
     document = json.loads((bundle / "config.json").read_text())

@@ -128,7 +128,7 @@ async def _expected(service: Service, hello: dict[str, Any]) -> Process | None:
                     if process.exit is None or (process.standin or {}).get("pid") in (None, standin):
                         break
                 given_up = container_id in service.gone or exec_id in service.gone or standin in service.unwanted
-                if service.reason is not None or given_up:
+                if service.over or service.reason is not None or given_up:
                     return None
                 await service.changed()
     except TimeoutError:

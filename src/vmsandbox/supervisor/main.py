@@ -104,6 +104,7 @@ async def supervise(
         server = await control.listen(listener)
         try:
             await _hold_pod(around, service, control, known=known, revive=revive)
+            service.close()
             await control.quiet()
             await service.settle()
         finally:

@@ -47,6 +47,8 @@ class Service:
         self.wanted: asyncio.Future[SandboxSpec] = asyncio.get_running_loop().create_future()
         self.sandbox: asyncio.Future[Sandbox] = asyncio.get_running_loop().create_future()
         self.reason: SandboxError | None = None
+        #: the pod is over, and nothing new will come about in it
+        self.over = False
         #: nothing of the pod is to stay when it ends
         self.removing = False
         #: requests that may still need the pod
@@ -107,6 +109,11 @@ class Service:
             self.sandbox.set_exception(error)
             self.sandbox.exception()  # retrieved: a pod that nobody waits for any more is no error
         self.end_processes(str(error))
+
+    def close(self) -> None:
+        """The pod is over: who waits for a process that has not come about waits in vain."""
+        self.over = True
+        self.notify()
 
     def end_processes(self, reason: str) -> None:
         """The machine is gone, and all that ran in it."""
