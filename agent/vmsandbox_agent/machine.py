@@ -6,6 +6,7 @@ onlined by the kernel, as ``auto_online_blocks`` says; there the agent only wait
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import time
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 PROTOCOL_VERSION = 1
 #: how often memory is looked at while it shrinks or grows without a uevent, in seconds
 _MEMORY_STEP = 0.02
+#: what stays free while memory is cleared: the kernel begins to kill below some 2 MiB
+_KEPT_FREE_KIB = 8 * 1024
+_PAGE_KIB = mmap.PAGESIZE // 1024
 
 
 def now_ns() -> int:
@@ -32,6 +36,11 @@ def now_ns() -> int:
 
 def since_boot_us() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def _take_memory(size: int) -> None:
+    """Take so many bytes from the kernel at once, and give them back."""
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 class Machine:
@@ -44,6 +53,7 @@ class Machine:
         sys: Path = Path("/sys"),
         crun_version: Callable[[], str],
         subscribe: Callable[[], Uevents] = Uevents,
+        fill: Callable[[int], None] = _take_memory,
     ) -> None:
         self.phases_us: dict[str, int] = {}
         self._proc = proc
@@ -51,6 +61,7 @@ class Machine:
         self._ask_crun = crun_version
         self._crun_version = ""
         self._subscribe = subscribe
+        self._fill = fill
 
     def details(self, *, identified: bool, quickly: bool = False) -> dict[str, Any]:
         """The fields of GuestDetails; the boot id only of a guest that has its identity.
@@ -138,6 +149,20 @@ class Machine:
         finally:
             uevents.close()
 
+    def clear_memory(self, *, caches: bool) -> int:
+        """Have free memory hold zeros instead of what was freed last; answers how many KiB of it.
+
+        The kernel clears what it gives to a process, so all of it is taken and given back, but for what others may
+        need in between.  With `caches` what was read from files counts as free, unless it is in use.
+        """
+        if caches:
+            os.sync()
+            (self._proc / "sys/vm/drop_caches").write_text("3")
+        size = max(0, self._memory()["MemFree"] - _KEPT_FREE_KIB) // _PAGE_KIB * _PAGE_KIB
+        if size:
+            self._fill(size * 1024)
+        return size
+
     def _online_blocks(self) -> None:
         """Online what a kernel that does not do so by itself left offline."""
         memory = self._sys / "devices/system/memory"
@@ -149,7 +174,7 @@ class Machine:
                     state.write_text("online")
 
     def _memory(self) -> dict[str, int]:
-        table = {"MemTotal": 0, "MemAvailable": 0}
+        table = {"MemTotal": 0, "MemFree": 0, "MemAvailable": 0}
         for line in _text(self._proc / "meminfo").splitlines():
             name, _, value = line.partition(":")
             if name in table:

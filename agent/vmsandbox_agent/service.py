@@ -164,6 +164,10 @@ class SandboxService(pb_grpc.SandboxServicer):
         return pb.OnlineMemoryResponse(total_kib=total, available_kib=available)
 
     @_rpc
+    def ClearMemory(self, request: pb.ClearMemoryRequest, context: grpc.ServicerContext) -> pb.ClearMemoryResponse:
+        return pb.ClearMemoryResponse(cleared_kib=self._machine.clear_memory(caches=request.caches))
+
+    @_rpc
     def GetMetrics(self, request: pb.GetMetricsRequest, context: grpc.ServicerContext) -> pb.Metrics:
         return pb.Metrics(**self._machine.metrics())
 

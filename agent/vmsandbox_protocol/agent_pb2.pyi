@@ -607,6 +607,46 @@ class Storage(_message.Message):
 Global___Storage: _TypeAlias = Storage  # noqa: Y015
 
 @_typing.final
+class ClearMemoryRequest(_message.Message):
+    """With `caches`, what files were read into memory and nobody has open is freed first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHES_FIELD_NUMBER: _builtins.int
+    caches: _builtins.bool
+    def __init__(
+        self,
+        *,
+        caches: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caches", b"caches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearMemoryRequest: _TypeAlias = ClearMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ClearMemoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLEARED_KIB_FIELD_NUMBER: _builtins.int
+    cleared_kib: _builtins.int
+    def __init__(
+        self,
+        *,
+        cleared_kib: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared_kib", b"cleared_kib"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearMemoryResponse: _TypeAlias = ClearMemoryResponse  # noqa: Y015
+
+@_typing.final
 class AddStoragesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -71,6 +71,11 @@ class SandboxStub:
                 request_serializer=vmsandbox__protocol_dot_agent__pb2.OnlineMemoryRequest.SerializeToString,
                 response_deserializer=vmsandbox__protocol_dot_agent__pb2.OnlineMemoryResponse.FromString,
                 _registered_method=True)
+        self.ClearMemory = channel.unary_unary(
+                '/vmsandbox.agent.v1.Sandbox/ClearMemory',
+                request_serializer=vmsandbox__protocol_dot_agent__pb2.ClearMemoryRequest.SerializeToString,
+                response_deserializer=vmsandbox__protocol_dot_agent__pb2.ClearMemoryResponse.FromString,
+                _registered_method=True)
         self.AddStorages = channel.unary_unary(
                 '/vmsandbox.agent.v1.Sandbox/AddStorages',
                 request_serializer=vmsandbox__protocol_dot_agent__pb2.AddStoragesRequest.SerializeToString,
@@ -185,6 +190,13 @@ class SandboxServicer:
 
     def OnlineMemory(self, request, context):
         """Waits until the kernel has at least `total_kib` (or, shrinking, at most) and answers what it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearMemory(self, request, context):
+        """Before the machine is saved: what is free holds nothing any more, so that it need not be saved.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -308,6 +320,11 @@ def add_SandboxServicer_to_server(servicer, server):
                     servicer.OnlineMemory,
                     request_deserializer=vmsandbox__protocol_dot_agent__pb2.OnlineMemoryRequest.FromString,
                     response_serializer=vmsandbox__protocol_dot_agent__pb2.OnlineMemoryResponse.SerializeToString,
+            ),
+            'ClearMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearMemory,
+                    request_deserializer=vmsandbox__protocol_dot_agent__pb2.ClearMemoryRequest.FromString,
+                    response_serializer=vmsandbox__protocol_dot_agent__pb2.ClearMemoryResponse.SerializeToString,
             ),
             'AddStorages': grpc.unary_unary_rpc_method_handler(
                     servicer.AddStorages,
@@ -566,6 +583,33 @@ class Sandbox:
             '/vmsandbox.agent.v1.Sandbox/OnlineMemory',
             vmsandbox__protocol_dot_agent__pb2.OnlineMemoryRequest.SerializeToString,
             vmsandbox__protocol_dot_agent__pb2.OnlineMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmsandbox.agent.v1.Sandbox/ClearMemory',
+            vmsandbox__protocol_dot_agent__pb2.ClearMemoryRequest.SerializeToString,
+            vmsandbox__protocol_dot_agent__pb2.ClearMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

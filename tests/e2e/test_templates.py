@@ -138,6 +138,11 @@ def supervisor_log(cli: Cli, name: str) -> str:
     return (cli.run_root / "s" / cli.inspect(name)["id"][:12] / "supervisor.log").read_text()
 
 
+def test_a_template_s_file_holds_no_memory_that_was_free(apart: Cli) -> None:
+    memory = (template_of(apart) / "memory").stat()
+    assert memory.st_blocks * 512 < memory.st_size * 0.6
+
+
 def test_a_template_may_go_while_its_clones_run(apart: Cli, box: str) -> None:
     apart.ok("run", "-d", "--name", "one", "--template", "require", box, "sleep", "1000")
     key = template_of(apart).name

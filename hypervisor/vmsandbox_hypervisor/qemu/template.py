@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from vmsandbox_hypervisor.api import SharedMemory
 from vmsandbox_hypervisor.errors import HypervisorError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from vmsandbox_hypervisor.api import Vm
@@ -37,6 +39,8 @@ STATE, MEMORY = "state", "memory"
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 MIB = 1024 * 1024
 COPY_AT_ONCE = 64 * MIB
+#: bytes that are looked at together: smaller ones would find little more, and make files of many pieces
+ZERO_BLOCK = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ def _created(path: Path) -> int:
 def _written(path: Path, source: int) -> None:
     target = _created(path)
     try:
-        _copy_sparse(source, target, os.fstat(source).st_size)
+        _copy_without_zeros(source, target, os.fstat(source).st_size)
     finally:
         os.close(target)
 
@@ -146,6 +150,30 @@ def _sealed(fd: int) -> int:
 def _copy_sparse(source: int, target: int, size: int) -> None:
     """Copy what is there and leave out the holes; neither descriptor's position matters or changes in the source."""
     os.ftruncate(target, size)
+    for start, end in _data(source, size):
+        os.lseek(target, start, os.SEEK_SET)
+        position = start
+        while position < end:
+            copied = os.sendfile(target, source, position, min(end - position, COPY_AT_ONCE))
+            if copied == 0:
+                raise HypervisorError("the memory of a template ended early")
+            position += copied
+
+
+def _copy_without_zeros(source: int, target: int, size: int) -> None:
+    """Like `_copy_sparse`, and leave a hole for each block that holds nothing but zeros, as free memory may."""
+    os.ftruncate(target, size)
+    nothing = bytes(ZERO_BLOCK)
+    with mmap.mmap(source, size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
+        for start, end in _data(source, size):
+            for block in range(start, end, ZERO_BLOCK):
+                with view[block : min(block + ZERO_BLOCK, end)] as content:
+                    if content != nothing[: len(content)]:
+                        os.pwrite(target, content, block)
+
+
+def _data(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file holds something: begin and end of each piece."""
     position = 0
     while position < size:
         try:
@@ -155,9 +183,4 @@ def _copy_sparse(source: int, target: int, size: int) -> None:
                 return
             raise
         position = min(size, os.lseek(source, start, os.SEEK_HOLE))
-        os.lseek(target, start, os.SEEK_SET)
-        while start < position:
-            copied = os.sendfile(target, source, start, min(position - start, COPY_AT_ONCE))
-            if copied == 0:
-                raise HypervisorError("the memory of a template ended early")
-            start += copied
+        yield start, position

@@ -153,6 +153,10 @@ class AgentClient:
         answer = await self._call(self._sandbox.OnlineMemory, request, timeout + QUICK)
         return answer.total_kib, answer.available_kib
 
+    async def clear_memory(self, *, caches: bool = False, timeout: float = 2 * QUICK) -> None:
+        """Have the guest's free memory hold nothing; with `caches`, free what it has read but does not use first."""
+        await self._call(self._sandbox.ClearMemory, protocol().ClearMemoryRequest(caches=caches), timeout)
+
     async def add_storages(
         self, storages: Iterable[pb.Storage], *, timeout: float = 2 * QUICK
     ) -> dict[str, pb.StorageAddress]:

@@ -21,13 +21,13 @@ import logging
 import os
 import sys
 import tempfile
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox import __version__, records
-from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox.errors import SandboxError, UnavailableError, UnsupportedError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
 from vmsandbox.supervisor import slots
@@ -312,6 +312,8 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
                     await agent.details(timeout=config.boot_timeout)
+                    # Not at the end: what the container needs, those of the clones need too.
+                    await _clear(agent, caches=True)
                     async with AsyncExitStack() as stack:
                         disk = run / "warm.img"
                         await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, cache)
@@ -323,6 +325,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                             await _warm(around, agent, image.pci_path, writable.pci_path)
                     if slots.has(booted):
                         await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
+                    await _clear(agent)
                 await save_template(vm, saved)
                 if slots.has(booted):
                     await asyncio.to_thread(scratch.copy, booted.disks[-1].path, saved / LAYER)
@@ -330,6 +333,11 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
         raise UnavailableError(f"the template's container did not end within {WARM_TIMEOUT:g} s") from None
     finally:
         os.close(memory)
+
+
+async def _clear(agent: AgentClient, *, caches: bool = False) -> None:
+    with suppress(UnsupportedError):  # a guest that was built before there was this: its template is larger
+        await agent.clear_memory(caches=caches)
 
 
 async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: str) -> None:

@@ -118,6 +118,27 @@ def test_memory_that_does_not_come_is_reported(tmp_path: Path) -> None:
     assert machine(tree).online_memory(2000, 0, shrink=False) == (1000, 500)
 
 
+@pytest.mark.parametrize(("free", "taken"), [(108_003, 100_000), (8_000, 0)])
+def test_free_memory_is_cleared_but_for_what_others_may_need(tmp_path: Path, free: int, taken: int) -> None:
+    tree = FakeTree(tmp_path, present=1, online=1)
+    (tree.proc / "meminfo").write_text(f"MemTotal: 200000 kB\nMemFree: {free + 192} kB\nMemAvailable: 150000 kB\n")
+    filled: list[int] = []
+    cleared = Machine(proc=tree.proc, sys=tree.sys, crun_version=str, fill=filled.append).clear_memory(caches=False)
+    assert cleared == taken
+    assert filled == ([taken * 1024] if taken else [])
+
+
+def test_caches_are_dropped_only_when_they_are_meant(tmp_path: Path) -> None:
+    tree = FakeTree(tmp_path, present=1, online=1)
+    drop = tree.proc / "sys/vm/drop_caches"
+    drop.parent.mkdir(parents=True)
+    guest = Machine(proc=tree.proc, sys=tree.sys, crun_version=str, fill=lambda _: None)
+    guest.clear_memory(caches=False)
+    assert not drop.exists()
+    guest.clear_memory(caches=True)
+    assert drop.read_text() == "3"
+
+
 def test_blocks_that_the_kernel_left_offline_are_put_online(tmp_path: Path) -> None:
     tree = FakeTree(tmp_path, present=1, online=1)
     block = tree.sys / "devices/system/memory/memory3"
