@@ -92,6 +92,10 @@ def test_a_limit_that_would_kill_or_cannot_be_had_is_refused_and_changes_nothing
     cli.ok("exec", container, "sh", "-c", "dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null")
     refused = cli("update", "--memory", "16m", container)
     assert (refused.code, "would kill it" in refused.stderr) == (1, True), refused
+    refused = cli("update", "--cpus", "1000", container)
+    assert (refused.code, "cpus '1000' is more than a pod can have here" in refused.stderr) == (1, True), refused
+    refused = cli("update", "--cpuset-cpus", "1000", container)
+    assert (refused.code, "cpuset_cpus '1000' names vCPU 1000, but the pod has" in refused.stderr) == (1, True), refused
     refused = cli("update", "--memory", "90000g", container)
     assert (refused.code, "sandbox.max_memory_mib" in refused.stderr) == (1, True), refused
     assert inside(cli, container, "rm /dev/shm/held; cat /sys/fs/cgroup/memory.max") == [str(256 << 20)]

@@ -46,6 +46,33 @@ def test_cpus_are_what_nproc_shows_and_memory_what_can_be_had(cli: Cli, box: str
     assert int(total.split()[1]) > 300 * 1024
 
 
+def test_memory_can_be_filled_to_nearly_its_limit(cli: Cli, box: str) -> None:
+    script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=490 2>/dev/null && echo filled"
+    assert cli.ok("run", "--rm", "-m", "512m", "--shm-size", "600m", box, "sh", "-c", script) == "filled\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cpus", "1000"], "cpus '1000' is more than a pod can have here"),
+        (["--cpuset-cpus", "1000"], "cpuset_cpus '1000' names vCPU 1000, but the pod has 1 of them"),
+        (["--memory", "90000g"], "sandbox.max_memory_mib"),
+    ],
+)
+def test_what_can_only_be_had_in_part_is_refused(cli: Cli, box: str, words: list[str], said: str) -> None:
+    refused = cli("run", "--rm", *words, box, "true")
+    assert (refused.code, said in refused.stderr) == (125, True), refused
+
+
+def test_kvm_works_where_it_is_asked_for_or_the_reason_is_said(cli: Cli, box: str) -> None:
+    result = cli("run", "--rm", "--accel", "kvm", box, "true")
+    line = result.stderr.partition("\n")[0]
+    works = json.loads(cli("check", "--format", "json").stdout)["accel"]["accel"] == "kvm"
+    assert result.code == 0 if works else (result.code, line[:32]) == (125, "vmsandbox: KVM was asked for, but"[:32]), (
+        result
+    )
+
+
 def test_more_memory_than_the_limit_is_killed_and_said(cli: Cli, box: str) -> None:
     script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=60"
     result = cli("run", "--name", "greedy", "-m", "24m", "--shm-size", "100m", box, "sh", "-c", script)

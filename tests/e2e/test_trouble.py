@@ -6,13 +6,13 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.cli import Cli, Result
+from tests.harness.cli import Cli, Result, kill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,33 @@ def test_a_run_root_without_room(data_root: Path, box: str) -> None:
     with mounted("size=16k") as place:
         cli = Cli(place / "r", data_root)
         check(cli("run", "--rm", box, "true"), cli, "No space left on device")
+
+
+def fill(place: Path) -> None:
+    with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_run_root_that_fills_up_stops_nothing_from_running_ending_and_being_removed(
+    data_root: Path, box: str
+) -> None:
+    with mounted("size=2m") as place:
+        cli = Cli(place / "r", data_root)
+        for name in ("stopped", "orphan"):
+            cli.ok("run", "-d", "--name", name, box, "sh", "-c", "echo up; exec sleep 1000")
+        fill(place)
+        refused = cli("exec", "stopped", "true")
+        assert (refused.code, "No space left on device; make room" in refused.stderr) == (125, True), refused
+        refused = cli("run", "--rm", box, "true")
+        assert (refused.code, "No space left on device; make room" in refused.stderr) == (125, True), refused
+        assert [row["status"] for row in cli.ps()] == 2 * ["running"]
+        kill(int(cli.inspect("orphan")["pod"]["supervisor"]["pid"]))
+        assert cli.ok("logs", "orphan") == "up\n"
+        assert cli.ok("stop", "-t", "0", "stopped") == "stopped\n"
+        assert cli.ok("rm", "-f", "stopped", "orphan") == "stopped\norphan\n"
+        cli("gc", "-q")
+        assert cli.leftovers() == []
 
 
 def test_a_data_root_without_room_for_a_writable_layer(data_root: Path, box: str) -> None:

@@ -178,9 +178,11 @@ class _Play:
         self.code, self.printed, self.said = client.returncode, *(part.decode() for part in printed[0])
         self._check()
         self._remove(others)
-        assert [row["name"] for row in self.cli.ps()] == ["other"]
-        assert self.cli.pods() == []
-        assert self._left() == left, "something is left"
+        rows, pods = self.cli.ps(), self.cli.pods()
+        assert [row["name"] for row in rows] == ["other"], f"a container is left: {rows}"
+        assert pods == [], f"a pod is left: {pods}"
+        now = self._left()
+        assert now == left, f"something is left, or gone: {sorted(set(now) ^ set(left))}"
         self._assert_host_is_as_it_was()
 
     def _left(self) -> list[str]:

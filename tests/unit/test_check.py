@@ -53,6 +53,7 @@ class Bench:
             self.program(program, "#!/bin/sh\n")
         for path, text in (
             ("proc/meminfo", "MemTotal: 4000000 kB\nMemAvailable: 2000000 kB\n"),
+            ("proc/self/status", "CapEff:\t000001ffffffffff\n"),
             ("proc/self/mounts", "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"),
             ("dev/net/tun", ""),
         ):
@@ -226,7 +227,7 @@ async def test_a_bad_configuration_is_a_finding_and_the_rest_is_checked(bench: B
     report = await bench.report()
     assert report.findings[0].status == "missing"
     assert "did you mean 'sandbox.base_cpus'" in report.findings[0].detail
-    assert len(report.findings) == 16
+    assert len(report.findings) == 17
 
 
 @pytest.mark.parametrize(
@@ -245,6 +246,19 @@ async def test_what_the_machine_lacks_is_found(
     finding = await bench.finding(name, **changes)
     assert finding.status == status
     assert name == "memory" or finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "limit", "status"),
+    [("000001ffffffffff", 1024, "ok"), ("000001fffeffffff", 20_000, "warning"), ("0", 1 << 20, "ok")],
+)
+async def test_a_low_limit_of_descriptors_that_cannot_be_raised_is_found(
+    bench: Bench, capabilities: str, limit: int, status: str
+) -> None:
+    (bench.root / "proc/self/status").write_text(f"Name:\tx\nCapEff:\t{capabilities}\nSeccomp:\t0\n")
+    finding = await bench.finding("descriptors", descriptors=limit)
+    assert (finding.status, bool(finding.remedy)) == (status, status == "warning")
+    assert (str(limit) in finding.detail) is (capabilities != "000001ffffffffff")
 
 
 @pytest.mark.parametrize(("available_kib", "status"), [(2_000_000, "ok"), (500_000, "warning"), (100_000, "missing")])
@@ -280,7 +294,7 @@ async def test_the_report_for_programs_is_one_object(bench: Bench) -> None:
     document = json.loads(as_json(await bench.report()))
     assert document["able"] is False
     assert document["accel"] == {"accel": "tcg", "reason": "KVM does not work here: because"}
-    assert {"name": "mkfs.erofs", "status": "missing"}.items() <= document["findings"][7].items()
+    assert {"name": "mkfs.erofs", "status": "missing"}.items() <= document["findings"][8].items()
 
 
 def test_the_verb_tells_by_its_status_whether_pods_can_run(

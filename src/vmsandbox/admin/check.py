@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -41,6 +42,9 @@ VERSION_TIMEOUT = 20.0
 #: below this a writable layer or an image soon finds no space
 LEAST_DISK_MIB = 1024
 LEAST_RUN_MIB = 16
+#: fewer files of a share than that are soon known to a guest at once
+LEAST_DESCRIPTORS = 100_000
+CAP_SYS_RESOURCE = 24
 
 QEMU_PACKAGES = ("qemu-system-x86",)
 VIRTIOFSD_PACKAGES = ("qemu-system-common",)
@@ -75,6 +79,8 @@ class Machine:
     search_path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     architecture: str = platform.machine()
     uid: int = os.geteuid()
+    #: open files that a process may have, if nothing lets it raise that
+    descriptors: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     accel: Callable[[Settings], Any] = _proved
 
     def installing(self, packages: Sequence[str]) -> str:
@@ -122,6 +128,7 @@ async def checked(
         _root(machine),
         _qemu(settings, machine),
         _virtiofsd(settings, machine),
+        _descriptors(machine),
         acceleration,
         _guest(settings, roots),
         _tool(machine, "mkfs.erofs", "images cannot be imported", ("erofs-utils",)),
@@ -221,6 +228,21 @@ def _virtiofsd(settings: Settings, machine: Machine) -> Finding:
         return Finding(name="virtiofsd", status="ok", detail=f"'{binary}'")
     detail = f"'{binary}' does not exist: directories cannot be shared by virtio-fs"
     return _absent("virtiofsd", detail, VIRTIOFSD_PACKAGES, machine, status="warning")
+
+
+def _descriptors(machine: Machine) -> Finding:
+    """virtiofsd holds one for each file that the guest knows of, and raises its limit where it is allowed to."""
+    try:
+        found = re.search(r"^CapEff:\t([0-9a-f]+)$", (machine.proc / "self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found and int(found[1], 16) >> CAP_SYS_RESOURCE & 1:
+        return Finding(name="descriptors", status="ok", detail="as many as are needed")
+    detail = f"at most {machine.descriptors}, and so many files of a share can be known to a guest at once"
+    if machine.descriptors >= LEAST_DESCRIPTORS:
+        return Finding(name="descriptors", status="ok", detail=detail)
+    remedy = "raise the hard limit of open files ('ulimit -Hn', systemd's 'LimitNOFILE'), or use '--shared-fs 9p'"
+    return Finding(name="descriptors", status="warning", detail=detail, remedy=remedy)
 
 
 async def _acceleration(settings: Settings, machine: Machine) -> tuple[Finding, AccelChoice | None]:

@@ -209,7 +209,7 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
             network.recognise(vm)
             sandbox = Sandbox(around, spec, vm, agent, network)
             sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
-            sandbox.save("ready")
+            sandbox.note("ready")
             yield sandbox
 
 

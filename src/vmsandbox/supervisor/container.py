@@ -19,7 +19,7 @@ from vmsandbox.oci.compose import add_devices
 from vmsandbox.oci.options import Device
 from vmsandbox.resources import scratch
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import shares, slots, store
+from vmsandbox.supervisor import processors, shares, slots, store
 from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.giving import Given
 from vmsandbox.supervisor.lifecycle import Status, advance
@@ -105,18 +105,29 @@ class Container:
     def save(self) -> None:
         store.save_container(self.around.paths, self.id, self.document)
 
+    def note(self) -> None:
+        """Write down what has happened already: a full disk does not undo it, and is no reason to end the pod."""
+        try:
+            self.save()
+        except OSError as error:
+            log.warning("the document of %s is out of date: %s", self, error)
+
     def add_exec(self, exec_id: str, *, terminal: bool = False, standin: dict[str, Any] | None = None) -> Process:
         """Know another process; its stand-in is noted so that a later supervisor can judge by it."""
         process = Process(self.id, exec_id, terminal=terminal, standin=standin)
         self.execs[exec_id] = process
         self.document.setdefault("execs", {})[exec_id] = {"terminal": terminal, "standin": standin}
-        self.save()
+        try:
+            self.save()
+        except BaseException:
+            del self.execs[exec_id], self.document["execs"][exec_id]
+            raise
         return process
 
     def drop_exec(self, process: Process) -> None:
         self.execs.pop(process.exec_id, None)
         if self.document.get("execs", {}).pop(process.exec_id, None) is not None and self.status != "stopped":
-            self.save()
+            self.note()
 
     def restore_processes(self) -> None:
         """Know again what an earlier supervisor noted."""
@@ -145,7 +156,7 @@ class Container:
         self._oom_or_end.set()
         if not self.document.get("oom_killed"):
             self.document["oom_killed"] = True
-            self.save()
+            self.note()
 
     async def oom_or_end(self, seen: int) -> None:
         """Return once more than `seen` processes have been killed, or the container has ended."""
@@ -161,7 +172,7 @@ class Container:
         self.document["exit"] = status.document()
         self.document["finished"] = time.time()
         self.document["status"] = "stopped"
-        self.save()
+        self.note()
 
     # ------------------------------------------------------------ creation
 
@@ -232,8 +243,10 @@ class Container:
         stack = self.stack
         stack.push_async_callback(sandbox.take_back, self.id)
         demand = self.demand()
-        if demand != Demand():
+        if demand != Demand() or self._cpuset():
             await sandbox.give(self.id, demand)
+            settings = sandbox.around.settings.sandbox
+            processors.require_set(self._cpuset(), online=sandbox.wanted_cpus(), settings=settings)
         self.document["disks"] = {}
         image_disk = f"image-{image.id.removeprefix('sha256:')[:12]}"
         image_address = await self._image_address(sandbox, image, image_disk)
@@ -351,6 +364,9 @@ class Container:
             memory_mib=-(-int(resources.get("memory") or 0) >> 20),
             host_cpus=frozenset(resources.get("host_cpus") or ()),
         )
+
+    def _cpuset(self) -> str:
+        return str((self.document.get("options") or {}).get("cpuset_cpus") or "")
 
     def stdio(self) -> pb.Stdio:
         size = self.document.get("size") or [0, 0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, ending, execution, slots, store, template
+from vmsandbox.supervisor import composition, ending, execution, processors, slots, store, template
 from vmsandbox.supervisor.container import Container
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ async def run(service: Service, request: dict[str, Any], *, start: bool = True) 
         try:
             image = ImageStore(service.around.roots).resolve(str(request["image"]))
             options = composition.run_options(request)
+            processors.require_quota(options.cpus, service.around.settings.sandbox)
             spec = _pod_of(service, request, options)
             composition.note_pod(document, spec)
             container, composed, options = await _composed(service, spec, document, image, options)
@@ -204,6 +205,6 @@ async def _start_again(service: Service, old: Container, request: dict[str, Any]
                     fallen.released.set()
                     service.containers[old.id] = old
                 old.released.set()
-                old.save()
+                old.note()
                 raise
     return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import InvalidStateError, NotFoundError, TimedOutError
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, TimedOutError
 from vmsandbox.oci import signals
 from vmsandbox.supervisor import regulation
 
@@ -66,7 +66,9 @@ async def stop_container(service: Service, container: Container, timeout: object
     """End a container in order; `timeout` seconds (None: the configured ones) before SIGKILL."""
     if container.status == "stopped":
         return
-    sandbox = await service.running_sandbox()
+    sandbox = await _machine_of(service, container)
+    if sandbox is None:
+        return
     if container.status == "created":
         await kill_and_wait(service, sandbox, container)  # nothing of its own runs that could obey
         return
@@ -80,6 +82,16 @@ async def stop_container(service: Service, container: Container, timeout: object
             await container.init.exited.wait()
     except TimeoutError:
         await kill_and_wait(service, sandbox, container)
+
+
+async def _machine_of(service: Service, container: Container) -> Sandbox | None:
+    """The machine in which a container has to be ended; None if it is lost, and the container has ended with it."""
+    try:
+        return await service.running_sandbox()
+    except SandboxError:
+        if container.status != "stopped":
+            raise
+        return None
 
 
 async def _signal_quietly(sandbox: Sandbox, container: Container, number: int) -> None:
@@ -110,7 +122,9 @@ async def delete(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     if container.status != "stopped":
         if not request.get("force"):
             container.require("delete")
-        await kill_and_wait(service, await service.running_sandbox(), container)
+        sandbox = await _machine_of(service, container)
+        if sandbox is not None:
+            await kill_and_wait(service, sandbox, container)
     async with container.lock:
         container.document["autoremove"] = True
         if service.implicit() or service.reason is not None or not service.sandbox.done():
@@ -147,5 +161,5 @@ async def _retire(service: Service, container: Container) -> None:
             return
         await container.release()
         container.document.pop("disks", None)
-        container.save()
+        container.note()
         container.released.set()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import cgroups, records
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.closerange(LISTEN_FD + 1, os.sysconf("SC_OPEN_MAX"))
     os.umask(0o022)
     os.chdir("/")
+    # A share takes a descriptor for each of its files that the guest knows of.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     paths = SandboxPaths(directory)
     set_title(f"vmsandbox supervisor {os.path.basename(directory)}")
     logs.configure(sys.stderr, debug="--debug" in rest)
@@ -123,6 +128,12 @@ async def _hold_pod(around: Surroundings, service: Service, control: Control, *,
         first = _first(errors)
         log.warning("the pod ended: %s", first)
         service.lost(first)
+    except* Exception as errors:
+        # A bug; whoever waits hears of it, because the log goes with the pod.
+        text = "".join(traceback.format_exception(errors))
+        log.error("the supervisor failed\n%s", text)
+        cause = _innermost(errors)
+        service.lost(SandboxError(f"internal error: {type(cause).__name__}: {cause}", detail=text))
 
 
 async def _pod(
@@ -168,10 +179,14 @@ async def _wanted(service: Service, control: Control, *, revive: bool) -> Sandbo
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> SandboxError:
-    error: BaseException = errors
+    error = _innermost(errors)
+    return error if isinstance(error, SandboxError) else UnavailableError(str(error))
+
+
+def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error if isinstance(error, SandboxError) else UnavailableError(str(error))
+    return error
 
 
 async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: Service, *, adopt: bool) -> None:

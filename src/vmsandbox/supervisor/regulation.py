@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import options
 from vmsandbox.oci.compose import CPU_PERIOD
+from vmsandbox.supervisor import processors
 from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.translation import translating
 
@@ -115,6 +116,8 @@ async def update(container: Container, sandbox: Sandbox, request: dict[str, Any]
     `InvalidArgumentError` for a memory limit below what the container holds, and leaves everything as it was.
     """
     chosen = changes(request)
+    settings = sandbox.around.settings.sandbox
+    processors.require_quota(chosen.cpus, settings)
     async with container.lock:
         container.require("update")
         before = container.demand()
@@ -125,8 +128,9 @@ async def update(container: Container, sandbox: Sandbox, request: dict[str, Any]
         )
         if chosen.memory_bytes is not None:
             _require_room(container, await sandbox.agent.stats(container.id), chosen.memory_bytes)
-        await sandbox.give(container.id, wider(before, after, sandbox.around.settings.sandbox))
+        await sandbox.give(container.id, wider(before, after, settings))
         try:
+            processors.require_set(chosen.cpuset_cpus, online=sandbox.wanted_cpus(), settings=settings)
             await sandbox.agent.update_container(container.id, json.dumps(resources(chosen)).encode())
         except BaseException:
             await sandbox.give(container.id, before)

@@ -236,9 +236,11 @@ class Service:
         elif not records.forget_sandbox_if_empty(paths) and os.path.exists(paths.document_file):
             document = records.read_document(paths.document_file)
             document.pop("vm", None)
-            store.save_sandbox(
-                paths, {**document, "status": "stopped", "reason": str(self.reason) if self.reason else ""}
-            )
+            document |= {"status": "stopped", "reason": str(self.reason) if self.reason else ""}
+            try:
+                store.save_sandbox(paths, document)
+            except OSError as error:
+                log.warning("the pod's document is out of date: %s", error)
 
     def end_if_idle(self) -> None:
         """An implicit pod ends with its last container."""

@@ -62,7 +62,8 @@ WARM_DISK_MIB = 16
 
 async def key_of(hypervisor: Hypervisor, config: VmConfig, *, layer_mib: int) -> str:
     """What a clone and its template must agree on, as a hash; `layer_mib` is the size of the layer in its slot."""
-    choice = await hypervisor.probe_accel(config.accel)
+    with translating():
+        choice = await hypervisor.probe_accel(config.accel)
     shared = replace(config.memory, backing=SharedMemory())
     kernel = config.kernel
     canonical = replace(
