@@ -17,7 +17,7 @@ from tests.harness.cli import Cli, kill, wait_until_gone
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SERVE = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+SERVE = "trap 'kill $!; exit 0' TERM; sleep 100000 & wait"
 MANY = 20
 
 

@@ -26,6 +26,8 @@ MIB = 1024 * 1024
 VIRTIO_MEM_PATH = "/machine/peripheral/vmem0"
 #: seconds between looks, at first and at last
 LOOK_FIRST, LOOK_LAST = 0.004, 0.1
+#: seconds without progress after which a guest has given what it can: its driver tries again only much later
+STALLED = 2.0
 OUTCOMES = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR")
 
 
@@ -51,8 +53,9 @@ class Memory:
     async def change(self, total_mib: int, *, timeout: float) -> MemoryState:
         """Grow to `total_mib` (rounded up to 2 MiB), or shrink as far as the guest gives back in time.
 
-        `NoSlotError` beyond the configured maximum; `DeviceError` if the guest does not take more within
-        `timeout`, in which case the request is withdrawn.
+        What it does not give back at once stays asked for, and is not waited for.  `NoSlotError` beyond the
+        configured maximum; `DeviceError` if the guest does not take more within `timeout`, in which case the request
+        is withdrawn.
         """
         async with self._changing:
             dimms = sum(integer(data, "size") for kind, data in await self._devices() if kind == "dimm") // MIB
@@ -64,7 +67,7 @@ class Memory:
                 return await self.state()
             await self._request(wanted)
             try:
-                reached = await self._reached(wanted, timeout)
+                reached = await self._reached(wanted, timeout, patience=timeout if wanted > before[0] else STALLED)
             except BaseException:
                 await finish(self._withdraw(before[1]))
                 raise
@@ -75,12 +78,18 @@ class Memory:
                 )
             return await self.state()
 
-    async def _reached(self, wanted: int, timeout: float) -> bool:
+    async def _reached(self, wanted: int, timeout: float, *, patience: float) -> bool:
+        """Wait for a size; False after `timeout` seconds, or `patience` without progress."""
         # QEMU sends at most one MEMORY_DEVICE_SIZE_CHANGE a second, so the last one may come a second late.
+        loop = asyncio.get_running_loop()
+        seen, since, pause = -1, loop.time(), LOOK_FIRST
         try:
             async with asyncio.timeout(timeout):
-                pause = LOOK_FIRST
-                while (await self._virtio_mem())[0] != wanted:
+                while (size := (await self._virtio_mem())[0]) != wanted:
+                    if size != seen:
+                        seen, since = size, loop.time()
+                    elif loop.time() - since >= patience:
+                        return False
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, LOOK_LAST)
         except TimeoutError:
