@@ -87,6 +87,10 @@ class Control:
                 frame = await wire.read(reader)
                 if frame is None:
                     return
+                if self.released.is_set():
+                    # Too late.  Without an answer it is asked again, of what is on disk when this process has ended.
+                    self._until_exit.append(writer)
+                    return
                 request = frame.message()
                 logs.container_id.set(str(request.get("container") or request.get("id") or "-"))
                 if request.get("verb") == "attach":
@@ -140,6 +144,8 @@ class Control:
         except Exception as error:
             log.exception("request '%s' failed", verb)
             answer = {"error": {"code": "internal", "message": f"internal error: {type(error).__name__}: {error}"}}
+        if self.released.is_set():
+            return True  # it cannot have been done: what it was about was given back meanwhile
         writer.write(wire.encode_message(answer))
         await writer.drain()
         if verb in ("run", "create", "create-bundle") and self.service.implicit():
