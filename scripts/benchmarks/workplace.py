@@ -128,7 +128,7 @@ class Workplace:
 
     def command(self, *words: str) -> list[str]:
         """The command line of a verb of ours; containers have no network unless the row is about it."""
-        if words[0] == "run" and "--network" not in words:
+        if words[0] == "run" and "--network" not in words and "--pod" not in words:
             words = ("run", "--network", "none", *words[1:])
         program = Path(sys.executable).with_name("vmsandbox")
         roots = ["--root", self.roots.run_dir, "--data-root", self.roots.data_dir]
@@ -143,6 +143,13 @@ class Workplace:
         """The option with which `run` starts a clone or fails; the template is made first."""
         _ = self.image
         self.vmsandbox("template", "build")
+        return "--template=require"
+
+    @cached_property
+    def pod_template(self) -> str:
+        """The same for `pod create`, whose machines have more slots."""
+        _ = self.image
+        self.vmsandbox("template", "build", "--pod")
         return "--template=require"
 
     def start_pod(self, *command: str, options: tuple[str, ...] = (COLD,), image: str = "") -> tuple[str, set[int]]:

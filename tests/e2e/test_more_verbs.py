@@ -126,6 +126,28 @@ def test_a_created_container_runs_when_started_and_its_log_is_followed_to_the_en
     assert cli.ok("logs", "--since", "2200-01-01", "later") == ""
 
 
+def test_what_nobody_reads_is_rotated_away_and_holds_nobody_up(cli: Cli, box: str, tmp_path: Path) -> None:
+    cli.config = tmp_path / "config.toml"
+    cli.config.write_text("[container]\nlog_max_size_mib = 1\nlog_max_files = 2\n")
+    # Lines of eight bytes: what is written and carried at once then ends with a line.
+    first, last = 1_000_001, 1_150_000
+    container = cli.ok("run", "-d", "--name", "talker", box, "sh", "-c", f"seq {first} {last}; echo err >&2").strip()
+    following = cli.popen("logs", "-f", "talker", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert cli.ok("wait", "talker") == "0\n"
+    out, err = following.communicate(timeout=60)
+    assert (out[-8:], err) == (b"%d\n" % last, b"err\n")
+    followed = [int(line) for line in out.split()]
+    assert followed == sorted(set(followed)), "a line came twice, or in another order"
+    kept = sorted((cli.data_root / "containers" / container).glob("log*"))
+    assert [path.name for path in kept] == ["log", "log.1"]
+    # What is written at once may go beyond the limit, once.
+    assert all(path.stat().st_size < 2 << 20 for path in kept)
+    shown = [int(line) for line in cli.ok("logs", "talker").split()]
+    assert shown == list(range(shown[0], last + 1))
+    assert len(shown) > 10_000
+    assert cli.ok("logs", "--tail", "3", "talker") == f"{last - 1}\n{last}\n"
+
+
 def test_a_created_container_is_removed_without_force(cli: Cli, box: str) -> None:
     cli.ok("create", "--name", "never", box, "true")
     cli.ok("rm", "never")

@@ -110,6 +110,19 @@ def test_the_terminal_is_given_back_when_the_container_is_killed(pod: tuple[Cli,
     assert terminal.mode() == before
 
 
+def test_the_terminal_is_given_back_when_the_client_is_killed(pod: tuple[Cli, str], terminal: Terminal) -> None:
+    cli, container = pod
+    before = terminal.mode()
+    with on(terminal, cli, "exec", "-it", container, "sh") as client:
+        terminal.until(b"# ")
+        assert terminal.mode() != before
+        client.kill()
+    deadline = time.monotonic() + 30
+    while terminal.mode() != before:
+        assert time.monotonic() < deadline
+        cli.ok("exec", container, "true")
+
+
 def test_t_without_a_terminal_is_refused(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     result = cli("exec", "-it", container, "sh", stdin=b"")

@@ -63,6 +63,7 @@ class Plan:
         "controlling",
         "exec_id",
         "kill_with",
+        "mode",
         "root",
         "starter",
         "stdin",
@@ -91,6 +92,8 @@ class Plan:
         self.terminal = terminal
         #: the client whose death ends the process
         self.kill_with = kill_with
+        #: of the terminal on stdin while nobody has it: a client that is killed cannot give it back
+        self.mode: list[Any] | None = None
         #: stdin is a terminal of our own making: it tells us its size and when its other side is gone
         self.controlling = controlling
         #: by which a process outside of our namespaces is asked for the supervisor; -1: we are in none of our own
@@ -362,6 +365,11 @@ class Standin:
     def _client_died(self) -> None:
         os.close(self.client)
         self.client = -1
+        if self.plan.mode:
+            try:
+                termios.tcsetattr(0, termios.TCSANOW, self.plan.mode)
+            except termios.error:
+                pass  # hung up
         self._signal(int(signal.SIGKILL))
 
     def _read_input(self) -> None:

@@ -13,6 +13,7 @@ from vmsandbox.errors import InvalidArgumentError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 #: Signals after which the client ends or goes on without the container.
 FORWARDED = (
@@ -34,10 +35,10 @@ def require_terminal() -> None:
 
 
 @contextmanager
-def raw(*, wanted: bool) -> Iterator[None]:
-    """Put the terminal on stdin into raw mode for the block."""
+def raw(*, wanted: bool) -> Iterator[list[Any] | None]:
+    """Put the terminal on stdin into raw mode for the block; yields the mode it has outside."""
     if not wanted or not os.isatty(0):
-        yield
+        yield None
         return
     saved = termios.tcgetattr(0)
     mode = termios.tcgetattr(0)
@@ -51,7 +52,7 @@ def raw(*, wanted: bool) -> Iterator[None]:
     mode[6][termios.VTIME] = 0
     termios.tcsetattr(0, termios.TCSANOW, mode)
     try:
-        yield
+        yield saved
     finally:
         sys.stdout.flush()
         termios.tcsetattr(0, termios.TCSADRAIN, saved)

@@ -73,7 +73,7 @@ def main(options: Options, argv: list[str]) -> int:
     )
     with (
         launch.connect_or_take_over(roots, container.sandbox) as sock,
-        terminal.raw(wanted=plan.terminal and plan.stdin),
+        terminal.raw(wanted=plan.terminal and plan.stdin) as plan.mode,
     ):
         pid = fork_standin(roots, container.sandbox, plan, detach=arguments.detach)
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}

@@ -263,7 +263,7 @@ def stay(
         terminal=arguments.tty and not arguments.detach,
         kill_with=os.getpid() if arguments.autoremove and not arguments.detach else None,
     )
-    with connection as sock, terminal.raw(wanted=plan.terminal and plan.stdin):
+    with connection as sock, terminal.raw(wanted=plan.terminal and plan.stdin) as plan.mode:
         pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
         with terminal.forwarding(pid):
