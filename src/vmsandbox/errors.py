@@ -119,3 +119,12 @@ def from_code(code: str, message: str, detail: str = "") -> SandboxError:
     error = cls.__new__(cls)
     SandboxError.__init__(error, message, detail=detail)
     return error
+
+
+def refused(error: OSError, *, wanted: str) -> SandboxError:
+    """For what the system refused where nobody expected it to; the traceback is the evidence."""
+    import traceback
+
+    what = f"'{error.filename}': " if error.filename else ""
+    text = f"cannot {wanted}: {what}{(error.strerror or str(error)).lower()}"
+    return SandboxError(text, detail="".join(traceback.format_exception(error)))

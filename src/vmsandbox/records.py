@@ -459,6 +459,8 @@ def _remove(path: str) -> None:
 
 
 def _unlink(path: str) -> None:
+    if not os.path.lexists(path):
+        return  # a file system that is read-only refuses to remove even what is not there
     try:
         os.unlink(path)
     except FileNotFoundError:

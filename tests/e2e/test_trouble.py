@@ -57,6 +57,28 @@ def test_a_run_root_without_room(data_root: Path, box: str) -> None:
         check(cli("run", "--rm", box, "true"), cli, "No space left on device")
 
 
+def test_a_data_root_that_is_read_only(data_root: Path, box: str) -> None:
+    with mounted("size=64k") as place, tempfile.TemporaryDirectory(prefix="vs-") as run:
+        for name in ("guest", "images", "templates"):
+            (place / name).mkdir()
+            subprocess.run(["mount", "--bind", data_root / name, place / name], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", place / name], check=True)
+        (place / "containers").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        cli = Cli(Path(run), place)
+        try:
+            check(cli("run", "--rm", box, "true"), cli, "Read-only file system", str(place), "choose another")
+            for verb in (["image", "rm", box], ["template", "build", "--force"], ["guest", "build"]):
+                result = cli(*verb)
+                lines = result.stderr.splitlines()
+                assert result.code == 1, result
+                assert "read-only file system" in lines[0].lower(), result
+                assert lines[0].startswith("vmsandbox: ")
+        finally:
+            for name in ("guest", "images", "templates"):
+                subprocess.run(["umount", "--lazy", place / name], check=True)
+
+
 def fill(place: Path) -> None:
     with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
         while True:

@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
 from vmsandbox.paths import Roots
 
 #: verb -> module with ``main(argv, roots) -> int``
@@ -41,17 +41,24 @@ def main() -> int:
             os.environ["VMSANDBOX_CONFIG"] = os.path.abspath(taken["--config"])
         roots = Roots.chosen(taken.get("--root"), taken.get("--data-root"))
         status: int = import_module(VERBS[words[0]]).main(words[1:], roots)
+        sys.stdout.flush()
+        return status
     except SandboxError as error:
-        print(f"vmsandbox: {' '.join(str(error).split())}", file=sys.stderr)
-        if debug and error.detail:
-            print(error.detail.rstrip(), file=sys.stderr)
-        return 1
+        report(error, debug=debug)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        # Nothing more is written where it cannot be: also what is in a buffer, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    return status
+        if not isinstance(error, BrokenPipeError):
+            report(refused(error, wanted=words[0]), debug=debug)
+    return 1
+
+
+def report(error: SandboxError, *, debug: bool) -> None:
+    print(f"vmsandbox: {' '.join(str(error).split())}", file=sys.stderr)
+    if debug and error.detail:
+        print(error.detail.rstrip(), file=sys.stderr)
 
 
 if __name__ == "__main__":

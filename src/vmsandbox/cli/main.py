@@ -11,7 +11,7 @@ import sys
 
 from vmsandbox import __version__
 from vmsandbox.cli import output
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
 from vmsandbox.paths import Roots
 
 TYPE_CHECKING = False
@@ -131,17 +131,8 @@ def main() -> int:
         return output.FAILED
     except OSError as error:
         output.give_up_stdout()
-        output.report(unforeseen(error, rest[0] if rest else ""), debug=options.debug)
+        output.report(refused(error, wanted=rest[0] if rest else "begin"), debug=options.debug)
         return output.ENGINE_FAILED if rest[:1] in (["run"], ["create"], ["exec"]) else output.FAILED
-
-
-def unforeseen(error: OSError, verb: str) -> SandboxError:
-    """What the system refused where nobody expected it to; the traceback is evidence."""
-    import traceback
-
-    what = f"'{error.filename}': " if error.filename else ""
-    text = f"cannot {verb or 'begin'}: {what}{(error.strerror or str(error)).lower()}"
-    return SandboxError(text, detail="".join(traceback.format_exception(error)))
 
 
 def dispatch(options: Options, rest: list[str]) -> int:

@@ -12,7 +12,7 @@ import time
 
 from vmsandbox import __version__
 from vmsandbox.cli import output
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
 from vmsandbox.paths import Roots
 
 TYPE_CHECKING = False
@@ -188,8 +188,7 @@ def main() -> int:
         if isinstance(error, BrokenPipeError):
             output.give_up_stdout()
             return FAILED
-        what = f"'{error.filename}': " if error.filename else ""
-        report(options, f"cannot {verb or 'begin'}: {what}{(error.strerror or str(error)).lower()}")
+        report(options, str(refused(error, wanted=verb or "begin")))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
