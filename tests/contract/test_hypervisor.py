@@ -105,6 +105,31 @@ async def test_a_device_keeps_its_address_until_it_is_detached(
             await vm.detach_disk("c")
 
 
+async def test_what_is_behind_a_disk_can_be_replaced_and_only_there(
+    any_hypervisor: Hypervisor, vm_config: VmConfig, image: Path, tmp_path: Path
+) -> None:
+    config = replace(vm_config, disks=(*vm_config.disks, Disk(id="slot", path=image, read_only=True)))
+    others = [tmp_path / "first", tmp_path / "second"]
+    async with any_hypervisor.running(config) as vm:
+        for other in others:
+            other.write_bytes(bytes(2 * 1024 * 1024))
+            await vm.replace_disk(Disk(id="slot", path=other, read_only=True))
+            assert vm.config.disks[-1].path == other
+        if not isinstance(vm, FakeVm):
+            opened = {os.readlink(link) for link in Path(f"/proc/{vm.pid}/fd").iterdir()}
+            assert str(others[1]) in opened
+            assert str(others[0]) not in opened
+        for wrong in (
+            Disk(id="other", path=image, read_only=True),
+            Disk(id="slot", path=image),
+            Disk(id="slot", path=tmp_path / "missing", read_only=True),
+            Disk(id="slot", path=tmp_path, read_only=True),
+        ):
+            with pytest.raises(DeviceError):
+                await vm.replace_disk(wrong)
+        assert vm.config.disks[-1].path == others[1]
+
+
 async def test_memory_grows_exactly_and_shrinks(answering: Stage[Vm]) -> None:
     async with answering as vm:
         state = await vm.set_memory(301)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from vmsandbox_hypervisor.qemu.hotplug_rules import check_slot_id
 from vmsandbox_hypervisor.qemu.monitor import CommandError, LinkError, record, records
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from vmsandbox_hypervisor.api import Disk, Event, Nic, NinePShare, PciAddress, VirtiofsShare, VmConfig
     from vmsandbox_hypervisor.qemu.monitor import Monitor
@@ -52,6 +53,9 @@ class Devices:
         self._leaving: set[str] = set()
         self._inherited: set[str] = set()
         self._gone: set[str] = set()
+        self._replacements = itertools.count()
+        #: what was put behind the disks that are there from the start, by disk
+        self._below: dict[str, str] = {}
         self.daemons: dict[str, virtiofsd.Daemon] = {}
 
     def addresses(self) -> dict[str, PciAddress]:
@@ -86,28 +90,43 @@ class Devices:
         check_slot_id("disk", disk.id)
         if any(disk.id == there.id for there in self._config.disks):
             raise DeviceError(f"disk '{disk.id}' is attached already: it is there from the start")
-        try:
-            # Without blocking: what turns out to be a FIFO must not wait for its other end.
-            fd = os.open(disk.path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise DeviceError(f"cannot open disk '{disk.path}': {error.strerror}", reason=str(error)) from error
-        try:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-                raise DeviceError(f"cannot attach '{disk.path}': neither a file nor a block device")
-            os.set_blocking(fd, True)
+        with _opened(disk) as (fd, block_device):
             async with self._plugging(f"disk-{disk.id}") as port:
-                fdset = await self._monitor.add_fd(fd)
-                try:
-                    node = blockdev(disk.id, fdset=fdset, read_only=disk.read_only, block_device=stat.S_ISBLK(mode))
+                async with self._lent(fd) as fdset:
+                    node = blockdev(disk.id, fdset=fdset, read_only=disk.read_only, block_device=block_device)
                     await self._monitor.execute("blockdev-add", node)
-                finally:
-                    # The node has its own duplicate; without this the set would outlive it.
-                    await finish(self._try("remove-fd", {"fdset-id": fdset}))
                 await self._monitor.execute("device_add", disk_device(disk.id, bus=f"rp{port}", addr="0"))
-        finally:
-            os.close(fd)
         return hotplug_address(port)
+
+    async def replace_disk(self, disk: Disk) -> None:
+        """See `Vm.replace_disk`: the disk's node gets another one below it, and QEMU closes what was there."""
+        if not any(disk.id == there.id and disk.read_only == there.read_only for there in self._config.disks):
+            raise DeviceError(f"cannot replace disk '{disk.id}': no such disk is there from the start")
+        with _opened(disk) as (fd, block_device):
+            async with self._lent(fd) as fdset:
+                node = blockdev(disk.id, fdset=fdset, read_only=disk.read_only, block_device=block_device)
+                name = node_name(f"file{next(self._replacements)}", disk.id)
+                below = {**record(node["file"], "blockdev"), "node-name": name}
+                try:
+                    await self._monitor.execute("blockdev-add", below)
+                    await self._monitor.execute("blockdev-reopen", {"options": [{**node, "file": name}]})
+                except CommandError as error:
+                    await self._try("blockdev-del", {"node-name": name})
+                    raise DeviceError(
+                        f"cannot replace disk '{disk.id}': {error.reason}", reason=error.reason
+                    ) from error
+        before, self._below[disk.id] = self._below.get(disk.id), name
+        if before is not None:
+            await self._try("blockdev-del", {"node-name": before})
+
+    @contextlib.asynccontextmanager
+    async def _lent(self, fd: int) -> AsyncIterator[int]:
+        """The number of a descriptor set for the block: a node has its own duplicate."""
+        fdset = await self._monitor.add_fd(fd)
+        try:
+            yield fdset
+        finally:
+            await finish(self._try("remove-fd", {"fdset-id": fdset}))
 
     async def attach_nic(self, nic: Nic) -> PciAddress:
         check_slot_id("nic", nic.id)
@@ -296,6 +315,24 @@ class Devices:
                 self._helper_ended(daemon)
 
         daemon.child.exited.add_done_callback(ended)
+
+
+@contextlib.contextmanager
+def _opened(disk: Disk) -> Iterator[tuple[int, bool]]:
+    """A descriptor of what is to be a disk, for the block, and whether it is a block device."""
+    try:
+        # Without blocking: what turns out to be a FIFO must not wait for its other end.
+        fd = os.open(disk.path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise DeviceError(f"cannot open disk '{disk.path}': {error.strerror}", reason=str(error)) from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise DeviceError(f"cannot attach '{disk.path}': neither a file nor a block device")
+        os.set_blocking(fd, True)
+        yield fd, stat.S_ISBLK(mode)
+    finally:
+        os.close(fd)
 
 
 def _about(event: Event, name: str) -> bool:

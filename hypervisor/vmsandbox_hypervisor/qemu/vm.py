@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.aio import background, finish
@@ -177,6 +178,12 @@ class QemuVm:
     async def attach_disk(self, disk: Disk) -> PciAddress:
         async with self._operation():
             return await self._devices.attach_disk(disk)
+
+    async def replace_disk(self, disk: Disk) -> None:
+        async with self._operation():
+            await self._devices.replace_disk(disk)
+        disks = tuple(disk if there.id == disk.id else there for there in self.config.disks)
+        self.config = replace(self.config, disks=disks)
 
     async def detach_disk(self, disk_id: str, *, timeout: float = 10.0) -> None:
         async with self._operation():

@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.api import AccelChoice, CpuState, Event, MemoryState, PciAddress, PrivateMemory
@@ -156,9 +157,21 @@ class FakeVm:
         check_slot_id("disk", disk.id)
         if any(disk.id == there.id for there in self.config.disks):
             raise DeviceError(f"disk '{disk.id}' is attached already: it is there from the start")
+        self._check_disk(disk)
+        return self._plug(f"disk-{disk.id}")
+
+    @staticmethod
+    def _check_disk(disk: Disk) -> None:
         if not disk.path.is_file() and not disk.path.is_block_device():
             raise DeviceError(f"cannot open disk '{disk.path}': neither a file nor a block device")
-        return self._plug(f"disk-{disk.id}")
+
+    async def replace_disk(self, disk: Disk) -> None:
+        self._did(f"replace disk {disk.id}")
+        if not any(disk.id == there.id and disk.read_only == there.read_only for there in self.config.disks):
+            raise DeviceError(f"cannot replace disk '{disk.id}': no such disk is there from the start")
+        self._check_disk(disk)
+        disks = tuple(disk if there.id == disk.id else there for there in self.config.disks)
+        self.config = replace(self.config, disks=disks)
 
     async def detach_disk(self, disk_id: str, *, timeout: float = 10.0) -> None:
         self._did(f"detach disk {disk_id}")
