@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.benchmarks import phases
+from scripts.benchmarks import phases, processes
 from scripts.benchmarks.pods import shares, watched_run
-from scripts.benchmarks.rows import Row, measurement
+from scripts.benchmarks.rows import MissingError, Row, measurement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from scripts.benchmarks.workplace import Workplace
+
+#: seconds a machine may take to be made ready
+READY_TIMEOUT = 60.0
 
 
 @measurement(
@@ -43,6 +49,37 @@ def run_template(place: Workplace) -> Mapping[str, float]:
         "run_template.vm_cpu": cpu["run_cold.vm_cpu"],
         "run_template.our_cpu": cpu["host_cpu_per_run"],
     }
+
+
+@measurement(
+    Row("run_spare", "s", "vmsandbox run --rm IMAGE true, in a machine that was ready", against="cold_boot_floor")
+)
+def run_spare(place: Workplace) -> Mapping[str, float]:
+    """In a run root of its own, whose processes end before they make another machine ready beside other rows."""
+    _ = place.template
+    with tempfile.TemporaryDirectory(prefix="s-", dir=place.directory) as root:
+        config = Path(root, "config.toml")
+        config.write_text("[sandbox]\nspares = 1\n")
+        program, *words = place.command("run", "--rm", place.image, "true")
+        words[words.index("--root") + 1] = root
+        command = [program, "--config", str(config), *words]
+        before = set(processes.children())
+        try:
+            processes.run(command)
+            _appeared(Path(root, "r"))
+            return {"run_spare": processes.run(command).seconds}
+        finally:
+            processes.end(set(processes.children()) - before)
+
+
+def _appeared(directory: Path) -> None:
+    """Wait until a machine is ready and at rest."""
+    deadline = time.monotonic() + READY_TIMEOUT
+    while not any(not path.suffix for path in directory.glob("*")):
+        if time.monotonic() > deadline:
+            raise MissingError("no machine was made ready")
+        time.sleep(0.1)
+    time.sleep(0.5)
 
 
 @measurement(Row("run_template_virtiofs", "s", "the same with a directory shared", against="cold_boot_floor"))

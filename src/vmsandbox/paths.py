@@ -135,6 +135,16 @@ class Roots:
         return self.run_dir + "/p"
 
     @property
+    def spares_dir(self) -> str:
+        """``<pod id>``: what a client has to know of a machine that is kept ready, and takes with it."""
+        return self.run_dir + "/r"
+
+    @property
+    def spare_data(self) -> Path:
+        """``<pod id>/``: the writable layer of a machine that is kept ready."""
+        return _path(self.data_dir + "/spares")
+
+    @property
     def identities_dir(self) -> str:
         """``<uid>`` -> symlink whose target is the id of the pod that QEMU uses this uid for."""
         return self.run_dir + "/u"

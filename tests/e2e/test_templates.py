@@ -9,12 +9,12 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.boxes import add_program, make_rootfs
-from tests.harness.cli import Cli, kill
+from tests.harness.cli import Cli, awaited, kill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,11 +169,3 @@ def test_two_builders_make_it_once_and_a_killed_one_leaves_nothing_that_is_used(
     apart.ok("gc", "-q")
     assert apart.processes() == []
     assert list((apart.data_root / "templates").glob(".staging-*")) == []
-
-
-def awaited(question: Any, timeout: float = 60.0) -> Any:
-    """Ask until the answer is yes: what another process does shows in no other way."""
-    end = time.monotonic() + timeout
-    while not (answer := question()):
-        assert time.monotonic() < end, "it did not come about"
-    return answer

@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 #: seconds a command may take under emulation on a busy machine
 TIMEOUT = 120.0
 COMMAND = (sys.executable, "-c", "import sys; from vmsandbox.cli.main import main; sys.exit(main())")
@@ -126,12 +131,13 @@ class Cli:
         left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
         left += [
             f"file {path}"
-            for directory in ("s", "c", "n", "p", "net")
+            for directory in ("s", "c", "n", "p", "r", "net")
             for path in (self.run_root / directory).glob("*")
         ]
         left += [f"uid {path}" for path in (self.run_root / "u").glob("[0-9]*")]
         containers = self.data_root / "containers"
         left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]
+        left += [f"layer {path}" for path in (self.data_root / "spares").glob("*") if self._is_ours(path)]
         references = (self.data_root / "images" / "refs").glob("*/*")
         left += [f"image in use {path}" for path in references if not (containers / path.name).exists()]
         left += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.run_root) in line]
@@ -142,6 +148,14 @@ def wait_until_gone(pid: int, timeout: float = 30.0) -> None:
     """Wait for the end of a process that is not our child."""
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=timeout)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def awaited(question: Callable[[], T], timeout: float = 60.0) -> T:
+    """Ask until the answer is yes: what another process does shows in no other way."""
+    end = time.monotonic() + timeout
+    while not (answer := question()):
+        assert time.monotonic() < end, "it did not come about"
+    return answer
 
 
 def kill(pid: int) -> None:

@@ -42,6 +42,7 @@ def main(argv: list[str], roots: Roots) -> int:
         collect_builder(f"{roots.builders_dir}/{directory}", say)
     collect_unfinished_templates(roots, say)
     collect_networks(roots, say)
+    collect_spares(roots, say)
     collect_containers(roots, say)
     return 0
 
@@ -289,6 +290,19 @@ def end(pid: int) -> None:
         return
     finally:
         os.close(fd)
+
+
+def collect_spares(roots: Roots, say: Callable[[str], None]) -> None:
+    """Remove what is left of machines that were kept ready and that nobody serves any more."""
+    for name in entries(roots.spares_dir):
+        path = f"{roots.spares_dir}/{name}"
+        if not is_served(roots.sandbox(name.partition(".")[0])) and not is_young(path):
+            os.unlink(path)
+    for pod_id in entries(str(roots.spare_data)):
+        directory = f"{roots.spare_data}/{pod_id}"
+        if owner(directory) == roots.run_dir and not is_served(roots.sandbox(pod_id)) and not is_young(directory):
+            records.remove_tree(directory)
+            say(f"removed data of machine '{pod_id[: records.SHOWN_ID]}', which was kept ready")
 
 
 def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from vmsandbox.supervisor import spares
     from vmsandbox_hypervisor.api import Vm
     from vmsandbox_protocol import agent_pb2 as pb
 
@@ -111,18 +112,27 @@ async def confined(around: Surroundings, spec: SandboxSpec, config: VmConfig) ->
 
 
 @asynccontextmanager
-async def opened(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-    """Bring a pod's machine up, as a clone of its template where there is one, and hold it for the block.
+async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | None = None) -> AsyncIterator[Sandbox]:
+    """Bring a pod's machine up and hold it for the block: a `spare` one, else a clone of its template, else booted.
 
     Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
     """
     around.paths.vm.mkdir(mode=0o711, exist_ok=True)
     config = vm_config_for(around, spec)
+    if spare is not None and not spare.suits(spec, config):
+        log.info("the machine that was kept ready is another than is asked for")
+        await spare.close()
+        spare = None
     mode = spec.template or around.settings.sandbox.template
     if config.shares:
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
         await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
     async with connected(around, spec) as network, AsyncExitStack() as stack:
+        if spare is not None:
+            taken = await spare.taken(spec, network, stack)
+            network.settle()
+            yield taken
+            return
         config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
         origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
@@ -171,21 +181,32 @@ async def _booted(
     around: Surroundings, spec: SandboxSpec, config: VmConfig, network: Connection, stack: AsyncExitStack
 ) -> Sandbox:
     began = time.monotonic()
+    vm, agent = await started(around, config, stack)
+    return await introduced(Sandbox(around, spec, vm, agent, network), began=began)
+
+
+async def started(around: Surroundings, config: VmConfig, stack: AsyncExitStack) -> tuple[Vm, AgentClient]:
+    """A machine that runs, and its agent, which may not answer yet; both are left with the `stack`."""
     # While QEMU starts.
     loading = asyncio.get_running_loop().run_in_executor(None, AgentClient.load)
     with translating():
         vm = await stack.enter_async_context(around.hypervisor.running(config))
         await loading
-        agent = await stack.enter_async_context(agent_of(vm, around.paths.vm))
-        sandbox = Sandbox(around, spec, vm, agent, network)
+        return vm, await stack.enter_async_context(agent_of(vm, around.paths.vm))
+
+
+async def introduced(sandbox: Sandbox, *, began: float) -> Sandbox:
+    """The pod whose machine was started at `began`, when its guest knows who it is."""
+    config = sandbox.vm.config
+    with translating():
         sandbox.cpus_online = config.cpus.boot
         sandbox.phases["vm"] = time.monotonic() - began
         # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
         sandbox.save("creating")
         sandbox.details = await _unless_vm_ends(sandbox, _introduce(sandbox, timeout=config.boot_timeout))
         sandbox.phases["agent"] = time.monotonic() - began
-        if network.seconds:
-            sandbox.phases["network"] = network.seconds
+        if sandbox.network.seconds:
+            sandbox.phases["network"] = sandbox.network.seconds
         if config.restore is None:
             for phase, micros in sandbox.details.boot_phases_us.items():
                 sandbox.phases[f"guest_{phase}"] = micros / 1e6

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import cgroups, records
@@ -37,10 +38,35 @@ LISTEN_FD = 3
 IDLE_TIMEOUT = 10.0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt | --revive] [--debug] [--config FILE]``.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a supervisor comes to its pod."""
 
-    With ``--adopt`` the pod exists and its machine is taken over; with ``--revive`` it may get a new one.
+    #: it exists already
+    known: bool = False
+    #: and may get a new machine
+    revive: bool = False
+    #: id of the pod that its machine is kept ready for
+    spare: str = ""
+    #: what is left: those of every supervisor
+    arguments: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Start:
+        spare = words[words.index("--spare") + 1] if "--spare" in words else ""
+        return cls(
+            known="--adopt" in words or "--revive" in words,
+            revive="--revive" in words,
+            spare=spare,
+            arguments=tuple(word for word in words if word not in ("--adopt", "--revive", "--spare", spare)),
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt | --revive | --spare ID] [--debug] [--config FILE]``.
+
+    With ``--adopt`` the pod exists and its machine is taken over; with ``--revive`` it may get a new one.  With
+    ``--spare`` a machine is kept ready for a pod that somebody may ask for.
     """
     directory, run_root, data_root, *rest = sys.argv[1:] if arguments is None else arguments
     os.closerange(LISTEN_FD + 1, os.sysconf("SC_OPEN_MAX"))
@@ -55,15 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logs.sandbox_id.set(os.path.basename(directory))
     listener = socket.socket(fileno=LISTEN_FD)
     listener.setblocking(False)
-    config_file = rest[rest.index("--config") + 1] if "--config" in rest else None
+    config_file = config_of(rest)
     try:
         asyncio.run(
             supervise(
                 Roots(run_root, data_root),
                 paths,
                 listener,
-                known="--adopt" in rest or "--revive" in rest,
-                revive="--revive" in rest,
+                start=Start.of(rest),
                 config_file=config_file,
                 debug="--debug" in rest,
             )
@@ -76,13 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os._exit(0)
 
 
+def config_of(words: Sequence[str]) -> str | None:
+    """The file that a supervisor's arguments name."""
+    return words[words.index("--config") + 1] if "--config" in words else None
+
+
 async def supervise(
     roots: Roots,
     paths: SandboxPaths,
     listener: socket.socket,
     *,
-    known: bool,
-    revive: bool,
+    start: Start,
     config_file: str | None,
     debug: bool,
 ) -> None:
@@ -108,7 +137,7 @@ async def supervise(
         control = Control(service, tasks)
         server = await control.listen(listener)
         try:
-            await _hold_pod(around, service, control, known=known, revive=revive)
+            await _hold_pod(around, service, control, start=start)
             service.close()
             await control.quiet()
             await service.settle()
@@ -119,10 +148,10 @@ async def supervise(
             control.released.set()
 
 
-async def _hold_pod(around: Surroundings, service: Service, control: Control, *, known: bool, revive: bool) -> None:
+async def _hold_pod(around: Surroundings, service: Service, control: Control, *, start: Start) -> None:
     """Bring the pod up (or take it over) and hold it until it is told to end or its VM dies."""
     try:
-        holding, adopt = await _pod(around, service, control, known=known, revive=revive)
+        holding, adopt = await _pod(around, service, control, start=start)
         await _until_ended(holding, service, adopt=adopt)
     except* SandboxError as errors:
         first = _first(errors)
@@ -137,28 +166,39 @@ async def _hold_pod(around: Surroundings, service: Service, control: Control, *,
 
 
 async def _pod(
-    around: Surroundings, service: Service, control: Control, *, known: bool, revive: bool
+    around: Surroundings, service: Service, control: Control, *, start: Start
 ) -> tuple[AbstractAsyncContextManager[Sandbox], bool]:
     """The pod to hold, and whether its machine runs already."""
     from vmsandbox.supervisor.bringup import adopted, opened, swept
     from vmsandbox.supervisor.sandbox import SandboxSpec
 
-    if known:
+    if start.known:
         document = records.read_document(around.paths.document_file)
         spec = SandboxSpec.of(document)
         # Whoever started it was somewhere else.
         cgroups.enter(spec.cgroups, os.getpid())
         service.restore(spec)
         vm = document.get("vm") or {}
-        if vm and (not revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):
+        if vm and (not start.revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):
             service.want(spec)
             return adopted(around, document), True
-        if not revive:
+        if not start.revive:
             raise UnavailableError("the pod's virtual machine has ended")
         # Before anything is awaited: what is started again meanwhile is not meant.
         service.end_processes("its virtual machine is gone")
         await swept(around, spec, document)
-    return opened(around, await _wanted(service, control, revive=known)), False
+    if start.spare:
+        return await _spare(around, service, start), False
+    return opened(around, await _wanted(service, control, revive=start.known)), False
+
+
+async def _spare(around: Surroundings, service: Service, start: Start) -> AbstractAsyncContextManager[Sandbox]:
+    """The pod that a client asks of a machine that is kept ready; `UnavailableError` if nobody does."""
+    from vmsandbox.supervisor import spares
+    from vmsandbox.supervisor.bringup import opened
+
+    spec, spare = await spares.asked_for(around, start.spare, service.wanted)
+    return opened(around, spec, spare)
 
 
 async def _wanted(service: Service, control: Control, *, revive: bool) -> SandboxSpec:

@@ -3,7 +3,7 @@
 Most of what a supervisor's start costs is loading Python code: a third of a second of processor time and most of its
 memory, both the same for each.  So the first client of a run root starts a nursery instead of a supervisor; it forks
 that one at once, loads everything, and forks those of later clients while they come.  After `LINGER` seconds without a
-client, or when the run root is removed, it ends.
+client, or when the run root is removed, it ends.  Where machines are to be kept ready, it has them made in between.
 
 It is never needed: a client that finds none, or one that is not in the same surroundings as itself (namespaces, control
 groups, limits, the code as it is on disk), starts its supervisor without it.  gRPC is not loaded here, because no
@@ -16,20 +16,24 @@ import ctypes
 import gc
 import importlib
 import os
-import resource
 import select
 import socket
 import struct
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import wire
-from vmsandbox.supervisor.main import LISTEN_FD, main
+from vmsandbox import surroundings, wire
+from vmsandbox.errors import SandboxError
+from vmsandbox.paths import Roots
+from vmsandbox.supervisor.main import LISTEN_FD, Start, config_of, main
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from vmsandbox.paths import SandboxPaths
 
 #: seconds without a client after which it ends
 LINGER = 60.0
@@ -37,6 +41,8 @@ LINGER = 60.0
 NURSERY_FD = LISTEN_FD + 1
 #: seconds a client may take to say what it wants
 PATIENCE = 5.0
+#: seconds without a client after which machines are made ready
+QUIET = 1.0
 PRELOADED = (
     "vmsandbox.config.load",
     "vmsandbox.oci.compose",
@@ -49,9 +55,10 @@ PRELOADED = (
     "vmsandbox_hypervisor.qemu.vm",
     "vmsandbox_protocol.agent_pb2",
 )
-_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _IN_MOVED_FROM, _IN_DELETE, _IN_MOVE_SELF, _IN_CLOEXEC = 0x40, 0x200, 0x800, 0o2000000
 _EVENTS = 64 * 1024
+#: watch, mask, cookie, length of the name
+_EVENT = struct.Struct("iIII")
 
 
 def nurse() -> None:
@@ -69,7 +76,7 @@ def nurse() -> None:
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=NURSERY_FD) as listener:
-        _serve(listener, run_root)
+        _serve(listener, run_root, Origin(arguments, dict(os.environ)))
 
 
 @contextmanager
@@ -111,44 +118,96 @@ def _become(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-def _serve(listener: socket.socket, run_root: str) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """What a supervisor was last started with: its arguments and environment."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+
+
+def _serve(listener: socket.socket, run_root: str, origin: Origin) -> None:
     path = listener.getsockname()
     loaded = _sources()
-    here = surroundings(os.getpid())
+    here = surroundings.of(os.getpid())
     waiting = select.poll()
     waiting.register(listener, select.POLLIN)
-    watch = _watched(run_root)
-    waiting.register(watch, select.POLLIN)
+    watch = _Watch()
+    watch.add(run_root, _IN_MOVED_FROM | _IN_DELETE | _IN_MOVE_SELF)
+    waiting.register(watch.fd, select.POLLIN)
+    #: somebody came, so that machines may have to be made ready for whoever comes next
+    due = True
     while os.path.exists(path):
-        events = dict(waiting.poll(LINGER * 1000))
-        if watch in events:
-            os.read(watch, _EVENTS)
-            continue
-        if listener.fileno() not in events:
+        events = dict(waiting.poll((QUIET if due else LINGER) * 1000))
+        if watch.fd in events:
+            due |= any("." not in name for name in watch.gone())
+        elif listener.fileno() in events:
+            connection, _ = listener.accept()
+            with connection:
+                try:
+                    origin = _attend(connection, here, loaded) or origin
+                    due = True
+                except (OSError, ValueError, KeyError, wire.WireError):
+                    continue
+        elif due:
+            _make_ready(origin, watch)
+            due = False
+        else:
             break
-        connection, _ = listener.accept()
-        with connection:
-            try:
-                _attend(connection, here, loaded)
-            except (OSError, ValueError, KeyError, wire.WireError):
-                continue
     try:
         os.unlink(path)
     except OSError:
         return
 
 
-def _attend(connection: socket.socket, here: object, loaded: object) -> None:
+def _make_ready(origin: Origin, watch: _Watch) -> None:
+    """Have a machine made ready if there are fewer than wanted; it comes back here for its supervisor."""
+    from vmsandbox.config.load import load
+
+    _directory, run_root, data_root, *words = origin.arguments
+    roots, rest = Roots(run_root, data_root), Start.of(words).arguments
+    try:
+        wanted = load(roots, config_file=config_of(rest)).sandbox.spares
+    except SandboxError:
+        return
+    if not wanted:
+        return
+    os.makedirs(roots.spares_dir, mode=0o700, exist_ok=True)
+    # Who takes one does not come here.
+    watch.add(roots.spares_dir, _IN_DELETE, names=True)
+    if wanted <= _ready(roots):
+        return
+
+    def become() -> None:
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        code = "from vmsandbox.cli.spares import prepare; prepare()"
+        os.execve(sys.executable, [sys.executable, "-c", code, run_root, data_root, *rest], {**origin.environment})
+
+    _forked(become)
+
+
+def _ready(roots: Roots) -> int:
+    """How many machines are ready, or are being made so."""
+    names = {name.partition(".")[0] for name in os.listdir(roots.spares_dir)}
+    return sum(_is_served(roots.sandbox(name)) for name in names)
+
+
+def _is_served(sandbox: SandboxPaths) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(sandbox.control_file) == 0
+
+
+def _attend(connection: socket.socket, here: object, loaded: object) -> Origin | None:
     """Fork one client's supervisor, or refuse; without a word the client knows that nothing was done."""
     connection.settimeout(PATIENCE)
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if uid != os.geteuid() or surroundings(pid) != here or _sources() != loaded:
-        return
+    if uid != os.geteuid() or surroundings.of(pid) != here or _sources() != loaded:
+        return None
     connection.sendall(wire.encode_message({"pid": os.getpid()}))
     head, descriptors, _, _ = socket.recv_fds(connection, wire.HEAD.size, 2)
     try:
         if len(descriptors) != 2 or len(head) != wire.HEAD.size:
-            return
+            return None
         request = _read(connection, head)
 
         def become() -> None:
@@ -163,6 +222,7 @@ def _attend(connection: socket.socket, here: object, loaded: object) -> None:
         for fd in descriptors:
             os.close(fd)
     connection.sendall(wire.encode_message({"pid": child}))
+    return Origin(request["arguments"], request["environment"])
 
 
 def _read(connection: socket.socket, head: bytes) -> dict[str, Any]:
@@ -177,31 +237,39 @@ def _read(connection: socket.socket, head: bytes) -> dict[str, Any]:
     return wire.decode(kind, bytes(payload)).message()
 
 
-def surroundings(pid: int) -> object:
-    """What a process passes on to its children, beside descriptors and environment."""
-    process = f"/proc/{pid}"
-    root = os.stat(f"{process}/root")
-    with open(f"{process}/cgroup") as groups, open(f"{process}/oom_score_adj") as score:
-        texts = (groups.read(), score.read())
-    limits = [resource.prlimit(pid, getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
-    places = [os.readlink(f"{process}/ns/{name}") for name in _NAMESPACES]
-    scheduling = (os.sched_getaffinity(pid), os.getpriority(os.PRIO_PROCESS, pid))
-    return (root.st_dev, root.st_ino, texts, limits, places, scheduling)
-
-
 def _sources() -> list[tuple[str, int]]:
     """The files whose code is loaded and when they were changed: what is newer is not what a client expects."""
     files = (getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if "vmsandbox" in name)
     return [(file, os.stat(file).st_mtime_ns) for file in files if file]
 
 
-def _watched(directory: str) -> int:
-    """A descriptor that is readable when something in a directory goes, or it moves; it must exist now.
+class _Watch:
+    """A descriptor that is readable when something in a directory goes, or the directory moves.
 
     Of the directory's own removal nobody is told while our socket is in it.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.inotify_init1(_IN_CLOEXEC)
-    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(directory), _IN_MOVED_FROM | _IN_DELETE | _IN_MOVE_SELF) < 0:
-        raise OSError(ctypes.get_errno(), f"'{directory}' cannot be watched")
-    return fd
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.fd: int = self._libc.inotify_init1(_IN_CLOEXEC)
+        self._named: set[int] = set()
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "nothing can be watched")
+
+    def add(self, directory: str, mask: int, *, names: bool = False) -> None:
+        """Watch a directory too; it must exist now.  `gone` tells the `names` of what goes."""
+        number = self._libc.inotify_add_watch(self.fd, os.fsencode(directory), mask)
+        if number < 0:
+            raise OSError(ctypes.get_errno(), f"'{directory}' cannot be watched")
+        if names:
+            self._named.add(number)
+
+    def gone(self) -> list[str]:
+        """What is gone since the last call."""
+        data, found = os.read(self.fd, _EVENTS), []
+        while data:
+            number, _, _, length = _EVENT.unpack_from(data)
+            if number in self._named:
+                found.append(os.fsdecode(data[_EVENT.size : _EVENT.size + length].rstrip(b"\0")))
+            data = data[_EVENT.size + length :]
+        return found

@@ -21,16 +21,16 @@ import logging
 import os
 import sys
 import tempfile
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox import __version__, records
-from vmsandbox.errors import SandboxError, UnavailableError, UnsupportedError
+from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
-from vmsandbox.supervisor import slots
+from vmsandbox.supervisor import slots, warming
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
@@ -55,8 +55,6 @@ NAME = "vmsandbox-template"
 LAYER = "layer"
 DOCUMENT = "template.json"
 STAGING = ".staging-"
-#: seconds the container that warms a template may take
-WARM_TIMEOUT = 120.0
 WARM_DISK_MIB = 16
 
 
@@ -314,7 +312,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
                     await agent.details(timeout=config.boot_timeout)
                     # Not at the end: what the container needs, those of the clones need too.
-                    await _clear(agent, caches=True)
+                    await warming.clear(agent, caches=True)
                     async with AsyncExitStack() as stack:
                         disk = run / "warm.img"
                         await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, cache)
@@ -322,60 +320,18 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                         stack.push_async_callback(vm.detach_disk, "warm-image")
                         writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
                         stack.push_async_callback(vm.detach_disk, "warm-scratch")
-                        async with asyncio.timeout(WARM_TIMEOUT):
-                            await _warm(around, agent, image.pci_path, writable.pci_path)
+                        async with asyncio.timeout(warming.TIMEOUT):
+                            await warming.warm(around, agent, image.pci_path, writable.pci_path)
                     if slots.has(booted):
                         await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
-                    await _clear(agent)
+                    await warming.clear(agent)
                 await save_template(vm, saved)
                 if slots.has(booted):
                     await asyncio.to_thread(scratch.copy, booted.disks[-1].path, saved / LAYER)
     except TimeoutError:
-        raise UnavailableError(f"the template's container did not end within {WARM_TIMEOUT:g} s") from None
+        raise UnavailableError(f"the template's container did not end within {warming.TIMEOUT:g} s") from None
     finally:
         os.close(memory)
-
-
-async def _clear(agent: AgentClient, *, caches: bool = False) -> None:
-    with suppress(UnsupportedError):  # a guest that was built before there was this: its template is larger
-        await agent.clear_memory(caches=caches)
-
-
-async def _warm(around: Surroundings, agent: AgentClient, image: str, writable: str) -> None:
-    """Run one container the way pods run theirs, so that all code on that path is in memory."""
-    from vmsandbox.oci import compose, options
-    from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
-    from vmsandbox_protocol import agent_pb2 as pb
-
-    container_id = "warm"
-    rootfs = f"{ROOTFS}/{container_id}"
-    chosen = options.run_options({"args": ["/usr/bin/crun", "--version"]})
-    composed = compose.compose(
-        {},
-        chosen,
-        rootfs=rootfs,
-        container_id=container_id,
-        pod_files={},
-        cache=around.roots.run / "cache",
-    )
-    request = pb.CreateContainerRequest(
-        container_id=container_id,
-        spec_json=json.dumps(composed.spec).encode(),
-        storages=overlay_storages("warm-image", image, f"{STORAGE}/{container_id}", writable, rootfs),
-        stdio=pb.Stdio(stdin=True, stdout=True, stderr=True),
-        start=True,
-        user=composed.user,
-        default_home=composed.default_home,
-        make_cwd=composed.make_cwd,
-    )
-    await agent.create_container(request, timeout=WARM_TIMEOUT)
-    async with agent.attach(container_id, "") as attachment:
-        await attachment.receive()  # what was accepted so far; input may follow
-        await attachment.send_input(0, b"warm", eof=True)
-        while (answer := await attachment.receive()) is not None:
-            if answer.WhichOneof("what") == "exited":
-                break
-    await agent.remove_container(container_id, force=True)
 
 
 def missing(around: Surroundings, key: str) -> bool:

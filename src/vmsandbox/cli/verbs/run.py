@@ -9,7 +9,7 @@ import sys
 
 from vmsandbox import records
 from vmsandbox.arguments import Parser
-from vmsandbox.cli import client, launch, standin, terminal
+from vmsandbox.cli import client, launch, spares, standin, terminal
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
@@ -190,7 +190,8 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
         terminal.require_terminal()
     roots = options.roots()
     pod = records.load_pod(roots, records.resolve_pod(roots, arguments.pod)) if arguments.pod else None
-    container_id = new_id()
+    spare = spares.taken(roots, options.supervisor_arguments()) if pod is None and is_usual(arguments) else None
+    container_id = spare[0] if spare else new_id()
     request: dict[str, Any] = {
         "verb": verb,
         "id": container_id,
@@ -216,6 +217,8 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
     if arguments.name:
         records.reserve_name(roots, arguments.name, container_id)
     try:
+        if spare is not None:
+            return stay(options, roots, roots.sandbox(container_id), spare[1], request, arguments)
         if pod is None:
             return start(options, roots, request, arguments)
         return client.insisting(lambda: join(options, roots, request, arguments))
@@ -223,6 +226,12 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
         if arguments.name and not os.path.lexists(f"{roots.by_container_dir}/{container_id}"):
             records.release_name(roots, arguments.name, container_id)
         raise
+
+
+def is_usual(arguments: argparse.Namespace) -> bool:
+    """Whether a machine that was made ready for anybody may do."""
+    special = (arguments.accel, arguments.shared_fs, arguments.scratch_size, arguments.volume, arguments.mount)
+    return not any(special) and not arguments.read_only and arguments.template != "off"
 
 
 def start(options: Options, roots: Roots, request: dict[str, Any], arguments: argparse.Namespace) -> int:

@@ -1,0 +1,64 @@
+"""What a machine goes through before anybody uses it: a container, so that all code on that path is in its memory.
+
+Templates are saved after it, and with them what is loaded; in a spare the emulator has translated it besides.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from vmsandbox.errors import UnsupportedError
+from vmsandbox.oci import compose, options
+from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
+from vmsandbox_protocol import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from vmsandbox.guest.client import AgentClient
+    from vmsandbox.supervisor.sandbox import Surroundings
+
+#: seconds the container may take
+TIMEOUT = 120.0
+
+
+async def clear(agent: AgentClient, *, caches: bool = False) -> None:
+    """Have the guest's free memory hold nothing; with `caches`, free what it has read and does not use first."""
+    with suppress(UnsupportedError):  # a guest that was built before there was this: its template is larger
+        await agent.clear_memory(caches=caches)
+
+
+async def warm(around: Surroundings, agent: AgentClient, image: str, writable: str | None) -> None:
+    """Run one container the way pods run theirs; `image` and `writable` are addresses of disks nothing else uses.
+
+    Without `writable` the container's layer is in memory.
+    """
+    container_id = "warm"
+    rootfs = f"{ROOTFS}/{container_id}"
+    chosen = options.run_options({"args": ["/usr/bin/crun", "--version"]})
+    composed = compose.compose(
+        {},
+        chosen,
+        rootfs=rootfs,
+        container_id=container_id,
+        pod_files={},
+        cache=around.roots.run / "cache",
+    )
+    request = pb.CreateContainerRequest(
+        container_id=container_id,
+        spec_json=json.dumps(composed.spec).encode(),
+        storages=overlay_storages("warm-image", image, f"{STORAGE}/{container_id}", writable, rootfs),
+        stdio=pb.Stdio(stdin=True, stdout=True, stderr=True),
+        start=True,
+        user=composed.user,
+        default_home=composed.default_home,
+        make_cwd=composed.make_cwd,
+    )
+    await agent.create_container(request, timeout=TIMEOUT)
+    async with agent.attach(container_id, "") as attachment:
+        await attachment.receive()  # what was accepted so far; input may follow
+        await attachment.send_input(0, b"warm", eof=True)
+        while (answer := await attachment.receive()) is not None:
+            if answer.WhichOneof("what") == "exited":
+                break
+    await agent.remove_container(container_id, force=True)

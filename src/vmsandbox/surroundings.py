@@ -1,0 +1,43 @@
+"""What a process passes on to its children, beside descriptors and environment.
+
+A supervisor that somebody else has started must be where its client would have started it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+#: beginnings of names of variables: where programs and temporary files are, how they are loaded, and our own
+_INFLUENTIAL = ("PATH", "TMPDIR", "LD_", "PYTHON", "MALLOC", "CNI_", "VMSANDBOX_", "GRPC_")
+
+
+def of(pid: int) -> list[object]:
+    """Root, control groups, limits, namespaces and scheduling of a process; made of what JSON has."""
+    process = f"/proc/{pid}"
+    root = os.stat(f"{process}/root")
+    with open(f"{process}/cgroup") as groups, open(f"{process}/oom_score_adj") as score:
+        texts = [groups.read(), score.read()]
+    limits = [[*resource.prlimit(pid, getattr(resource, name))] for name in dir(resource) if name.startswith("RLIMIT_")]
+    places = [os.readlink(f"{process}/ns/{name}") for name in _NAMESPACES]
+    scheduling = [sorted(os.sched_getaffinity(pid)), os.getpriority(os.PRIO_PROCESS, pid)]
+    return [root.st_dev, root.st_ino, texts, limits, places, scheduling]
+
+
+def influential(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change what a supervisor does; shells note many others for themselves."""
+    return {name: value for name, value in environment.items() if name.startswith(_INFLUENTIAL)}
+
+
+def change_of(path: str) -> list[int] | None:
+    """What is different after a file was changed; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
