@@ -215,6 +215,8 @@ def start(options: Options, roots: Roots, name: str, _arguments: argparse.Namesp
         elif container.status() in ("stopped", "created"):
             try:
                 containers_start.start(options, roots, container.id)
+            except InvalidStateError:
+                continue  # somebody else starts it, or removes it, just now
             except SandboxError as error:
                 failed.append(error)
     if failed:
