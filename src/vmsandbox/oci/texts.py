@@ -124,7 +124,7 @@ def disk(text: str, *, cwd: str = "/") -> Disk:
     if len(rest) > 1 or not source:
         raise InvalidArgumentError(f"{what} is not understood: write SOURCE[:PATH][:rwm]")
     path = _source(source, cwd, what)
-    return Disk(source=path, path=destination(rest[0] if rest else path, f"path of {what}"), access=access)
+    return Disk(source=path, path=destination(rest[0] if rest else path, what), access=access)
 
 
 def size(text: str, what: str) -> int:
@@ -154,13 +154,13 @@ def _limit(text: str) -> int:
 
 
 def destination(text: str, what: str) -> str:
-    """An absolute, normalised path in the container that is not its root."""
+    """The destination of `what`: an absolute, normalised path in the container that is not its root."""
     path = posixpath.normpath(text) if text else ""
     path = "/" + path.lstrip("/") if path.startswith("/") else path
     if not path.startswith("/") or "\0" in path:
-        raise InvalidArgumentError(f"{what} '{text}' has to be an absolute path")
+        raise InvalidArgumentError(f"destination '{text}' of {what} has to be an absolute path")
     if path == "/":
-        raise InvalidArgumentError(f"{what} '{text}' cannot be the root directory")
+        raise InvalidArgumentError(f"destination '{text}' of {what} cannot be the root directory")
     return path
 
 
@@ -180,7 +180,7 @@ def volume(text: str, *, cwd: str = "/") -> Volume:
             read_only = option == "ro"
         else:
             _check_propagation(option, f"volume '{text}'")
-    where = destination(parts[1], f"destination of volume '{text}'")
+    where = destination(parts[1], f"volume '{text}'")
     return Volume(source=source, destination=where, read_only=read_only, create=True)
 
 
@@ -199,7 +199,7 @@ def mount(text: str, *, cwd: str = "/") -> Volume | Tmpfs:
     kind = values.pop("type", "bind")
     if kind not in ("bind", "tmpfs"):
         raise InvalidArgumentError(f"{what} is of type '{kind}': known are 'bind' and 'tmpfs'")
-    where = destination(values.pop("target", ""), f"target of {what}")
+    where = destination(values.pop("target", ""), what)
     read_only = _truth(values.pop("readonly", "false"), what)
     made: Volume | Tmpfs
     if kind == "bind":
@@ -225,7 +225,7 @@ def tmpfs(text: str) -> Tmpfs:
     for option in options:
         if option not in _TMPFS_FLAGS and not _TMPFS_VALUES.fullmatch(option):
             raise InvalidArgumentError(f"tmpfs '{text}' has unknown option '{option}'")
-    return Tmpfs(destination=destination(where, f"destination of tmpfs '{text}'"), options=options)
+    return Tmpfs(destination=destination(where, f"tmpfs '{text}'"), options=options)
 
 
 def _source(text: str, cwd: str, what: str) -> str:

@@ -73,7 +73,7 @@ def test_volumes(text: str, expected: Volume) -> None:
         (":/dst", "write SOURCE:DESTINATION"),
         ("/a:/b:ro:x", "write SOURCE:DESTINATION"),
         ("data:/dst", "named volumes do not exist here, write './data' for a directory"),
-        ("/src:dst", "destination of volume '/src:dst' 'dst' has to be an absolute path"),
+        ("/src:dst", "destination 'dst' of volume '/src:dst' has to be an absolute path"),
         ("/src:/", "cannot be the root directory"),
         ("/src:/x/..", "cannot be the root directory"),
         ("/src:/dst:z", "volume '/src:/dst:z' has unknown option 'z'"),
