@@ -7,7 +7,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError
+from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError, UnavailableError
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import composition, ending, execution, processors, slots, store, template
 from vmsandbox.supervisor.container import Container
@@ -56,9 +56,10 @@ async def run(service: Service, request: dict[str, Any], *, start: bool = True) 
                 await container.create(service.sandbox, image, composed, options, start=start, in_slot=in_slot)
 
             await admit(service, container, creating, verb="run" if start else "create")
-        except BaseException as error:
-            if service.spec is None and not service.wanted.done() and isinstance(error, SandboxError):
-                service.wanted.set_exception(error)
+        except Exception as error:
+            if service.spec is None and not service.wanted.done():
+                # Nobody will want this pod: it ends now, and its client does not wait until it has been idle.
+                service.wanted.set_exception(error if isinstance(error, SandboxError) else UnavailableError(str(error)))
             raise
     return {"id": container_id, "pid": (container.init.standin or {}).get("pid", 0)}
 
