@@ -91,6 +91,11 @@ def test_unbinding_succeeds_while_a_file_is_open(directory: str, source: Path) -
         assert file.read() == "deep"
 
 
+def mountinfo_name(path: str) -> str:
+    """How a path is written there."""
+    return path.replace(" ", r"\040")
+
+
 def test_a_process_in_a_namespace_of_its_own_sees_later_mounts_come_and_go(directory: str, source: Path) -> None:
     script = f"""echo ready; read x; cat '{directory}/one/sub/deep'; echo; read x; ls -A '{directory}'; echo end"""
     command = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script]
@@ -101,9 +106,11 @@ def test_a_process_in_a_namespace_of_its_own_sees_later_mounts_come_and_go(direc
         share.bind(directory, "one", str(source), read_only=False)
         watcher.stdin.write("\n")
         assert watcher.stdout.readline() == "deep\n"
+        with open(f"/proc/{watcher.pid}/mountinfo") as file:
+            assert mountinfo_name(directory) + "/one" in file.read()
         share.unbind(directory, "one")
         with open(f"/proc/{watcher.pid}/mountinfo") as file:
-            assert "shared/one" not in file.read()
+            assert mountinfo_name(directory) + "/one" not in file.read()
         watcher.stdin.write("\n")
         assert watcher.stdout.read() == "end\n"
 
