@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.harness.bundles import Runtime
 
 CGROUPS = Path("/sys/fs/cgroup")
-OBEDIENT = 'trap "echo ended; exit 7" TERM; echo up; while :; do sleep 0.1; done'
+OBEDIENT = 'trap "echo ended; exit 7" TERM; echo up; sleep 100000 & wait'
 
 
 def vcpu_affinities(runtime: Runtime) -> list[set[int]]:
@@ -203,7 +203,7 @@ def test_a_pod_outlives_its_supervisor_and_who_could_start_another(runtime: Runt
 def test_many_processes_at_once_and_too_large_ones(runtime: Runtime, box_rootfs: Path) -> None:
     """Each of 100 execs has its own output and status; what needs too much memory is killed, and told of."""
     linux = {**default_spec()["linux"], "resources": {"memory": {"limit": 48 << 20}}}
-    script = 'trap "exec tail /dev/zero" TERM; while :; do sleep 0.1; done'
+    script = 'trap "exec tail /dev/zero" TERM; sleep 100000 & wait'
     bundle = runtime.bundle("nine", box_rootfs, "sh", "-c", script, linux=linux)
     pid = runtime.create("nine", bundle)
     runtime.ok("start", "nine")

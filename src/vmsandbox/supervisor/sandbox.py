@@ -243,11 +243,11 @@ class Sandbox:
             with translating():
                 state = await self.vm.memory()
                 if state.base_mib + state.requested_mib != memory:
-                    await self.vm.set_memory(max(memory, state.base_mib))
+                    await self.vm.set_memory(max(memory, state.base_mib), timeout=RPC_TIMEOUT)
                 # Under TCG vCPUs are taken offline instead of out, so what is present says too little.
                 changing = cpus != self.cpus_online
                 if changing:
-                    plugged = await self.vm.set_cpus(cpus)
+                    plugged = await self.vm.set_cpus(cpus, timeout=RPC_TIMEOUT)
                     await self.agent.online_cpus(plugged.present - plugged.surplus, timeout=RPC_TIMEOUT)
                     self.cpus_online = cpus
                 await self._bind(anew=changing)
