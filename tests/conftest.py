@@ -7,14 +7,20 @@ import ctypes
 import inspect
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import psutil
 import pytest
 
+from tests.harness import groups
+from tests.harness.roots import prepared_data_root
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from xdist.scheduler import LoadScopeScheduling
 
 #: seconds an async test may take unless it is marked otherwise with ``@pytest.mark.deadline(seconds)``
 DEADLINE = 10.0
@@ -28,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("untimed")
     # Double-forked processes are reparented to us, so that `no_orphans` sees them.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return groups.scheduler(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -87,3 +98,10 @@ def no_orphans() -> Iterator[None]:
             continue
     _reap()
     assert not described, f"left behind: {described}"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Iterator[Path]:
+    """Images and containers of the tests alone, with the guest that the machine has, and a template."""
+    with prepared_data_root() as directory:
+        yield directory

@@ -10,17 +10,9 @@ import pytest
 
 from tests.harness.boxes import make_rootfs
 from tests.harness.cli import Cli
-from tests.harness.roots import prepared_data_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Iterator[Path]:
-    """Images and containers of the tests alone, with the guest that the machine has."""
-    with prepared_data_root() as directory:
-        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,14 @@ started by the first test that needs them.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,13 @@ from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 #: seconds one command of an engine may take on a busy machine
 TIMEOUT = 180.0
+#: held by who has engines: those of two runs would take each other's control groups for something left behind
+LOCK = Path("/run/lock/vmsandbox-tests-engines")
 #: seconds for the namespaces, and for a daemon, to be there
 START_TIMEOUT = 60.0
 NAMESPACES = ("--pid", "--mount", "--net", "--uts", "--ipc")
@@ -78,6 +82,15 @@ BOX = "localhost/box:1"
 PAUSE = "localhost/pause:1"
 
 
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until nobody else on this machine has engines, and be the one who has, for the block."""
+    LOCK.parent.mkdir(exist_ok=True)
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Engines:
     """Namespaces in which engines run, with our runtime beside crun and runc."""
 
@@ -90,6 +103,7 @@ class Engines:
         self._init = 0
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._made_cni = False
+        self._turn = ExitStack()
         #: of the machine, copied into the engines' namespace
         self._mounts: set[str] = set()
         #: what was there before any container was
@@ -98,6 +112,7 @@ class Engines:
     # ------------------------------------------------------------ the namespaces
 
     def start(self) -> None:
+        self._turn.enter_context(_turn())
         code = f"import sys; sys.argv[1:1] = ['--data-root', {str(self.data_root)!r}]\n"
         self.runtime.write_text(
             f"#!{sys.executable} -sE\n{code}from vmsandbox.cli.runtime.main import main\nsys.exit(main())\n"
@@ -137,6 +152,7 @@ class Engines:
             CNI.rmdir()
         if self._before:
             machine.remove_cgroups(self._before["cgroup"])
+        self._turn.close()
 
     def __call__(self, *words: str, stdin: bytes | None = None, timeout: float = TIMEOUT, **more: Any) -> Result:
         given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}

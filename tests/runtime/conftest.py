@@ -1,4 +1,4 @@
-"""Stages of the runtime's tests: a data root with a guest and a template, a bundle, engines in namespaces."""
+"""Stages of the runtime's tests: a bundle, engines in namespaces."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import daemons
+from tests.harness import daemons, groups
 from tests.harness.boxes import make_rootfs
 from tests.harness.bundles import Runtime
 from tests.harness.engines import Engines
-from tests.harness.roots import prepared_data_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,12 +20,7 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compares the machine with what it was comes when all else has had its turn."""
     items.sort(key=lambda item: item.path.name == "test_nothing_left.py")
-
-
-@pytest.fixture(scope="session")
-def runtime_data_root() -> Iterator[Path]:
-    with prepared_data_root() as directory:
-        yield directory
+    groups.check(items)
 
 
 @pytest.fixture(scope="session")
@@ -37,19 +31,19 @@ def box_rootfs() -> Iterator[Path]:
 
 
 @pytest.fixture
-def runtime(runtime_data_root: Path) -> Iterator[Runtime]:
+def runtime(data_root: Path) -> Iterator[Runtime]:
     """The command with a root of its own; afterwards nothing of it may be left."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        made = Runtime(Path(scratch), runtime_data_root)
+        made = Runtime(Path(scratch), data_root)
         yield made
         made.remove_all()
         assert made.leftovers() == []
 
 
 @pytest.fixture(scope="session")
-def engines_session(runtime_data_root: Path) -> Iterator[Engines]:
+def engines_session(data_root: Path) -> Iterator[Engines]:
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
-        made = Engines(Path(scratch), runtime_data_root)
+        made = Engines(Path(scratch), data_root)
         try:
             made.start()
             made.import_images()

@@ -176,9 +176,9 @@ class Pod:
 
 
 @pytest.fixture(scope="module")
-def pod(place: Place, runtime_data_root: Path) -> Iterator[Pod]:
+def pod(place: Place, data_root: Path) -> Iterator[Pod]:
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        runtime = Runtime(Path(scratch), runtime_data_root)
+        runtime = Runtime(Path(scratch), data_root)
         try:
             yield Pod(runtime, place)
         finally:

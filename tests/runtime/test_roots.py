@@ -138,11 +138,11 @@ def holder(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def apart(holder: int, runtime_data_root: Path) -> Iterator[Runtime]:
+def apart(holder: int, data_root: Path) -> Iterator[Runtime]:
     """The command in that namespace."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
         inside = ("/usr/bin/nsenter", "-t", str(holder), "--mount")
-        made = Runtime(Path(scratch), runtime_data_root, inside=inside)
+        made = Runtime(Path(scratch), data_root, inside=inside)
         yield made
         made.remove_all()
         assert made.leftovers() == []

@@ -64,6 +64,8 @@ def test_every_compression_comes_out_whole_from_the_middle_of_a_file(tmp_path: P
         compressed(b"one", "zstd") + compressed(b"two", "zstd"),
         b"\x51\x2a\x4d\x18\x03\x00\x00\x00abc" + compressed(b"onetwo", "zstd"),
     ],
+    # What is compressed has the time in it, and a test the same name in every process.
+    ids=("gzip twice", "zeros behind", "a zero behind", "an empty one first", "zstd twice", "a frame to skip"),
 )
 def test_several_members_are_one_content(tmp_path: Path, data: bytes) -> None:
     with section(tmp_path / "blob", data) as blob:
