@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    import pytest
     from xdist.scheduler import LoadScopeScheduling
 
-#: files of tests/runtime that use engines
+#: files of tests/runtime that use engines, as tests/architecture/test_groups.py sees to
 ENGINES = ("buildah", "cri", "ctr", "docker", "engine_networks", "nothing_left", "podman")
 _ENGINE_FILES = {f"tests/runtime/test_{name}.py" for name in ENGINES}
 
@@ -37,11 +34,3 @@ def scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     # Small files come last, where they fill what is left of the processes' time.
     config.option.loadscopereorder = False
     return ByGroup(config, log)
-
-
-def check(items: Iterable[pytest.Item]) -> None:
-    """Every test that uses engines has to be in their group."""
-    for item in items:
-        uses = "engines_session" in getattr(item, "fixturenames", ())
-        if uses and group_of(item.nodeid) != "engines":
-            raise pytest.UsageError(f"{item.nodeid} uses engines: name its file in {__name__}.ENGINES")

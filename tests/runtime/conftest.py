@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import daemons, groups
+from tests.harness import daemons
 from tests.harness.boxes import make_rootfs
 from tests.harness.bundles import Runtime
 from tests.harness.engines import Engines
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compares the machine with what it was comes when all else has had its turn."""
     items.sort(key=lambda item: item.path.name == "test_nothing_left.py")
-    groups.check(items)
 
 
 @pytest.fixture(scope="session")
