@@ -122,6 +122,25 @@ def test_a_program_that_is_missing(cli: Cli, box: str, tmp_path: Path, binary: s
     check(result, cli, said, "/no/such/program")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[sandbox]\nbase_cpuz = 1\n", ("unknown setting 'sandbox.base_cpuz'", "did you mean 'sandbox.base_cpus'?")),
+        ("no toml", ("config.toml' is not TOML", "line 1")),
+        (None, ("config.toml' does not exist",)),
+    ],
+)
+def test_a_configuration_that_cannot_be_used(
+    cli: Cli, box: str, tmp_path: Path, text: str | None, said: tuple[str, ...]
+) -> None:
+    cli.config = tmp_path / "config.toml"
+    if text is not None:
+        cli.config.write_text(text)
+    for words in (["run", "--rm", box, "true"], ["create", box, "true"], ["pod", "create", "--name", "p"]):
+        code = 1 if words[0] == "pod" else 125
+        check(cli(*words), cli, *said, code=code)
+
+
 @pytest.mark.parametrize("limit", [12, 24])
 def test_too_few_descriptors(cli: Cli, box: str, limit: int) -> None:
     def lower() -> None:

@@ -167,7 +167,7 @@ def _unknown_section(section: str, values: object) -> str | None:
         if isinstance(values, dict):
             return f"unknown section '{section}'{_nearest(section, list(SECTIONS))}"
         homes = [f"{name}.{section}" for name, cls in SECTIONS.items() if section in _keys(cls)]
-        hint = f": did you mean '{homes[0]}'" if homes else _nearest(section, list(SECTIONS))
+        hint = f": did you mean '{homes[0]}'?" if homes else _nearest(section, list(SECTIONS))
         return f"unknown setting '{section}' outside of any section{hint}"
     if not isinstance(values, dict):
         return f"'{section}' is a section, not a setting"
@@ -179,7 +179,7 @@ def _unknown_key(section: str, key: str) -> str | None:
     if key in known:
         return None
     elsewhere = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in _keys(cls)]
-    hint = f": did you mean '{elsewhere[0]}'" if elsewhere else _nearest(key, known, prefix=f"{section}.")
+    hint = f": did you mean '{elsewhere[0]}'?" if elsewhere else _nearest(key, known, prefix=f"{section}.")
     return f"unknown setting '{section}.{key}'{hint}"
 
 
@@ -192,7 +192,7 @@ def _nearest(word: str, known: Sequence[str], *, prefix: str = "") -> str:
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:
-        return f": did you mean '{prefix}{near[0]}'"
+        return f": did you mean '{prefix}{near[0]}'?"
     return ": known are " + ", ".join(f"'{prefix}{name}'" for name in known)
 
 

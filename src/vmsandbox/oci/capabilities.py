@@ -118,6 +118,6 @@ def _named(text: str, verb: str) -> str:
         import difflib
 
         near = difflib.get_close_matches(name, KNOWN, n=1)
-        hint = f": did you mean '{near[0]}'" if near else ""
+        hint = f": did you mean '{near[0]}'?" if near else ""
         raise InvalidArgumentError(f"cannot {verb} capability '{text}': there is none of that name{hint}")
     return name

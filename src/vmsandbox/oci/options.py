@@ -142,7 +142,7 @@ def _taken(cls: type, document: Mapping[str, object]) -> dict[str, Any]:
 
             typed = [*(each for each in known if each not in _TYPED.values()), *_TYPED, "mounts"]
             near = difflib.get_close_matches(str(name), typed, n=1)
-            raise InvalidArgumentError(f"unknown option '{name}'" + (f": did you mean '{near[0]}'" if near else ""))
+            raise InvalidArgumentError(f"unknown option '{name}'" + (f": did you mean '{near[0]}'?" if near else ""))
     return {name: _READERS[name](value, name) for name, value in document.items() if value is not None}
 
 

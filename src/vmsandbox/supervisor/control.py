@@ -135,7 +135,7 @@ class Control:
             else:
                 answer = await self.service.dispatch(request)
         except SandboxError as error:
-            answer = {"error": {"code": error.code, "message": str(error), "detail": error.detail}}
+            answer = _told(error)
         except (wire.WireError, ConnectionError):
             raise
         except OSError as error:
@@ -151,6 +151,36 @@ class Control:
         if verb in ("run", "create", "create-bundle") and self.service.implicit():
             return True
         return verb in UNTIL_RELEASED and self.service.ending()
+
+
+async def refuse(listener: socket.socket, error: SandboxError, *, timeout: float) -> None:
+    """Tell the first who asks why there is no pod, where not even a service can be had; for `timeout` seconds."""
+    told = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            frame = await wire.read(reader)
+            if frame is not None and frame.message().get("verb") != "attach":
+                writer.write(wire.encode_message(_told(error)))
+                await writer.drain()
+                told.set()
+        except (wire.WireError, OSError) as broken:
+            log.info("a connection broke: %s", broken)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_unix_server(answer, sock=listener, limit=1 << 20)
+    try:
+        async with asyncio.timeout(timeout):
+            await told.wait()
+    except TimeoutError:
+        pass
+    finally:
+        server.close()
+
+
+def _told(error: SandboxError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "message": str(error), "detail": error.detail}}
 
 
 def _words(error: OSError) -> str:

@@ -117,12 +117,19 @@ async def supervise(
 ) -> None:
     """Serve the control socket, hold the pod, and leave nothing when it ends."""
     from vmsandbox.config.load import load
-    from vmsandbox.supervisor.control import Control
+    from vmsandbox.supervisor.control import Control, refuse
     from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox.supervisor.service import Service
     from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
-    settings = load(roots, config_file=config_file)
+    try:
+        settings = load(roots, config_file=config_file)
+    except SandboxError as error:
+        log.error("the configuration cannot be used: %s", error)
+        await refuse(listener, error, timeout=IDLE_TIMEOUT)
+        _unlink(paths.control_file)
+        records.forget_sandbox_if_empty(paths)
+        return
     if not debug:
         logging.getLogger().setLevel(settings.log.level.upper())
     around = Surroundings(

@@ -102,16 +102,16 @@ def test_hidden_files_in_conf_d_are_left_alone(roots: Roots, etc: Path) -> None:
     [
         (
             "# x\n[sandbox]\nbase_cpus = 2\nmax_cpuz = 3\n",
-            "'FILE' line 4: unknown setting 'sandbox.max_cpuz': did you mean 'sandbox.max_cpus'",
+            "'FILE' line 4: unknown setting 'sandbox.max_cpuz': did you mean 'sandbox.max_cpus'?",
         ),
         (
             "[sandbox]\naccel = 'kvm'\n",
-            "'FILE' line 2: unknown setting 'sandbox.accel': did you mean 'hypervisor.accel'",
+            "'FILE' line 2: unknown setting 'sandbox.accel': did you mean 'hypervisor.accel'?",
         ),
-        ("\n[sandbx]\nx = 1\n", "'FILE' line 2: unknown section 'sandbx': did you mean 'sandbox'"),
+        ("\n[sandbx]\nx = 1\n", "'FILE' line 2: unknown section 'sandbx': did you mean 'sandbox'?"),
         (
             "accel = 'kvm'\n",
-            "'FILE' line 1: unknown setting 'accel' outside of any section: did you mean 'hypervisor.accel'",
+            "'FILE' line 1: unknown setting 'accel' outside of any section: did you mean 'hypervisor.accel'?",
         ),
         ("sandbox = 3\n", "'FILE' line 1: 'sandbox' is a section, not a setting"),
         (
@@ -164,8 +164,8 @@ def test_hidden_files_in_conf_d_are_left_alone(roots: Roots, etc: Path) -> None:
         (
             "[log]\nlvl = 1\n[images]\n",
             (
-                "'FILE' line 2: unknown setting 'log.lvl': did you mean 'log.level'; "
-                "'FILE' line 3: unknown section 'images': did you mean 'image'"
+                "'FILE' line 2: unknown setting 'log.lvl': did you mean 'log.level'?; "
+                "'FILE' line 3: unknown section 'images': did you mean 'image'?"
             ),
         ),
     ],
@@ -183,8 +183,8 @@ def test_a_bad_setting_is_named_with_its_file_and_line(roots: Roots, etc: Path, 
         ("sandbox.max_cpus", "many", "'sandbox.max_cpus' is 'many' but has to be a valid integer"),
         ("sandbox.max_cpus", "[3]", "'sandbox.max_cpus' is '[3]' but has to be a valid integer"),
         ("hypervisor.confine", "1", "'hypervisor.confine' is '1' but has to be a valid boolean"),
-        ("sandbox.maxcpus", "3", "unknown setting 'sandbox.maxcpus': did you mean 'sandbox.max_cpus'"),
-        ("accel", "kvm", "unknown setting 'accel' outside of any section: did you mean 'hypervisor.accel'"),
+        ("sandbox.maxcpus", "3", "unknown setting 'sandbox.maxcpus': did you mean 'sandbox.max_cpus'?"),
+        ("accel", "kvm", "unknown setting 'accel' outside of any section: did you mean 'hypervisor.accel'?"),
         ("log", "debug", "'log' is a section, not a setting"),
     ],
 )

@@ -49,5 +49,5 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         adjusted(["SYS_ADMN"])
     assert str(caught.value) == (
-        "cannot add capability 'SYS_ADMN': there is none of that name: did you mean 'CAP_SYS_ADMIN'"
+        "cannot add capability 'SYS_ADMN': there is none of that name: did you mean 'CAP_SYS_ADMIN'?"
     )

@@ -101,7 +101,7 @@ def test_null_means_not_asked() -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"memroy": "1g"}, "unknown option 'memroy': did you mean 'memory'"),
+        ({"memroy": "1g"}, "unknown option 'memroy': did you mean 'memory'?"),
         ({"memory": "1m"}, "memory '1048576' is too little: give at least '6m'"),
         ({"memory": "lots"}, "memory 'lots' is not a size: write for example '512m' or '2g'"),
         ({"memory": -1}, "memory '-1' is too little: give at least '6m'"),
