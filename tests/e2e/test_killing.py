@@ -99,7 +99,8 @@ def test_the_virtual_machines_death_stops_the_container_and_says_why(cli: Cli, b
 def test_the_death_of_the_guest_s_kernel_stops_the_container_and_says_its_last_words(cli: Cli, box: str) -> None:
     # What the agent's death is as well: it is the guest's first process.
     cli.ok("run", "-d", "--privileged", "--name", "web", box, "sleep", "1000")
-    assert cli("exec", "web", "sh", "-c", "echo c > /proc/sysrq-trigger").code == 137
+    # It may still be on its way to the guest when that is gone.
+    assert cli("exec", "web", "sh", "-c", "echo c > /proc/sysrq-trigger").code in (125, 137)
     assert cli.ok("wait", "web") == "137\n"
     after = cli.inspect("web")
     assert after["status"] == "stopped"
