@@ -59,8 +59,8 @@ def run_spare(place: Workplace) -> Mapping[str, float]:
     _ = place.template
     with tempfile.TemporaryDirectory(prefix="s-", dir=place.directory) as root:
         config = Path(root, "config.toml")
-        config.write_text("[sandbox]\nspares = 1\n")
-        program, *words = place.command("run", "--rm", place.image, "true")
+        config.write_text('[sandbox]\nspares = 1\n[network]\ndefault = "none"\n')
+        program, *words = place.command("run", "--network", "", "--rm", place.image, "true")
         words[words.index("--root") + 1] = root
         command = [program, "--config", str(config), *words]
         before = set(processes.children())

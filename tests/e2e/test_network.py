@@ -18,7 +18,8 @@ import pytest
 
 from tests.harness import hosts
 from tests.harness.boxes import add_program, make_rootfs
-from tests.harness.cli import Cli, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.spares import end_all, offers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,33 @@ def test_pods_reach_each_other_by_address_and_name(cli: Cli, town: tuple[str, st
         assert cli.ok("exec", "peer", "fetch", name) == "webhost\n"
     assert "1 packets received" in cli.ok("exec", "web", "ping", "-c", "1", "-W", "20", peer)
     assert peer in cli.ok("exec", "web", "grep", "-w", "peerpod", "/etc/hosts")
+
+
+def test_a_machine_that_was_kept_ready_has_its_network_and_a_name_in_it(
+    cli: Cli, town: tuple[str, str], tmp_path: Path
+) -> None:
+    cli.config = tmp_path / "config.toml"
+    cli.config.write_text("[sandbox]\nspares = 1\n")
+    try:
+        cli.ok("run", "--rm", "box", "true")
+        (offer,) = awaited(lambda: offers(cli))
+        made = cli.ok("run", "-d", "--name", "ready", "--add-host", "else:192.0.2.7", "box", "sleep", "1000").strip()
+        assert made == offer
+        names = hosts_file(cli, "web")
+        assert "1 packets received" in cli.ok("exec", "web", "ping", "-c", "1", "-W", "20", names["ready"])
+        own = hosts_file(cli, "ready")
+        assert own["else"] == "192.0.2.7"
+        assert "1 packets received" in cli.ok("exec", "ready", "ping", "-c", "1", "-W", "20", own["web"])
+    finally:
+        end_all(cli)
+        cli("rm", "-f", "ready")
+        cli.config = None
+
+
+def hosts_file(cli: Cli, name: str) -> dict[str, str]:
+    """The addresses that a container knows, by name."""
+    lines = cli.ok("exec", name, "cat", "/etc/hosts").splitlines()
+    return {word: line.split()[0] for line in lines for word in line.split()[1:]}
 
 
 def test_published_ports_answer_everywhere(cli: Cli, town: tuple[str, str], host: Host) -> None:

@@ -9,15 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.spares import end_all, end_nursery, machines, offers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.cloned
+
+SETTINGS = """
+[network]
+default = "none"
+
+[sandbox]
+spares = 1
+"""
 
 
 @pytest.fixture
@@ -26,35 +34,13 @@ def ready(data_root: Path, tmp_path: Path) -> Iterator[Cli]:
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
         cli = Cli(Path(scratch), data_root)
         cli.config = tmp_path / "config.toml"
-        cli.config.write_text("[sandbox]\nspares = 1\n")
+        cli.config.write_text(SETTINGS)
+        cli.network = ""
         yield cli
-        for process in with_title(f"vmsandbox nursery {cli.run_root}"):
-            kill(process.pid)
-        awaited(lambda: not list((cli.run_root / "r").glob("*.new")))
-        for machine in machines(cli):
-            machine.terminate()
-            wait_until_gone(machine.pid)
+        end_all(cli)
         cli.remove_all()
         cli("gc", "-q")
         assert cli.leftovers() == []
-
-
-def with_title(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or []).rstrip() == title:
-            found.append(process)
-    return found
-
-
-def offers(cli: Cli) -> list[str]:
-    """Ids of the machines that are ready."""
-    return [path.name for path in (cli.run_root / "r").glob("*") if not path.suffix]
-
-
-def machines(cli: Cli) -> list[psutil.Process]:
-    """Supervisors of machines that are ready."""
-    return [process for offer in offers(cli) for process in with_title(f"vmsandbox supervisor {offer[:12]}")]
 
 
 def first(cli: Cli, box: str) -> str:
@@ -98,7 +84,9 @@ def test_of_two_at_once_one_takes_it_and_the_other_does_without(ready: Cli, box:
     assert offer[:12] in names
 
 
-@pytest.mark.parametrize("option", ["--template=off", "--read-only", "--accel=tcg", "--scratch-size=64m"])
+@pytest.mark.parametrize(
+    "option", ["--template=off", "--read-only", "--accel=tcg", "--scratch-size=64m", "--network=none"]
+)
 def test_what_needs_another_machine_gets_one(ready: Cli, box: str, option: str) -> None:
     offer = first(ready, box)
     assert ready.ok("run", "--rm", option, box, "hostname").strip() != offer[:12]
@@ -108,7 +96,7 @@ def test_what_needs_another_machine_gets_one(ready: Cli, box: str, option: str) 
 def test_a_machine_of_other_settings_is_not_taken(ready: Cli, box: str) -> None:
     offer = first(ready, box)
     assert ready.config is not None
-    ready.config.write_text("[sandbox]\nspares = 1\nbase_memory_mib = 300\n")
+    ready.config.write_text(SETTINGS + "base_memory_mib = 300\n")
     assert ready.ok("run", "--rm", "--template", "off", box, "hostname").strip() != offer[:12]
     assert ready.ok("run", "--rm", box, "hostname").strip() != offer[:12]
     assert offer in offers(ready)
@@ -138,8 +126,7 @@ def age(path: Path) -> None:
 def test_one_that_is_told_to_end_leaves_nothing(ready: Cli, box: str) -> None:
     first(ready, box)
     (supervisor,) = machines(ready)
-    for process in with_title(f"vmsandbox nursery {ready.run_root}"):
-        kill(process.pid)
+    end_nursery(ready)
     supervisor.send_signal(signal.SIGTERM)
     wait_until_gone(supervisor.pid)
     assert ready.leftovers() == []

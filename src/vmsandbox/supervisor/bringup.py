@@ -127,25 +127,26 @@ async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | 
     if config.shares:
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
         await asyncio.to_thread(share.open_directory, around.paths.shared_dir)
+    if spare is not None:
+        async with AsyncExitStack() as stack:
+            sandbox = await spare.taken(spec, stack)
+            sandbox.network.settle()
+            yield sandbox
+        return
     async with connected(around, spec) as network, AsyncExitStack() as stack:
-        if spare is not None:
-            taken = await spare.taken(spec, network, stack)
-            network.settle()
-            yield taken
-            return
         config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
         origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
         clone, key = await stack.enter_async_context(origin)
-        sandbox = None
+        made = None
         if clone is not None:
-            sandbox = await _cloned(around, spec, clone, network, stack, required=mode == "require")
-        if sandbox is None:
+            made = await _cloned(around, spec, clone, network, stack, required=mode == "require")
+        if made is None:
             config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
-            sandbox = await _booted(around, spec, config, network, stack)
-        sandbox.template_key = key
+            made = await _booted(around, spec, config, network, stack)
+        made.template_key = key
         network.settle()
-        yield sandbox
+        yield made
 
 
 async def _cloned(
@@ -263,13 +264,15 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     )
     if "ipc" in spec.share:
         request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
-    plugging = sandbox.network.plug(sandbox.vm, request)
-    if sandbox.vm.config.restore is None:
-        # What is asked while the guest boots would tell it an old time.
-        await together(plugging, sandbox.agent.details(timeout=timeout))
-        timeout = RPC_TIMEOUT
-    else:
-        await plugging
+    if not sandbox.network.is_plugged_into(sandbox.vm):
+        plugging = sandbox.network.plug(sandbox.vm)
+        if sandbox.vm.config.restore is None:
+            # What is asked while the guest boots would tell it an old time.
+            await together(plugging, sandbox.agent.details(timeout=timeout))
+            timeout = RPC_TIMEOUT
+        else:
+            await plugging
+    sandbox.network.describe(request)
     request.time_ns = time.time_ns()
     details = await sandbox.agent.create_sandbox(request, timeout=timeout)
     await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))

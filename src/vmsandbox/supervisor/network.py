@@ -51,6 +51,9 @@ class Connection:
         self.network: pod.PodNetwork | None = None
         #: seconds it took to be made
         self.seconds = 0.0
+        #: what `plug` was called for last, and where its guest finds what it was given
+        self._machine: Vm | None = None
+        self._paths: dict[str, str] = {}
         #: interfaces that the machine has: name -> id of the device
         self.plugged: dict[str, str] = {}
         #: what follows the namespace and who starts a container may both do it
@@ -79,20 +82,45 @@ class Connection:
         self.seconds = time.monotonic() - began
         return network
 
-    async def plug(self, vm: Vm, request: pb.CreateSandboxRequest) -> None:
-        """Give the machine its interfaces and say in the request to its guest what they are."""
+    async def plug(self, vm: Vm) -> None:
+        """Give the machine its interfaces, as soon as there are any."""
         if self._making is not None:
             self.network = await asyncio.shield(self._making)
             self.plugged.clear()
-            for tap in self.network.taps:
-                pci_path = await self._attach(vm, tap)
-                request.interfaces.append(interface_of(tap.endpoint, pci_path=pci_path))
+            self._machine = vm
+            self._paths = {tap.endpoint.name: await self._attach(vm, tap) for tap in self.network.taps}
+
+    def is_plugged_into(self, vm: Vm) -> bool:
+        """Whether this machine has its interfaces; one that failed may have had them."""
+        return self._machine is vm
+
+    def describe(self, request: pb.CreateSandboxRequest) -> None:
+        """Say in the request to its guest what the machine was given."""
+        if self.network is not None:
+            for endpoint in self.network.endpoints:
+                request.interfaces.append(interface_of(endpoint, pci_path=self._paths[endpoint.name]))
             self._routes = routes_of(self.network.endpoints)
             request.routes.extend(self._routes)
             request.neighbours.extend(neighbours_of(self.network.endpoints))
         self._told = request.hosts = self._hosts()
         if self.network is not None or self.options.dns or self.options.dns_search or self.options.dns_options:
             self._tell_resolver(request.dns)
+
+    def become(self, spec: SandboxSpec) -> None:
+        """Be the network of a pod that was not known when this one was made; `suits` has said that it can."""
+        self.spec, self.options = spec, NetworkOptions.of(spec.network)
+        if self.network is not None:
+            self.network.options = self.options
+
+    def suits(self, spec: SandboxSpec) -> bool:
+        """Whether what was made is what a pod would get: names and resolvers are only told to the guest."""
+        wanted = NetworkOptions.of(spec.network)
+        return (wanted.kind, wanted.path, wanted.ports, wanted.ip) == (
+            self.options.kind,
+            self.options.path,
+            self.options.ports,
+            self.options.ip,
+        )
 
     @property
     def failed(self) -> bool:

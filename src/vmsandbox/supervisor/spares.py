@@ -8,9 +8,9 @@ when nobody asked for a while, and the next client that wants an ordinary pod ta
     <spares>/<id>            by what a client knows whether it is for him; whoever removes it has the spare
     <spare data>/<id>/       the writable layer, until a container has it
 
-What is asked for is only known then: the image is put behind the machine's slot, the layer is given its place, the
-network is made, and the guest gets its identity as every clone does.  A machine that does not suit is thrown away,
-and the pod gets another as if there had been none.
+It has the network that pods have by default.  The rest is only known then: the image is put behind the machine's slot,
+the layer is given its place, and the guest gets its identity as every clone does.  A machine that does not suit is
+thrown away, and the pod gets another as if there had been none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox import records, surroundings
 from vmsandbox.config.load import files
 from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox.resources.network.options import requested
 from vmsandbox.supervisor import bringup, slots, template, warming
+from vmsandbox.supervisor.network import connected
 from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Disk
@@ -61,6 +63,7 @@ class Spare:
         self._stack = AsyncExitStack()
         self._vm: Vm
         self._agent: AgentClient
+        self._network: Connection
         self._key = ""
         self._layer = around.roots.spare_data / spec.id / "scratch.img"
 
@@ -72,6 +75,7 @@ class Spare:
             self._layer.parent.mkdir(mode=0o700, parents=True)
             stack.callback(records.remove_tree, str(self._layer.parent))
             (self._layer.parent / "owner").write_text(around.roots.run_dir)
+            self._network = await stack.enter_async_context(connected(around, self._spec))
             config = await stack.enter_async_context(bringup.confined(around, self._spec, self._config))
             origin = template.clone_of(around, config, shareable=False, mode="require")
             clone, self._key = await stack.enter_async_context(origin)
@@ -82,6 +86,8 @@ class Spare:
             config = await asyncio.to_thread(slots.for_clone, clone, own, saved)
             self._vm, self._agent = await bringup.started(around, config, stack)
             await self._agent.details(timeout=config.boot_timeout)
+            with translating():
+                await self._network.plug(self._vm)
             await warming.warm(around, self._agent, slots.address(config, slots.IMAGE), None)
         except BaseException:
             await stack.aclose()
@@ -93,18 +99,20 @@ class Spare:
             bool(spec.image and spec.layer)
             and not spec.shareable
             and (spec.template or self.around.settings.sandbox.template) != "off"
+            and self._network.suits(spec)
             and self._vm.ended() is None
             and replace(config, name=self._config.name) == self._config
         )
 
-    async def taken(self, spec: SandboxSpec, network: Connection, stack: AsyncExitStack) -> Sandbox:
-        """The pod that `spec` asks for; from now on its machine is left with the `stack`."""
+    async def taken(self, spec: SandboxSpec, stack: AsyncExitStack) -> Sandbox:
+        """The pod that `spec` asks for; from now on its machine and network are left with the `stack`."""
         began = time.monotonic()
         stack.push_async_exit(self._stack.pop_all())
         with translating():
             await self._vm.replace_disk(Disk(id=slots.IMAGE, path=Path(spec.image), read_only=True))
         os.rename(self._layer, spec.layer)
-        sandbox = Sandbox(self.around, spec, self._vm, self._agent, network)
+        self._network.become(spec)
+        sandbox = Sandbox(self.around, spec, self._vm, self._agent, self._network)
         sandbox.template_key = self._key
         return await bringup.introduced(sandbox, began=began)
 
@@ -178,7 +186,8 @@ async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None)
 
 async def _prepared(around: Surroundings, pod_id: str) -> Spare | None:
     """A spare machine, or None and a line in the log."""
-    spare = Spare(around, SandboxSpec(id=pod_id, hostname=pod_id[:12]))
+    network = requested({}, default=around.settings.network.default).document()
+    spare = Spare(around, SandboxSpec(id=pod_id, hostname=pod_id[:12], network=network))
     try:
         await spare.prepare()
         return spare

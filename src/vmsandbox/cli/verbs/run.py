@@ -230,7 +230,16 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
 
 def is_usual(arguments: argparse.Namespace) -> bool:
     """Whether a machine that was made ready for anybody may do."""
-    special = (arguments.accel, arguments.shared_fs, arguments.scratch_size, arguments.volume, arguments.mount)
+    special = (
+        arguments.accel,
+        arguments.shared_fs,
+        arguments.scratch_size,
+        arguments.volume,
+        arguments.mount,
+        arguments.network,
+        arguments.publish,
+        arguments.ip,
+    )
     return not any(special) and not arguments.read_only and arguments.template != "off"
 
 
