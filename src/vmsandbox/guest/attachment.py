@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnavailableError
-from vmsandbox.guest.replies import broken, check_bounds, check_exit, protocol, translated
+from vmsandbox.guest.replies import broken, check_bounds, check_exit, closed, protocol, translated, translating
 from vmsandbox_protocol import bulk
 from vmsandbox_protocol.bulk import STDERR, STDIN, STDOUT, WORTH_MOVING
 
@@ -98,7 +98,8 @@ class Attachment:
 
     async def __aenter__(self) -> Attachment:
         await self._relay.ready()
-        self._call = self._method(wait_for_ready=True)
+        with translating():
+            self._call = self._method(wait_for_ready=True)
         start = protocol().AttachStart(
             container_id=self._container_id,
             exec_id=self._exec_id,
@@ -310,7 +311,7 @@ class Attachment:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             return asyncio.CancelledError()
-        return UnavailableError("the connection to the agent was closed")
+        return closed()
 
     def _finish(self) -> None:
         self._over = True

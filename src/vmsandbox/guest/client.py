@@ -17,7 +17,7 @@ from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
 from vmsandbox.guest.bulk import BulkPort
-from vmsandbox.guest.replies import broken, check_bounds, check_exit, moment, protocol, translated
+from vmsandbox.guest.replies import broken, check_bounds, check_exit, moment, protocol, translating
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -347,24 +347,19 @@ class AgentClient:
     # ------------------------------------------------------------ calling
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        import grpc
-
         try:
             async with asyncio.timeout(timeout):
                 await self._relay.ready()
-                answer = await method(request, timeout=timeout, wait_for_ready=True)
+                with translating():
+                    answer = await method(request, timeout=timeout, wait_for_ready=True)
         except TimeoutError:
             raise TimedOutError(f"the agent has not answered within {timeout:g} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise translated(error) from None
         check_bounds(answer)
         return answer
 
     async def _stream(self, method: Any, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        import grpc
-
-        try:
-            await self._relay.ready()
+        await self._relay.ready()
+        with translating():
             call = method(request, timeout=timeout, wait_for_ready=True)
             try:
                 async for answer in call:
@@ -372,5 +367,3 @@ class AgentClient:
                     yield answer
             finally:
                 call.cancel()
-        except grpc.aio.AioRpcError as error:
-            raise translated(error) from None

@@ -6,7 +6,9 @@ more can be expected from such a guest.
 
 from __future__ import annotations
 
+import asyncio
 import re
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from vmsandbox.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmsandbox_protocol import agent_pb2 as pb
 
 _TEXT_LIMIT = 4096
@@ -86,6 +90,29 @@ def _check_entries(field: Any, value: Any) -> None:
 def _check_length(field: Any, text: str) -> None:
     if len(text) > _STRING_LIMIT:
         raise broken(f"'{field.name}' is too long")
+
+
+@contextmanager
+def translating() -> Iterator[None]:
+    """Whatever a call of gRPC's raises in the block is one of our errors."""
+    import grpc
+
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise translated(error) from None
+    except grpc.aio.UsageError:
+        raise closed() from None
+    except asyncio.CancelledError:
+        # Closing the channel cancels its calls, which looks like a cancellation of this task.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise closed() from None
+
+
+def closed() -> UnavailableError:
+    return UnavailableError("the connection to the agent was closed")
 
 
 def translated(error: Any) -> SandboxError:

@@ -163,6 +163,28 @@ async def test_more_metadata_than_there_is_room_for_is_an_error(directory: Path)
             await client.stats("web", timeout=5)
 
 
+async def test_what_is_asked_of_a_closed_client_is_an_unavailable_agent(directory: Path) -> None:
+    asked = asyncio.Event()
+
+    async def answer(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        asked.set()
+        await asyncio.Event().wait()
+        yield b""
+
+    async with agent(directory, answer) as client:
+        under_way = asyncio.create_task(client.details())
+        await asked.wait()
+    with pytest.raises(UnavailableError):
+        await under_way
+    with pytest.raises(UnavailableError):
+        await client.details()
+    with pytest.raises(UnavailableError):
+        await anext(aiter(client.events()))
+    with pytest.raises(UnavailableError):
+        async with client.attach("web", ""):
+            pass
+
+
 # ---------------------------------------------------------------- streams
 
 STDIN, STDOUT, STDERR = pb.STREAM_STDIN, pb.STREAM_STDOUT, pb.STREAM_STDERR
