@@ -100,6 +100,15 @@ TABLE: list[tuple[list[str], int, list[str]]] = [
     (["run", "--env-file", "/no/such", "box"], 125, ["cannot read environment file '/no/such'", "No such file"]),
     (["run", "--pod", "shop", "-p", "80:80", "box"], 125, ["option '-p' belongs to the pod", "'vmsandbox pod create'"]),
     (["run", "--pod", "shop", "--ip", "10.0.0.9", "box"], 125, ["option '--ip' belongs to the pod"]),
+    # options of verbs
+    (["logs", "--tail", "x", "done"], 1, ["'x' is neither a number of lines nor 'all'", "'vmsandbox logs --help'"]),
+    (["logs", "--since", "yesterday", "done"], 1, ["invalid time 'yesterday'", "write for example '10m'"]),
+    (["top", "done", "-q"], 1, ["'-q' of ps(1) is not supported", "'-ef', 'aux' and '-o COLUMNS' are"]),
+    (["top", "done", "-o", "pid,x"], 1, ["column 'x' of ps(1) is not known", "choose of user"]),
+    (["top", "done"], 1, ["container 'done'", "it is stopped"]),
+    (["stats", "done"], 1, ["container 'done'", "it is stopped"]),
+    (["cp", "done:/x", "."], 1, ["cannot copy files of container 'done'", "it is stopped"]),
+    (["cp", "x", "y"], 1, ["exactly one of source and destination has to be CONTAINER:PATH"]),
     # documents
     (["inspect", BROKEN], 1, [f"{BROKEN}.json' is damaged", "'vmsandbox gc' removes it"]),
     (["stop", BROKEN], 1, [f"{BROKEN}.json' is damaged", "'vmsandbox gc' removes it"]),

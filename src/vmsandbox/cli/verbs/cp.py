@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="vmsandbox cp",
         allow_abbrev=False,
-        description="Copies files and directories. A path in a container is CONTAINER:PATH; '-' is a tar archive on "
-        "stdin or stdout; a directory that ends in '/.' stands for its content.",
+        description="Copies files and directories from or to a running container. A path in a container is "
+        "CONTAINER:PATH; '-' is a tar archive on stdin or stdout; one that ends in '/.' stands for what is in it.",
     )
     made.add_argument("-a", "--archive", action="store_true", help="keep the numbers of owners and groups")
     made.add_argument("-L", "--follow-link", action="store_true", help="copy what a source link leads to")
