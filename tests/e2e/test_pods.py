@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.cli import Cli, kill, wait_until_gone
+from vmsandbox import records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +80,40 @@ def test_a7_a_root_is_on_disks_with_ids_derived_from_what_they_are_for_and_noted
     assert image[0] == f"image-{container['image']['id'].removeprefix('sha256:')[:12]}"
     seen = inside(cli, container_id, "cat /sys/block/vd*/ro")
     assert sorted(seen.splitlines()) == ["0", "1", "1"]  # its own, the guest's, the image's
+
+
+def served(cli: Cli) -> list[str]:
+    """What the pod has of the host's: the names of the mounts that virtiofsd serves, and virtiofsd itself."""
+    shared = f"{described(cli, 'shop')['run_directory']}/shared"
+    places = [place for place in records.mounts_below(shared) if place != shared]
+    return [place.rpartition("-")[2] for place in sorted(places)] + [
+        process.name() for process in cli.processes() if process.name() == "virtiofsd" and not process.children()
+    ]
+
+
+def test_a6_shares_are_added_while_the_machine_runs_and_go_with_their_containers(
+    empty: Cli, box: str, tmp_path: Path
+) -> None:
+    cli = empty
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(f"{name}\n")
+    cli.ok("run", "-d", "--pod", "shop", "--name", "a", box, "sh", "-c", SERVE)
+    assert served(cli) == []
+    for name, share in (("b", "first"), ("c", "second")):
+        cli.ok("run", "-d", "--pod", "shop", "--name", name, "-v", f"{tmp_path / share}:/data", box, "sh", "-c", SERVE)
+    assert [inside(cli, name, "cat /data/file") for name in "bc"] == ["first", "second"]
+    assert cli("exec", "a", "ls", "/data").code == 1
+    assert sorted(served(cli)) == ["first", "second", "virtiofsd"]
+    cli.ok("rm", "-f", "b")
+    assert sorted(served(cli)) == ["second", "virtiofsd"]
+    assert inside(cli, "c", "cat /data/file") == "second"
+    cli.ok("rm", "-f", "c")
+    assert served(cli) == []
+    assert (
+        cli.ok("run", "--rm", "--pod", "shop", "-v", f"{tmp_path}/first:/data", box, "cat", "/data/file") == "first\n"
+    )
+    assert served(cli) == []
 
 
 def test_containers_of_a_pod_start_and_stop_independently_and_are_listed_with_it(empty: Cli, box: str) -> None:
