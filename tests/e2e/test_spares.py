@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
-from tests.harness.spares import end_all, end_nursery, machines, offers
+from tests.harness.spares import SETTINGS, end_nursery, keeping_ready, machines, offers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.cloned
-
-SETTINGS = """
-[network]
-default = "none"
-
-[sandbox]
-spares = 1
-"""
 
 
 @pytest.fixture
@@ -33,11 +25,8 @@ def ready(data_root: Path, tmp_path: Path) -> Iterator[Cli]:
     """A command that keeps one machine ready, and has been used once."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
         cli = Cli(Path(scratch), data_root)
-        cli.config = tmp_path / "config.toml"
-        cli.config.write_text(SETTINGS)
-        cli.network = ""
-        yield cli
-        end_all(cli)
+        with keeping_ready(cli, tmp_path):
+            yield cli
         cli.remove_all()
         cli("gc", "-q")
         assert cli.leftovers() == []

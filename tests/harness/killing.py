@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from tests.harness import hosts
-from tests.harness.cli import Cli
+from tests.harness.cli import Cli, awaited
+from tests.harness.spares import end_all, keeping_ready, offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class Operation:
 
     within: float
     victims: tuple[str, ...] = ("supervisor", "stand-in", "machine", "client")
-    #: "": nothing, else a "container" that runs or is "stopped", or a "pod" with one
+    #: "": nothing, else a "container" that runs or is "stopped", a "pod" with one, or a "spare" machine
     prepared: str = ""
 
 
@@ -76,6 +77,7 @@ OPERATIONS = {
     "pod rm": Operation(1.0, prepared="pod"),
     "template build": Operation(6.0, ("machine", "client")),
     "run without its template": Operation(3.0, ("supervisor", "machine", "template")),
+    "run in what is ready": Operation(3.0, ("nursery", "supervisor", "machine", "client"), prepared="spare"),
 }
 
 
@@ -160,6 +162,13 @@ class _Play:
         self.said = ""
 
     def play(self) -> None:
+        if self.about.prepared == "spare":
+            with keeping_ready(self.cli, self.ground.source):
+                self._play()
+        else:
+            self._play()
+
+    def _play(self) -> None:
         others = {process.pid for process in self.cli.processes()}
         left = self._left()
         self._prepare()
@@ -177,6 +186,8 @@ class _Play:
             raise AssertionError("the client hangs")
         self.code, self.printed, self.said = client.returncode, *(part.decode() for part in printed[0])
         self._check()
+        if self.about.prepared == "spare":
+            end_all(self.cli)
         self._remove(others)
         rows, pods = self.cli.ps(), self.cli.pods()
         assert [row["name"] for row in rows] == ["other"], f"a container is left: {rows}"
@@ -211,6 +222,9 @@ class _Play:
                 cli.ok("pod", "create", "--name", self.pod)
                 cli.ok("run", "-d", "--pod", self.pod, "--name", f"{self.pod}a", box, "sh", "-c", SLEEP)
                 cli.ok("exec", f"{self.pod}a", "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
+            case "spare":
+                cli.ok("run", "--rm", box, "true")
+                awaited(lambda: offers(cli))
 
     def _words(self) -> tuple[str, ...]:
         name, pod, count = self.name, self.pod, (self.ground.box, "sh", "-c", COUNT)
@@ -230,6 +244,7 @@ class _Play:
             "pod rm": ("pod", "rm", "-f", pod),
             "template build": ("template", "build", "--force"),
             "run without its template": ("run", "--name", name, *count),
+            "run in what is ready": ("run", "--name", name, *count),
         }[self.plan.operation]
 
     def _kill(self, victim: str, client: subprocess.Popen[bytes], others: set[int]) -> bool:
@@ -373,7 +388,7 @@ class _Play:
     def _age(self) -> None:
         """What is new might be in use, for a while: let it be old."""
         run, data = self.cli.run_root, self.cli.data_root
-        for path in [*run.glob("[scnpu]/*"), *data.glob("containers/*")]:
+        for path in [*run.glob("[scnpru]/*"), *data.glob("containers/*"), *data.glob("spares/*")]:
             with suppress(FileNotFoundError):
                 os.utime(path, (1, 1), follow_symlinks=False)
 

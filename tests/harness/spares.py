@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psutil
@@ -9,7 +11,34 @@ import psutil
 from tests.harness.cli import awaited, kill, wait_until_gone
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from tests.harness.cli import Cli
+
+
+SETTINGS = """
+[network]
+default = "none"
+
+[sandbox]
+spares = 1
+"""
+#: seconds it may take until a machine that is to be made ready has a supervisor
+YOUNG = 10.0
+
+
+@contextmanager
+def keeping_ready(cli: Cli, directory: Path) -> Iterator[None]:
+    """Have the command keep a machine ready for the block; its configuration is put into the directory."""
+    before = cli.config, cli.network
+    cli.config, cli.network = directory / "spares.toml", ""
+    cli.config.write_text(SETTINGS)
+    try:
+        yield
+    finally:
+        end_all(cli)
+        cli.config, cli.network = before
 
 
 def with_title(title: str) -> list[psutil.Process]:
@@ -30,6 +59,15 @@ def machines(cli: Cli) -> list[psutil.Process]:
     return [process for offer in offers(cli) for process in with_title(f"vmsandbox supervisor {offer[:12]}")]
 
 
+def is_coming(note: Path) -> bool:
+    """Whether a machine may still be made ready, or whoever did it was killed."""
+    try:
+        young = time.time() - note.stat().st_mtime < YOUNG
+    except FileNotFoundError:
+        return False
+    return young or bool(with_title(f"vmsandbox supervisor {note.name[:12]}"))
+
+
 def end_nursery(cli: Cli) -> None:
     """Have no more machines made ready."""
     for process in with_title(f"vmsandbox nursery {cli.run_root}"):
@@ -39,7 +77,7 @@ def end_nursery(cli: Cli) -> None:
 def end_all(cli: Cli) -> None:
     """End what is ready, or becomes so."""
     end_nursery(cli)
-    awaited(lambda: not list((cli.run_root / "r").glob("*.new")))
+    awaited(lambda: not any(is_coming(path) for path in (cli.run_root / "r").glob("*.new")))
     for machine in machines(cli):
         machine.terminate()
         wait_until_gone(machine.pid)
