@@ -27,7 +27,7 @@ async def held(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Sandbox
 
     service = Service()
     monkeypatch.setattr(main, "_pod", fails)
-    await main._hold_pod(cast("Any", None), cast("Any", service), cast("Any", None), known=False, revive=False)
+    await main._hold_pod(cast("Any", None), cast("Any", service), cast("Any", None), start=main.Start())
     (told,) = service.told
     return told
 
