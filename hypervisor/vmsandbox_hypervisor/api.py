@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from vmsandbox_hypervisor.errors import ExitedError
@@ -37,10 +37,12 @@ class Kernel:
 class SharedMemory:
     """Guest memory of its own, mapped shared: virtio-fs and discards are possible.
 
-    `fd` is a memfd that already holds the memory (a template's copy); without it QEMU makes a fresh one.
+    `fd` is a memfd that holds the memory (a template's copy); without it QEMU makes a fresh one.  It may still be being
+    filled while QEMU starts: the template's state is restored when `filled` is done.
     """
 
     fd: int | None = None
+    filled: Awaitable[None] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

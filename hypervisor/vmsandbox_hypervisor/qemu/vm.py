@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.aio import background, finish
-from vmsandbox_hypervisor.api import AccelChoice
+from vmsandbox_hypervisor.api import AccelChoice, SharedMemory
 from vmsandbox_hypervisor.children import described
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError, MonitorError
 from vmsandbox_hypervisor.qemu import migration, monitor
@@ -361,6 +361,9 @@ async def opened(
             link.observe(vm.observe)
             await stack.enter_async_context(background(vm.watch(), f"watch {config.name}"))
             if config.restore is not None and not adopting:
+                backing = config.memory.backing
+                if isinstance(backing, SharedMemory) and backing.filled is not None:
+                    await backing.filled
                 await vm.restore(config.restore)
                 phases["restored"] = time.perf_counter() - started
             await vm.load(attached=adopting)

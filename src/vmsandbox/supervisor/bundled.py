@@ -16,7 +16,9 @@ from vmsandbox.errors import InvalidBundleError
 from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
 from vmsandbox.supervisor import shares
-from vmsandbox.supervisor.container import CREATE_TIMEOUT, HOST_DISK, Container
+from vmsandbox.supervisor.aio import together
+from vmsandbox.supervisor.container import HOST_DISK, Container
+from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.storages import ROOTFS
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -126,8 +128,10 @@ class BundleContainer(Container):
                 self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
             sandbox = await asyncio.shield(sandbox_ready)
             began = time.monotonic()
-            await sandbox.give(self.id, self.demand())
             self.stack.push_async_callback(sandbox.take_back, self.id)
+            demand = self.demand()
+            if demand != Demand():
+                await sandbox.give(self.id, demand)
             if self.shared:
                 await sandbox.shares.attach(self.shared.shared_fs, user=self.id)
                 self.stack.push_async_callback(sandbox.shares.detach, self.shared.shared_fs, user=self.id)
@@ -143,12 +147,15 @@ class BundleContainer(Container):
                 stdio=self.stdio(),
             )
             attached = time.monotonic()
-            answer = await sandbox.agent.create_container(request, timeout=CREATE_TIMEOUT)
-            self.stack.push_async_callback(self._remove_in_guest, sandbox)
-            self.document["phases"] = {
+            creating = self._create_in_guest(sandbox, request)
+            if demand == Demand():
+                # What it may use beyond the machine's base is there before `start` lets it run.
+                await together(sandbox.give(self.id, demand), creating)
+            else:
+                await creating
+            self.document["phases"] |= {
                 "attach": round(attached - began, 4),
                 "create": round(time.monotonic() - attached, 4),
-                **{f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()},
             }
             self.interfaces = self._interfaces()
         except BaseException:
@@ -234,6 +241,10 @@ class BundleContainer(Container):
         """Write down what is about to be plugged, so that whoever takes over finds it."""
         self.document.setdefault("disks", {})[kind] = [disk_id, address]
         self.save()
+
+    def outlived(self) -> bool:
+        """Whether its root is on a disk; what is shared is the host's, and written there when the guest writes it."""
+        return bool(self.document.get("lent"))
 
     async def before_start(self, sandbox: Sandbox) -> None:
         """Give the guest the interfaces that the engine has put into the network between create and start."""

@@ -392,8 +392,8 @@ class Container:
             return
 
     def outlived(self) -> bool:
-        """Whether a file system that the machine has mounted for it goes on when it is removed."""
-        return bool(self.document.get("lent"))
+        """Whether a file system that the machine has mounted for it goes on when the machine has ended."""
+        return not self.autoremove
 
     async def release_in_guest(self, sandbox: Sandbox) -> None:
         """Unmount what outlives the machine (the writable layer), just before the machine is ended."""

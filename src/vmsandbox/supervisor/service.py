@@ -198,11 +198,11 @@ class Service:
         self.notify()
 
     async def wind_down(self, sandbox: Sandbox) -> None:
-        """Before the machine goes: containers that stay on the list get their disks unmounted."""
+        """Before the machine goes: file systems of containers that are not only its own get unmounted."""
         for container in self.containers.values():
             if container.status != "stopped":
                 await self._stop_at_end(sandbox, container)
-            if not container.autoremove or container.outlived():
+            if container.outlived():
                 await container.release_in_guest(sandbox)
 
     async def _stop_at_end(self, sandbox: Sandbox, container: Container) -> None:

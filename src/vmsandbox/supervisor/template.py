@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +39,8 @@ from vmsandbox_hypervisor.qemu.template import (
     SEALS,
     STATE,
     Template,
-    copied_memory,
     empty_memory,
+    fill_memory,
     save_template,
 )
 
@@ -113,17 +114,31 @@ def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool)
         if not is_whole(directory):
             raise UnavailableError(f"template '{key}' is damaged: 'vmsandbox template build' makes it again")
         template = Template.found(directory, size_mib=config.memory.size_mib)
+    with _own_memory(directory, template) if shareable else _shared_memory(directory, template) as backing:
+        yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
+
+
+@contextmanager
+def _own_memory(directory: Path, template: Template) -> Iterator[SharedMemory]:
+    """A copy of the template's memory for the block, made while QEMU starts.
+
+    It is made from the template's file where no supervisor has the memory at hand.
+    """
+    with ExitStack() as stack:
+        source = _offered(directory, template)
+        if source is None:
+            source = os.open(template.memory, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        stack.callback(os.close, source)
+        own = empty_memory(template.size_mib)
+        stack.callback(os.close, own)
+        copier = stack.enter_context(ThreadPoolExecutor(1, "memory"))
+        yield SharedMemory(fd=own, filled=asyncio.wrap_future(copier.submit(fill_memory, own, source)))
+
+
+@contextmanager
+def _shared_memory(directory: Path, template: Template) -> Iterator[PrivateMemory]:
     with shared_memory(directory, template) as fd:
-        if shareable:
-            own = copied_memory(fd)
-            try:
-                backing: PrivateMemory | SharedMemory = SharedMemory(fd=own)
-                yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
-            finally:
-                os.close(own)
-        else:
-            backing = PrivateMemory(fd=fd)
-            yield replace(config, memory=replace(config.memory, backing=backing), restore=template.state)
+        yield PrivateMemory(fd=fd)
 
 
 def is_whole(directory: Path) -> bool:
@@ -141,8 +156,8 @@ def _facts(directory: Path) -> dict[str, list[int]]:
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
-def _held(directory: Path, template: Template) -> int:
-    """The template's memory from a supervisor that has it, else loaded from its file."""
+def _offered(directory: Path, template: Template) -> int | None:
+    """The template's memory from a supervisor that has it at hand."""
     for holder in _entries(directory / "holders"):
         try:
             pid, started, number = (int(word) for word in holder.read_text().split())
@@ -155,7 +170,7 @@ def _held(directory: Path, template: Template) -> int:
         if _is_sealed(fd) and os.fstat(fd).st_size == template.size_mib << 20:
             return fd
         os.close(fd)
-    return template.loaded()
+    return None
 
 
 def _is_sealed(fd: int) -> bool:
@@ -172,7 +187,8 @@ def shared_memory(directory: Path, template: Template) -> Iterator[int]:
     One at a time looks for it: of several that come at once each would load, and keep, its own.
     """
     with _alone(directory / "holders"):
-        fd = _held(directory, template)
+        offered = _offered(directory, template)
+        fd = template.loaded() if offered is None else offered
         note = _noted(directory / "holders", fd)
     try:
         yield fd
