@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.harness import groups
+from tests.harness.nurseries import is_nursery
 from tests.harness.roots import prepared_data_root
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ def _reap() -> None:
 
 
 def _may_stay(process: psutil.Process) -> bool:
-    """Whether it has ended, or does so by itself: a nursery, when nobody has wanted a supervisor for a while."""
+    """Whether it has ended, or does so by itself."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE or " ".join(process.cmdline()).startswith("vmsandbox nursery ")
+        return process.status() == psutil.STATUS_ZOMBIE or is_nursery(process)
     except psutil.NoSuchProcess:
         return True
 

@@ -128,14 +128,22 @@ def _make_once(place: str) -> list[str]:
     return missing[:0:-1]
 
 
-def enter(places: Iterable[str], pid: int) -> None:
-    """Put a process into the cgroup in every hierarchy that takes it."""
+def enter(places: Iterable[str]) -> None:
+    """Put this process into the cgroup in every hierarchy that takes it.
+
+    The kernel takes some 20 ms for the first.
+    """
     for place in places:
         try:
             with open(f"{place}/cgroup.procs", "w") as file:
-                file.write(str(pid))
+                file.write("0")
         except OSError:
             continue
+
+
+def leave() -> None:
+    """Put this process where it is in nobody's way: into the root of every hierarchy that takes it."""
+    enter(dict.fromkeys(_hierarchies().values()))
 
 
 def remove(places: Iterable[str], above: Iterable[str] = ()) -> None:

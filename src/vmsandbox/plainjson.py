@@ -7,7 +7,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Never
 
 try:
     import _json as _parser
@@ -31,6 +31,19 @@ _scan: Any = getattr(_parser, "make_scanner", None) and _parser.make_scanner(_Se
 _quoted: Any = getattr(_parser, "encode_basestring", None)
 
 
+def _unwritable(value: object) -> TypeError:
+    return TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _refuse(value: object) -> Never:
+    raise _unwritable(value)
+
+
+_write: Any = getattr(_parser, "make_encoder", None) and _parser.make_encoder(
+    None, _refuse, _parser.encode_basestring_ascii, None, ":", ",", False, False, True
+)
+
+
 def loads(data: bytes) -> Any:  # noqa: ANN401
     """The value in UTF-8 text.  Raises ValueError, or RecursionError for what is too deep."""
     if _scan is None:
@@ -50,6 +63,24 @@ def loads(data: bytes) -> Any:  # noqa: ANN401
     if end != len(text):
         raise ValueError("more than one value")
     return value
+
+
+def dumps(value: object) -> str:
+    """The value as ASCII text without blanks.  Raises TypeError for what JSON has no word for."""
+    if _write is None:
+        import json
+
+        return json.dumps(value, separators=(",", ":"))
+    return "".join(_write(value, 0))
+
+
+def quoted(text: str) -> str:
+    """A text as JSON has it, with what is not ASCII as it is."""
+    if _quoted is None:
+        import json
+
+        return json.dumps(text, ensure_ascii=False)
+    return str(_quoted(text))
 
 
 def indented(value: object, *, by: int = 2) -> str:
@@ -75,4 +106,4 @@ def _written(value: object, step: str, line: str) -> str:
     if isinstance(value, list | tuple):
         entries = [_written(item, step, deeper) for item in value]
         return "[" + deeper + f",{deeper}".join(entries) + line + "]" if entries else "[]"
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    raise _unwritable(value)

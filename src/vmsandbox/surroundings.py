@@ -17,16 +17,22 @@ _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _INFLUENTIAL = ("PATH", "TMPDIR", "LD_", "PYTHON", "MALLOC", "CNI_", "VMSANDBOX_", "GRPC_")
 
 
-def of(pid: int) -> list[object]:
-    """Root, control groups, limits, namespaces and scheduling of a process; made of what JSON has."""
+def of(pid: int, *, grouped: bool = True) -> list[object]:
+    """Root, limits, namespaces and scheduling of a process, and where `grouped` its control groups; of JSON's types."""
     process = f"/proc/{pid}"
     root = os.stat(f"{process}/root")
-    with open(f"{process}/cgroup") as groups, open(f"{process}/oom_score_adj") as score:
-        texts = [groups.read(), score.read()]
+    with open(f"{process}/oom_score_adj") as score:
+        texts = [cgroups_of(pid) if grouped else "", score.read()]
     limits = [[*resource.prlimit(pid, getattr(resource, name))] for name in dir(resource) if name.startswith("RLIMIT_")]
     places = [os.readlink(f"{process}/ns/{name}") for name in _NAMESPACES]
     scheduling = [sorted(os.sched_getaffinity(pid)), os.getpriority(os.PRIO_PROCESS, pid)]
     return [root.st_dev, root.st_ino, texts, limits, places, scheduling]
+
+
+def cgroups_of(pid: int) -> str:
+    """Where a process is in each hierarchy, as the kernel says it."""
+    with open(f"/proc/{pid}/cgroup") as groups:
+        return groups.read()
 
 
 def influential(environment: Mapping[str, str]) -> dict[str, str]:

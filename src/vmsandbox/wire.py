@@ -7,14 +7,16 @@ repetition.  Stdlib only, and nothing here knows a verb.
 
 from __future__ import annotations
 
-import json
 import struct
+
+from vmsandbox import plainjson
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    import socket
     from typing import Any
+
+    from vmsandbox.plainsocket import Socket
 
 HEAD = struct.Struct("!IB")
 OFFSET = struct.Struct("!Q")
@@ -50,8 +52,8 @@ class Frame:
         if self.kind != MESSAGE:
             raise WireError(f"expected a message, got stdio of kind {self.kind}")
         try:
-            value = json.loads(self.payload)
-        except ValueError as error:
+            value = plainjson.loads(self.payload)
+        except (ValueError, RecursionError) as error:
             raise WireError(f"bad message: {error}") from error
         if not isinstance(value, dict):
             raise WireError("bad message: not an object")
@@ -59,7 +61,7 @@ class Frame:
 
 
 def encode_message(value: dict[str, Any]) -> bytes:
-    payload = json.dumps(value, separators=(",", ":")).encode()
+    payload = plainjson.dumps(value).encode()
     return HEAD.pack(len(payload), MESSAGE) + payload
 
 
@@ -81,7 +83,7 @@ def check_length(length: int) -> None:
         raise WireError(f"frame of {length} bytes is larger than {MAX_PAYLOAD}")
 
 
-def receive(sock: socket.socket) -> Frame | None:
+def receive(sock: Socket) -> Frame | None:
     """Read one frame from a blocking socket; None at end of stream."""
     head = _receive_exactly(sock, HEAD.size)
     if not head:
@@ -96,7 +98,7 @@ def receive(sock: socket.socket) -> Frame | None:
     return decode(kind, payload)
 
 
-def _receive_exactly(sock: socket.socket, count: int) -> bytes:
+def _receive_exactly(sock: Socket, count: int) -> bytes:
     parts = bytearray()
     while len(parts) < count:
         part = sock.recv(min(count - len(parts), 1 << 20))

@@ -32,11 +32,11 @@ LAYERS: list[set[str]] = [
         "vmsandbox.cache",
         "vmsandbox.cgroups",
         "vmsandbox.paths",
-        "vmsandbox.plainjson",
         "vmsandbox.surroundings",
         "vmsandbox.wire",
         "vmsandbox.log",
     },
+    {"vmsandbox.plainjson", "vmsandbox.plainsocket"},
     {"vmsandbox.errors", "vmsandbox"},
 ]
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
@@ -52,6 +52,7 @@ ONLY: dict[str, set[str]] = {
         "vmsandbox.oci.annotations",
         "vmsandbox.paths",
         "vmsandbox.plainjson",
+        "vmsandbox.plainsocket",
         "vmsandbox.records",
         "vmsandbox.surroundings",
         "vmsandbox.wire",

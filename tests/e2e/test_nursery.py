@@ -5,46 +5,28 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from tests.harness.cli import wait_until_gone
+from tests.harness.nurseries import nursery, origin
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.cli import Cli
 
 pytestmark = pytest.mark.cloned
-
-
-def nursery(cli: Cli) -> int:
-    """The pid of this run root's nursery."""
-    found = [process.pid for process in psutil.process_iter() if title(process) == f"vmsandbox nursery {cli.run_root}"]
-    (pid,) = found
-    return pid
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).rstrip()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 def origin_of_supervisor(cli: Cli, name: str) -> str:
     return origin(cli.inspect(name)["pod"]["supervisor"]["pid"])
 
 
-def origin(pid: int) -> str:
-    """The random address of a process' arguments, which it has in common with those that it forked alone."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[45]
-
-
 def test_supervisors_come_out_of_a_nursery_that_suits_them(cli: Cli, box: str) -> None:
     cli.ok("run", "--rm", box, "true")
-    first = nursery(cli)
+    first = nursery(cli.run_root)
     cli.ok("run", "-d", "--name", "forked", box, "sleep", "1000")
     forked = origin(first)
     assert origin_of_supervisor(cli, "forked") == forked
@@ -59,13 +41,13 @@ def test_supervisors_come_out_of_a_nursery_that_suits_them(cli: Cli, box: str) -
     wait_until_gone(first)
     assert cli.ok("exec", "forked", "echo", "goes on") == "goes on\n"
     cli.ok("run", "-d", "--name", "later", box, "sleep", "1000")
-    second = nursery(cli)
+    second = nursery(cli.run_root)
     assert origin_of_supervisor(cli, "later") == origin(second)
 
 
 def test_a_nursery_that_hangs_holds_nobody_up_and_goes_with_its_directory(cli: Cli, box: str, tmp_path: Path) -> None:
     cli.ok("run", "--rm", box, "true")
-    pid = nursery(cli)
+    pid = nursery(cli.run_root)
     os.kill(pid, signal.SIGSTOP)
     assert cli.ok("run", "--rm", box, "echo", "without it") == "without it\n"
     os.kill(pid, signal.SIGCONT)

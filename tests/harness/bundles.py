@@ -122,6 +122,11 @@ class Runtime:
             assert time.monotonic() < deadline, "no supervisor takes the pod over"
             time.sleep(0.02)
 
+    def supervisor_of(self, container_id: str) -> int:
+        """The pid of the supervisor of a container's pod."""
+        pid: int = json.loads((self.root / "c" / container_id / "sandbox.json").read_text())["supervisor"]["pid"]
+        return pid
+
     # ------------------------------------------------------------ what is left
 
     def remove_all(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from tests.harness import daemons, machine
+from tests.harness import daemons, machine, nurseries
 from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Result
 
@@ -100,7 +100,7 @@ class Engines:
         self.runtime = scratch / "vmsandbox-runtime"
         self.rootfs = scratch / "rootfs"
         self._unshare: subprocess.Popen[bytes] | None = None
-        self._init = 0
+        self.init = 0
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._made_cni = False
         self._turn = ExitStack()
@@ -127,11 +127,11 @@ class Engines:
             ["unshare", *NAMESPACES, "--fork", "--kill-child=SIGKILL", "--propagation", "private", "sh", "-c", PREPARE]
         )
         deadline = time.monotonic() + START_TIMEOUT
-        while not self._init:
+        while not self.init:
             assert time.monotonic() < deadline, "no namespaces for engines"
             found = psutil.Process(self._unshare.pid).children()
             if found and found[0].name() == "catatonit":
-                self._init = found[0].pid
+                self.init = found[0].pid
             time.sleep(0.02)
         self._mounts = set(self._read_mounts())
         # What the runtime needs in there, it writes itself.
@@ -143,8 +143,8 @@ class Engines:
     def stop(self) -> None:
         """One signal to its init ends everything in there; QEMU and the rest have no place to hide."""
         if self._unshare is not None:
-            if self._init:
-                os.kill(self._init, signal.SIGKILL)
+            if self.init:
+                os.kill(self.init, signal.SIGKILL)
             self._unshare.wait()
         for daemon in self._daemons.values():
             daemon.wait()
@@ -162,11 +162,11 @@ class Engines:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def argv(self, *words: str) -> list[str]:
-        return ["nsenter", "-t", str(self._init), *NAMESPACES, *words]
+        return ["nsenter", "-t", str(self.init), *NAMESPACES, *words]
 
     def inside(self, path: str) -> Path:
         """Where a file of the engines is found from outside."""
-        return Path(f"/proc/{self._init}/root{path}")
+        return Path(f"/proc/{self.init}/root{path}")
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -240,10 +240,11 @@ class Engines:
         for process in psutil.process_iter():
             try:
                 line = " ".join(process.cmdline())
-                inside = os.readlink(f"/proc/{process.pid}/ns/mnt") == os.readlink(f"/proc/{self._init}/ns/mnt")
+                inside = os.readlink(f"/proc/{process.pid}/ns/mnt") == os.readlink(f"/proc/{self.init}/ns/mnt")
             except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
                 continue
             program = line.partition(" ")[0].rpartition("/")[2]
+            inside = inside and not nurseries.is_nursery(process)
             if inside and program.startswith(("qemu-system", "virtiofsd", "vmsandbox")):
                 left.append(f"process {process.pid} {line[:200]}")
         kept = self("sh", "-c", f"ls -d {ROOTS.format('[scn]/*')} 2>/dev/null").stdout.split()
@@ -252,12 +253,19 @@ class Engines:
         return left
 
     def _read_mounts(self) -> list[str]:
-        return Path(f"/proc/{self._init}/mounts").read_text().splitlines()
+        return Path(f"/proc/{self.init}/mounts").read_text().splitlines()
+
+    def end_nurseries(self) -> None:
+        """End what would end by itself, but only after a minute without another pod."""
+        found = [each for each in machine.inside(self.init) if nurseries.is_nursery(each)]
+        for process in found:
+            process.kill()
+        psutil.wait_procs(found, timeout=START_TIMEOUT)
 
     def _found(self) -> machine.Found:
         places = f"{ROOTS.format('[scnput]/*')} /run/netns/* /run/docker/netns/*"
         files = self("sh", "-c", f"ls -d {places} 2>/dev/null").stdout.split()
-        return machine.found(self._init, files, (self.scratch, self.data_root))
+        return machine.found(self.init, files, (self.scratch, self.data_root))
 
     def added(self) -> list[str]:
         """What there is that was not there before the first container, daemons apart."""

@@ -29,11 +29,11 @@ def found(init: int, files: Iterable[str], owned: Iterable[Path]) -> Found:
     `files` are what runtimes know of containers, `owned` directories that everything of the tests' own is below.
     """
     ours = [str(path) for path in owned]
-    inside = list(_inside(init))
+    processes = list(inside(init))
     return {
-        "process": {f"{process.pid} {process.name()}" for process in inside},
+        "process": {f"{process.pid} {process.name()}" for process in processes},
         "namespace": {
-            f"{kind} {target}" for process in inside for kind in KINDS if (target := _link(process.pid, kind))
+            f"{kind} {target}" for process in processes for kind in KINDS if (target := _link(process.pid, kind))
         },
         "mount": set(Path(f"/proc/{init}/mounts").read_text().splitlines()),
         "socket": {line.split()[-1] for line in Path(f"/proc/{init}/net/unix").read_text().splitlines() if "/" in line},
@@ -51,7 +51,7 @@ def found(init: int, files: Iterable[str], owned: Iterable[Path]) -> Found:
     }
 
 
-def _inside(init: int) -> Iterator[psutil.Process]:
+def inside(init: int) -> Iterator[psutil.Process]:
     """The processes in the pid namespace of `init`, and in those below it."""
     for process in psutil.process_iter():
         try:

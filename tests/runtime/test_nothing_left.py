@@ -17,6 +17,7 @@ def test_the_machine_is_as_it_was_before_the_first_container(docker_session: Eng
     engines = docker_session
     done = engines.podman("run", "--rm", "--runtime", "vmsandbox", "localhost/box:1", "echo", "there")
     assert done.stdout == "there\n", done
+    engines.end_nurseries()
     deadline = time.monotonic() + TIMEOUT
     while (left := engines.added()) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness import machine
 from tests.harness.engines import BOX
+from tests.harness.nurseries import await_nursery, is_nursery, origin, title
 from tests.harness.terminals import typed
 
 if TYPE_CHECKING:
@@ -129,3 +131,16 @@ def test_a_root_of_a_driver_without_layers_is_shared_as_any_directory(engines: E
     assert done.code == 0, (done, engines.logs())
     assert done.stdout.startswith("x\n")
     assert " virtiofs " in done.stdout
+
+
+def test_supervisors_under_podman_come_out_of_one_that_conmon_need_not_wait_for(engines: Engines) -> None:
+    run = ("podman", "--runtime", "vmsandbox", "run", "--network", "none")
+    engines.ok(*run, "--rm", BOX, "true")
+    await_nursery(engines.inside("/run/vmsandbox"))
+    engines.ok(*run, "-d", "--name", "nursed", BOX, "sleep", "1000")
+    processes = [*machine.inside(engines.init)]
+    (pid,) = (process.pid for process in processes if is_nursery(process))
+    (conmon,) = (process for process in processes if process.name() == "conmon")
+    (supervisor,) = (process.pid for process in processes if title(process).startswith("vmsandbox supervisor"))
+    assert origin(supervisor) == origin(pid)
+    assert pid not in [child.pid for child in conmon.children(recursive=True)]

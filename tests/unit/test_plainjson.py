@@ -33,6 +33,18 @@ def test_values_come_back(value: Any) -> None:
 @given(values)
 def test_what_is_written_is_what_json_writes(value: Any) -> None:
     assert plainjson.indented(value) == json.dumps(value, indent=2, ensure_ascii=False)
+    assert plainjson.dumps(value) == json.dumps(value, separators=(",", ":"))
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_texts_are_quoted_as_json_quotes_them(text: str) -> None:
+    assert plainjson.quoted(text) == json.dumps(text, ensure_ascii=False)
+
+
+def test_what_json_has_no_word_for_is_refused() -> None:
+    for write in (plainjson.dumps, plainjson.indented):
+        with pytest.raises(TypeError, match="set cannot be written as JSON"):
+            write({"a": {1}})
 
 
 @given(st.binary(max_size=40) | st.text(alphabet='{}[]",: 0123truefalsn\\', max_size=30).map(str.encode))

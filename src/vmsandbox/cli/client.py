@@ -7,9 +7,10 @@ from vmsandbox.errors import EndingError, SandboxError, from_code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from typing import Any, TypeVar
+
+    from vmsandbox.plainsocket import Socket
 
     T = TypeVar("T")
 
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 
 
-def send(sock: socket.socket, request: dict[str, Any]) -> None:
+def send(sock: Socket, request: dict[str, Any]) -> None:
     try:
         sock.sendall(wire.encode_message(request))
     except OSError as error:
         raise EndingError(f"the pod's supervisor is gone: {error.strerror}") from error
 
 
-def answer(sock: socket.socket) -> dict[str, Any]:
+def answer(sock: Socket) -> dict[str, Any]:
     """Wait for the reply; an error reply is raised as the class it was over there."""
     try:
         frame = wire.receive(sock)
@@ -42,7 +43,7 @@ def rebuilt(error: dict[str, Any]) -> SandboxError:
     return from_code(str(error.get("code")), str(error.get("message")), str(error.get("detail", "")))
 
 
-def request(sock: socket.socket, message: dict[str, Any]) -> dict[str, Any]:
+def request(sock: Socket, message: dict[str, Any]) -> dict[str, Any]:
     """Send one request and wait for its answer."""
     send(sock, message)
     return answer(sock)
@@ -61,7 +62,7 @@ def insisting(attempt: Callable[[], T]) -> T:
     return attempt()
 
 
-def wait_for_end(sock: socket.socket) -> None:
+def wait_for_end(sock: Socket) -> None:
     """Wait until the supervisor has closed the connection, which it does when everything is released."""
     try:
         while sock.recv(65536):

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import sys
-from contextlib import contextmanager
 
 from vmsandbox import wire
 from vmsandbox.cli import nursery
 from vmsandbox.errors import AlreadyExistsError, UnavailableError
+from vmsandbox.plainsocket import UnixSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from vmsandbox.paths import Roots, SandboxPaths
+    from vmsandbox.plainsocket import Socket
 
 #: The supervisor's end of the control socket.
 LISTEN_FD = 3
 BACKLOG = 256
+NURSE = "from vmsandbox.supervisor.nursery import nurse; nurse()"
 
 
 def make_run_directory(roots: Roots, sandbox_id: str) -> SandboxPaths:
@@ -51,17 +52,29 @@ def make_run_directory(roots: Roots, sandbox_id: str) -> SandboxPaths:
     return sandbox
 
 
-@contextmanager
-def locked(sandbox: SandboxPaths) -> Iterator[None]:
+class locked:
     """Hold the pod's lock: one at a time starts its supervisor or removes what is left of it."""
-    with open(sandbox.lock_file, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+    __slots__ = ("_lock", "_path")
+
+    def __init__(self, sandbox: SandboxPaths) -> None:
+        self._path = sandbox.lock_file
+
+    def __enter__(self) -> None:
+        self._lock = open(self._path, "ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
 
-def listen(sandbox: SandboxPaths) -> socket.socket:
+def listen(sandbox: SandboxPaths) -> UnixSocket:
     """Bind the pod's control socket, replacing one that nobody serves any more."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = UnixSocket()
     try:
         os.unlink(sandbox.control_file)
     except FileNotFoundError:
@@ -78,48 +91,75 @@ def listen(sandbox: SandboxPaths) -> socket.socket:
 def spawn_supervisor(
     roots: Roots,
     sandbox: SandboxPaths,
-    listener: socket.socket,
+    listener: Socket,
     *,
     arguments: tuple[str, ...] = (),
     nursed: bool = False,
-) -> int:
-    """Start the supervisor of a pod on its bound control socket and return its pid.
+    founding: bool = False,
+    cgroups: Sequence[str] = (),
+) -> None:
+    """Start the supervisor of a pod on its bound control socket; it enters `cgroups` before it does anything.
 
     It keeps none of our descriptors: an engine that reads our output to its end must not wait for a pod.  One that may
-    be `nursed` comes out of the run root's nursery; if that has to be started for it, the pid is the nursery's.
+    be `nursed` comes out of the run root's nursery, which with `founding` is started for it if there is none.
     """
     log = os.open(sandbox.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        words = (sandbox.dir, roots.run_dir, roots.data_dir, *arguments)
+        places = (word for place in cgroups for word in ("--cgroup", place))
+        words = (sandbox.dir, roots.run_dir, roots.data_dir, *arguments, *places)
         if nursed:
             try:
-                pid = nursery.forked(roots, listener, log, words, environment())
+                done = nursery.forked(roots, listener, log, words, environment())
             except (OSError, ValueError, KeyError, wire.WireError) as error:
                 raise UnavailableError(f"the process that starts supervisors ended: {error}: try again") from error
-            if pid is not None:
-                return pid
-            place = nursery.place(roots)
+            if done:
+                return
+            place = nursery.place(roots) if founding else None
             if place is not None:
                 with place:
-                    code = "from vmsandbox.supervisor.nursery import nurse; nurse()"
-                    return _spawned(code, (roots.run_dir, *words), [listener.fileno(), place.fileno()], log)
-        return _spawned("from vmsandbox.supervisor.main import main; main()", words, [listener.fileno()], log)
+                    _spawned(NURSE, (roots.run_dir, *words), [place.fileno(), listener.fileno()], log)
+                return
+        _spawned("from vmsandbox.supervisor.main import main; main()", words, [listener.fileno()], log)
     finally:
         os.close(log)
 
 
+def found_nursery(roots: Roots) -> None:
+    """Have a nursery for the supervisors to come, unless there is one; it is a child of whoever gets our orphans.
+
+    Nothing depends on it, so what fails is left alone.
+    """
+    try:
+        place = nursery.place(roots)
+        if place is None:
+            return
+        with place:
+            devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                _spawned(NURSE, (roots.run_dir,), [place.fileno()], devnull)
+            finally:
+                os.close(devnull)
+    except OSError:
+        return
+
+
 def environment() -> dict[str, str]:
     """What a supervisor gets: ours, with a PATH where an engine gave us none."""
-    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **os.environ}
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        **os.environ,
+        # To look for some among all installed packages takes longer than most of what pydantic does for us.
+        "PYDANTIC_DISABLE_PLUGINS": "__all__",
+    }
 
 
-def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int) -> int:
+def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int) -> None:
     """Run Python code with `descriptors` from `LISTEN_FD` on, and with standard error in a log."""
     # Out of the way of the numbers they are to get.
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LISTEN_FD + len(descriptors)) for fd in descriptors]
     devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return os.posix_spawn(
+        os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", code, *words],
             environment(),
@@ -137,9 +177,9 @@ def _spawned(code: str, words: tuple[str, ...], descriptors: list[int], log: int
             os.close(fd)
 
 
-def connect(sandbox: SandboxPaths) -> socket.socket:
+def connect(sandbox: SandboxPaths) -> UnixSocket:
     """Connect to the pod's supervisor; `ConnectionRefusedError` or `FileNotFoundError` if none serves it."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = UnixSocket()
     try:
         sock.connect(sandbox.control_file)
     except BaseException:
@@ -150,7 +190,7 @@ def connect(sandbox: SandboxPaths) -> socket.socket:
 
 def connect_or_take_over(
     roots: Roots, sandbox: SandboxPaths, *, revive: bool = False, arguments: tuple[str, ...] = ()
-) -> socket.socket:
+) -> UnixSocket:
     """Connect to the pod's supervisor, starting one that adopts the pod where it died.
 
     With `revive` the supervisor brings up a new machine on request, if the pod has none.

@@ -4,51 +4,50 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 
 from vmsandbox import wire
+from vmsandbox.plainsocket import UnixSocket, send_descriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vmsandbox.paths import Roots
+    from vmsandbox.plainsocket import Socket
 
 #: seconds an idle nursery takes at most to greet, on a busy machine
 PATIENCE = 1.0
 
 
-def forked(
-    roots: Roots, listener: socket.socket, log: int, arguments: Sequence[str], environment: Mapping[str, str]
-) -> int | None:
-    """The pid of a supervisor that the nursery forked on `listener`; None if there is none for us.
+def forked(roots: Roots, listener: Socket, log: int, arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Have the nursery fork a supervisor on `listener`; False if there is none for us.
 
     Raises `OSError` or `WireError` when it went away in the middle: then nobody knows whether there is a supervisor.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nursery:
+    with UnixSocket() as nursery:
         nursery.settimeout(PATIENCE)
         try:
             nursery.connect(roots.nursery_file)
             if wire.receive(nursery) is None:
-                return None
+                return False
         except OSError:
-            return None
+            return False
         nursery.settimeout(None)
         request = wire.encode_message({"arguments": [*arguments], "environment": {**environment}})
-        socket.send_fds(nursery, [request[: wire.HEAD.size]], [log, listener.fileno()])
+        send_descriptors(nursery, request[: wire.HEAD.size], [log, listener.fileno()])
         nursery.sendall(request[wire.HEAD.size :])
         answer = wire.receive(nursery)
         if answer is None:
             raise wire.WireError("the nursery ended before it answered")
-        return int(answer.message()["pid"])
+        return answer.message()["pid"] is not None
 
 
-def place(roots: Roots) -> socket.socket | None:
+def place(roots: Roots) -> UnixSocket | None:
     """A bound socket for a new nursery; None if somebody else makes one, or one is there that is not for us."""
     lock = os.open(roots.nursery_file + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with UnixSocket() as probe:
             try:
                 probe.connect(roots.nursery_file)
                 return None
@@ -58,7 +57,7 @@ def place(roots: Roots) -> socket.socket | None:
             os.unlink(roots.nursery_file)
         except FileNotFoundError:
             pass
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made = UnixSocket()
         old = os.umask(0o177)
         try:
             made.bind(roots.nursery_file)

@@ -12,11 +12,12 @@ from vmsandbox.paths import Roots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
+    from vmsandbox.plainsocket import UnixSocket
 
-def taken(roots: Roots, arguments: Sequence[str]) -> tuple[str, socket.socket] | None:
+
+def taken(roots: Roots, arguments: Sequence[str]) -> tuple[str, UnixSocket] | None:
     """The id of a pod whose machine is ready, now ours alone, and a connection to its supervisor; None without one.
 
     `arguments` are those that a supervisor of ours would be started with.

@@ -6,14 +6,14 @@ the id of the pod's infra container, which itself looks like any container.  Std
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
 from vmsandbox.errors import InvalidBundleError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Literal
+
+    Kind = Literal["single", "sandbox", "container"]
 
 #: (type, sandbox's id), by engine
 _KEYS = (
@@ -30,10 +30,10 @@ _SIZES = {
     "memory_bytes": "io.kubernetes.cri.sandbox-memory",
 }
 
-Kind = Literal["single", "sandbox", "container"]
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+_MAX_ID, _MAX_DIGITS = 128, 18
 
 
-@dataclass(frozen=True, kw_only=True)
 class Role:
     """A container's place.
 
@@ -41,16 +41,45 @@ class Role:
     container, which only holds it; ``container``: a member of the pod whose sandbox container has the id `sandbox_id`.
     """
 
-    kind: Kind
-    sandbox_id: str
-    pod_name: str = ""
-    pod_namespace: str = ""
-    pod_uid: str = ""
-    #: what the engine says all containers of the pod will ask for together; 0: nothing said
-    cpu_quota: int = 0
-    cpu_period: int = 0
-    cpu_shares: int = 0
-    memory_bytes: int = 0
+    __slots__ = (
+        "cpu_period",
+        "cpu_quota",
+        "cpu_shares",
+        "kind",
+        "memory_bytes",
+        "pod_name",
+        "pod_namespace",
+        "pod_uid",
+        "sandbox_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        kind: Kind,
+        sandbox_id: str,
+        pod_name: str = "",
+        pod_namespace: str = "",
+        pod_uid: str = "",
+        cpu_quota: int = 0,
+        cpu_period: int = 0,
+        cpu_shares: int = 0,
+        memory_bytes: int = 0,
+    ) -> None:
+        self.kind = kind
+        self.sandbox_id = sandbox_id
+        self.pod_name = pod_name
+        self.pod_namespace = pod_namespace
+        self.pod_uid = pod_uid
+        #: what the engine says all containers of the pod will ask for together; 0: nothing said
+        self.cpu_quota = cpu_quota
+        self.cpu_period = cpu_period
+        self.cpu_shares = cpu_shares
+        self.memory_bytes = memory_bytes
+
+    def document(self) -> dict[str, str | int]:
+        """All of it, by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def role(annotations: Mapping[str, str], *, container_id: str) -> Role:
@@ -65,7 +94,7 @@ def role(annotations: Mapping[str, str], *, container_id: str) -> Role:
         if kind not in ("sandbox", "container"):
             raise InvalidBundleError(f"annotation '{type_key}' is '{kind}': known are 'sandbox' and 'container'")
         sandbox_id = annotations.get(id_key, "") or (container_id if kind == "sandbox" else "")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", sandbox_id):
+        if not _is_id(sandbox_id):
             raise InvalidBundleError(f"annotation '{id_key}' is '{sandbox_id}', which is no id of a sandbox")
         if kind == "sandbox" and sandbox_id != container_id:
             raise InvalidBundleError(
@@ -82,6 +111,10 @@ def role(annotations: Mapping[str, str], *, container_id: str) -> Role:
     return Role(kind="single", sandbox_id=container_id)
 
 
+def _is_id(text: str) -> bool:
+    return 0 < len(text) <= _MAX_ID and set(text) <= _ID_CHARACTERS and text[0] not in ".-"
+
+
 def _first(annotations: Mapping[str, str], keys: tuple[str, ...]) -> str:
     return next((annotations[key] for key in keys if annotations.get(key)), "")
 
@@ -89,6 +122,7 @@ def _first(annotations: Mapping[str, str], keys: tuple[str, ...]) -> str:
 def _number(annotations: Mapping[str, str], key: str) -> int:
     """A number of the engine's; one that is negative (no quota) counts as nothing said."""
     text = annotations.get(key, "0")
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS):
         raise InvalidBundleError(f"annotation '{key}' is '{text}' but has to be a number")
     return max(0, int(text))

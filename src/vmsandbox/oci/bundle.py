@@ -42,6 +42,12 @@ class Bundle:
         return Path(os.path.normpath(self.directory / self.spec.root.path))
 
 
+def prepare() -> None:
+    """Build now what checks documents; else the first one of each kind waits for it, some 50 ms."""
+    for model in (Spec, Process, Resources):
+        model.model_rebuild()
+
+
 def load(directory: str | os.PathLike[str]) -> Bundle:
     """Read and check the bundle in `directory`.
 

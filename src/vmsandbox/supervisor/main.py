@@ -7,6 +7,7 @@ SIGINT it ends the pod in order.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import resource
@@ -63,12 +64,14 @@ class Start:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [--adopt | --revive | --spare ID] [--debug] [--config FILE]``.
+    """Entry point: ``DIRECTORY RUN_ROOT DATA_ROOT [OPTION...]``, which are `Start`'s, and those of every supervisor:
+    ``--debug``, ``--config FILE``, and ``--cgroup DIR`` for each that it is to be in.
 
     With ``--adopt`` the pod exists and its machine is taken over; with ``--revive`` it may get a new one.  With
     ``--spare`` a machine is kept ready for a pod that somebody may ask for.
     """
     directory, run_root, data_root, *rest = sys.argv[1:] if arguments is None else arguments
+    cgroups.enter(cgroups_in(rest))
     os.closerange(LISTEN_FD + 1, os.sysconf("SC_OPEN_MAX"))
     os.umask(0o022)
     os.chdir("/")
@@ -104,6 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def config_of(words: Sequence[str]) -> str | None:
     """The file that a supervisor's arguments name."""
     return words[words.index("--config") + 1] if "--config" in words else None
+
+
+def cgroups_in(arguments: Sequence[str]) -> list[str]:
+    """The cgroups that a supervisor with these arguments enters; with none it stays where it was started."""
+    return [value for name, value in itertools.pairwise(arguments) if name == "--cgroup"]
 
 
 async def supervise(
@@ -183,7 +191,7 @@ async def _pod(
         document = records.read_document(around.paths.document_file)
         spec = SandboxSpec.of(document)
         # Whoever started it was somewhere else.
-        cgroups.enter(spec.cgroups, os.getpid())
+        cgroups.enter(spec.cgroups)
         service.restore(spec)
         vm = document.get("vm") or {}
         if vm and (not start.revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):

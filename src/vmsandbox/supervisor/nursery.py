@@ -2,11 +2,16 @@
 
 Most of what a supervisor's start costs is loading Python code: a third of a second of processor time and most of its
 memory, both the same for each.  So the first client of a run root starts a nursery instead of a supervisor; it forks
-that one at once, loads everything, and forks those of later clients while they come.  After `LINGER` seconds without a
-client, or when the run root is removed, it ends.  Where machines are to be kept ready, it has them made in between.
+that one at once, loads everything, and forks those of later clients while they come.  Engines' first `start` of a
+container does that too, but for the supervisor, which is there then.  After `LINGER` seconds without a client, when the
+run root is removed, or when its code has been replaced, it ends.  Where machines are to be kept ready for `run`, it has
+them made in between.
+
+Supervisors that engines ask for enter cgroups of their own, so where their clients are makes no difference to them; and
+a nursery that an engine's `start` has made leaves the cgroup it was made in, which is the engine's to remove.
 
 It is never needed: a client that finds none, or one that is not in the same surroundings as itself (namespaces, control
-groups, limits, the code as it is on disk), starts its supervisor without it.  gRPC is not loaded here, because no
+groups, limits), starts its supervisor without it.  gRPC is not loaded here, because no
 process may fork that has.
 """
 
@@ -24,10 +29,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import surroundings, wire
+from vmsandbox import cgroups, surroundings, wire
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
-from vmsandbox.supervisor.main import LISTEN_FD, Start, config_of, main
+from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
@@ -37,13 +42,14 @@ if TYPE_CHECKING:
 
 #: seconds without a client after which it ends
 LINGER = 60.0
-#: where its own socket is, beside the first supervisor's
-NURSERY_FD = LISTEN_FD + 1
+#: where its own socket is, and that of the first supervisor
+NURSERY_FD, FIRST_FD = LISTEN_FD, LISTEN_FD + 1
 #: seconds a client may take to say what it wants
 PATIENCE = 5.0
 #: seconds without a client after which machines are made ready
 QUIET = 1.0
 PRELOADED = (
+    "concurrent.futures.thread",
     "vmsandbox.config.load",
     "vmsandbox.oci.compose",
     "vmsandbox.supervisor.control",
@@ -62,21 +68,25 @@ _EVENT = struct.Struct("iIII")
 
 
 def nurse() -> None:
-    """Entry point: ``RUN_ROOT ARGUMENT...``, the arguments being the first supervisor's, on descriptors 3 and 4."""
+    """Entry point: ``RUN_ROOT [ARGUMENT...]``, the arguments being the first supervisor's, if one is wanted at once."""
     run_root, *arguments = sys.argv[1:]
     set_title(f"vmsandbox nursery {run_root}")
     os.chdir("/")
-    # The first need not wait for what it will load by itself while its machine starts.
-    _forked(lambda: _become(arguments))
-    os.close(LISTEN_FD)
+    if arguments:
+        # It need not wait for what it will load by itself while its machine starts.
+        _forked(lambda: _become_first(arguments))
+    else:
+        cgroups.leave()
+    os.closerange(NURSERY_FD + 1, os.sysconf("SC_OPEN_MAX"))
     os.dup2(0, 2)
     with _unhurried():
         for name in PRELOADED:
             importlib.import_module(name)
+        importlib.import_module("vmsandbox.oci.bundle").prepare()
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=NURSERY_FD) as listener:
-        _serve(listener, run_root, Origin(arguments, dict(os.environ)))
+        _serve(listener, run_root, Origin(arguments, dict(os.environ)) if arguments else None)
 
 
 @contextmanager
@@ -118,18 +128,23 @@ def _become(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _become_first(arguments: Sequence[str]) -> None:
+    os.dup2(FIRST_FD, LISTEN_FD)
+    _become(arguments)
+
+
 @dataclass(frozen=True)
 class Origin:
-    """What a supervisor was last started with: its arguments and environment."""
+    """What a supervisor that is no engine's was last started with: its arguments and environment."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
 
 
-def _serve(listener: socket.socket, run_root: str, origin: Origin) -> None:
+def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> None:
     path = listener.getsockname()
     loaded = _sources()
-    here = surroundings.of(os.getpid())
+    here, group = surroundings.of(os.getpid(), grouped=False), surroundings.cgroups_of(os.getpid())
     waiting = select.poll()
     waiting.register(listener, select.POLLIN)
     watch = _Watch()
@@ -141,16 +156,19 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin) -> None:
         events = dict(waiting.poll((QUIET if due else LINGER) * 1000))
         if watch.fd in events:
             due |= any("." not in name for name in watch.gone())
+        elif _sources() != loaded:
+            break
         elif listener.fileno() in events:
             connection, _ = listener.accept()
             with connection:
                 try:
-                    origin = _attend(connection, here, loaded) or origin
+                    origin = _attend(connection, here, group) or origin
                     due = True
                 except (OSError, ValueError, KeyError, wire.WireError):
                     continue
         elif due:
-            _make_ready(origin, watch)
+            if origin is not None:
+                _make_ready(origin, watch)
             due = False
         else:
             break
@@ -197,11 +215,11 @@ def _is_served(sandbox: SandboxPaths) -> bool:
         return probe.connect_ex(sandbox.control_file) == 0
 
 
-def _attend(connection: socket.socket, here: object, loaded: object) -> Origin | None:
+def _attend(connection: socket.socket, here: object, group: str) -> Origin | None:
     """Fork one client's supervisor, or refuse; without a word the client knows that nothing was done."""
     connection.settimeout(PATIENCE)
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if uid != os.geteuid() or surroundings.of(pid) != here or _sources() != loaded:
+    if uid != os.geteuid() or surroundings.of(pid, grouped=False) != here:
         return None
     connection.sendall(wire.encode_message({"pid": os.getpid()}))
     head, descriptors, _, _ = socket.recv_fds(connection, wire.HEAD.size, 2)
@@ -209,6 +227,10 @@ def _attend(connection: socket.socket, here: object, loaded: object) -> Origin |
         if len(descriptors) != 2 or len(head) != wire.HEAD.size:
             return None
         request = _read(connection, head)
+        engine = bool(cgroups_in(request["arguments"]))
+        if not engine and surroundings.cgroups_of(pid) != group:
+            connection.sendall(wire.encode_message({"pid": None}))
+            return None
 
         def become() -> None:
             for fd, target in zip(descriptors, (2, LISTEN_FD), strict=True):
@@ -222,7 +244,7 @@ def _attend(connection: socket.socket, here: object, loaded: object) -> Origin |
         for fd in descriptors:
             os.close(fd)
     connection.sendall(wire.encode_message({"pid": child}))
-    return Origin(request["arguments"], request["environment"])
+    return None if engine else Origin(request["arguments"], request["environment"])
 
 
 def _read(connection: socket.socket, head: bytes) -> dict[str, Any]:

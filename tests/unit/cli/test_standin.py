@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vmsandbox import wire
-from vmsandbox.cli import launch, standin
+from vmsandbox.cli import carrying, launch, standin
 from vmsandbox.paths import Roots
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -96,7 +96,8 @@ def roots(tmp_path: Path) -> Roots:
 
 @pytest.fixture
 def supervisor(roots: Roots) -> Iterator[Supervisor]:
-    made = Supervisor(launch.listen(launch.make_run_directory(roots, CONTAINER)))
+    bound = launch.listen(launch.make_run_directory(roots, CONTAINER))
+    made = Supervisor(socket.socket(fileno=bound.detach()))
     yield made
     made.close()
 
@@ -192,7 +193,7 @@ def test_it_reads_ahead_only_as_far_as_input_was_accepted(roots: Roots, supervis
     os.set_blocking(process.stdin, False)
     sent = 0
     received = 0
-    while received < standin.INPUT_WINDOW:
+    while received < carrying.INPUT_WINDOW:
         try:
             sent += os.write(process.stdin, bytes(65536))
         except BlockingIOError:
@@ -201,7 +202,7 @@ def test_it_reads_ahead_only_as_far_as_input_was_accepted(roots: Roots, supervis
     supervisor.sock.settimeout(0.3)
     while (more := supervisor.next_or_nothing()) is not None:
         received += len(more.payload)
-    assert received <= standin.INPUT_WINDOW + wire.CHUNK
+    assert received <= carrying.INPUT_WINDOW + wire.CHUNK
     supervisor.sock.settimeout(10)
     supervisor.say(accepted=received)
     supervisor.say(exit={"code": 0})

@@ -9,7 +9,7 @@ from vmsandbox.oci.annotations import Role, role
 
 
 def test_a_container_without_annotations_is_a_pod_of_its_own() -> None:
-    assert role({"org.example": "x"}, container_id="c1") == Role(kind="single", sandbox_id="c1")
+    assert role({"org.example": "x"}, container_id="c1").document() == Role(kind="single", sandbox_id="c1").document()
 
 
 def test_containerds_sandbox_container() -> None:
@@ -24,16 +24,19 @@ def test_containerds_sandbox_container() -> None:
         "io.kubernetes.cri.sandbox-cpu-shares": "2048",
         "io.kubernetes.cri.sandbox-memory": "134217728",
     }
-    assert role(annotations, container_id="s1") == Role(
-        kind="sandbox",
-        sandbox_id="s1",
-        pod_name="web",
-        pod_namespace="default",
-        pod_uid="u",
-        cpu_quota=200_000,
-        cpu_period=100_000,
-        cpu_shares=2048,
-        memory_bytes=2**27,
+    assert (
+        role(annotations, container_id="s1").document()
+        == Role(
+            kind="sandbox",
+            sandbox_id="s1",
+            pod_name="web",
+            pod_namespace="default",
+            pod_uid="u",
+            cpu_quota=200_000,
+            cpu_period=100_000,
+            cpu_shares=2048,
+            memory_bytes=2**27,
+        ).document()
     )
 
 
@@ -45,12 +48,15 @@ def test_containerds_sandbox_container() -> None:
     ],
 )
 def test_members_name_their_sandbox(kind: str, sandbox: str) -> None:
-    assert role({kind: "container", sandbox: "s1"}, container_id="c1") == Role(kind="container", sandbox_id="s1")
+    assert (
+        role({kind: "container", sandbox: "s1"}, container_id="c1").document()
+        == Role(kind="container", sandbox_id="s1").document()
+    )
 
 
 def test_no_quota_counts_as_nothing_said() -> None:
     annotations = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-quota": "-1"}
-    assert role(annotations, container_id="s1") == Role(kind="sandbox", sandbox_id="s1")
+    assert role(annotations, container_id="s1").document() == Role(kind="sandbox", sandbox_id="s1").document()
 
 
 @pytest.mark.parametrize(

@@ -64,18 +64,23 @@ def exec_verb(options: Options, argv: list[str]) -> int:
         "exec": exec_id,
         "process": process,
         "tty": terminal,
-        "size": standins.console_size(process),
+        "size": standins.window_size(process, foreground=not detached),
         "ignore_paused": given.flag("ignore-paused"),
     }
     plan = standin.Plan(
-        container.id, exec_id, stdin=True, stdout=True, terminal=terminal, command=standins.shown(process.get("args"))
+        container.id,
+        exec_id,
+        stdin=True,
+        stdout=True,
+        terminal=terminal,
+        command=standins.shown(process.get("args")),
+        cgroups=container.document.get("cgroups") or [],
     )
     with launch.connect_or_take_over(roots, container.sandbox) as sock:
         standing = standins.fork(
             roots,
             container.sandbox,
             plan,
-            places=container.document.get("cgroups") or [],
             netns=None,
             console_socket=console,
             size=standins.console_size(process),

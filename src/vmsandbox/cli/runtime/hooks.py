@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
+from vmsandbox import plainjson
 from vmsandbox.errors import InvalidBundleError, SandboxError
 
 TYPE_CHECKING = False
@@ -57,7 +57,7 @@ def run(
         return
     import subprocess
 
-    text = json.dumps(state).encode()
+    text = plainjson.dumps(state).encode()
     for index, hook in enumerate(hooks):
         path = str(hook.get("path"))
         timeout = hook.get("timeout")

@@ -177,18 +177,20 @@ def create(
                     terminal=plan.terminal,
                     root=plan.standin_root(),
                     command=standins.shown(plan.process.get("args")),
+                    cgroups=made.places,
                 ),
-                places=made.places,
                 netns=plan.netns,
                 console_socket=console_socket,
                 size=standins.console_size(plan.process),
                 orphan=not foreground,
             )
             try:
+                if any(plan.hooks.values()):
+                    standing.await_ready()
                 for name in ("prestart", "createRuntime"):
                     hooks.run(plan.hooks[name], name, plan.state(standing))
                 hooks.run_inside(plan.hooks["createContainer"], "createContainer", plan.state(standing))
-                client.request(sock, _request(plan, standing, made))
+                client.request(sock, _request(plan, standing, made, foreground=foreground))
                 standing.announce(pid_file)
             except BaseException as error:
                 standing.end()
@@ -207,15 +209,15 @@ def _started(options: Options, roots: Roots, plan: Plan, places: list[str]) -> S
     sandbox = launch.make_run_directory(roots, plan.pod)
     try:
         with launch.locked(sandbox), launch.listen(sandbox) as listener:
-            pid = launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments())
-            cgroups.enter(places, pid)
+            arguments = options.supervisor_arguments()
+            launch.spawn_supervisor(roots, sandbox, listener, arguments=arguments, nursed=True, cgroups=places)
     except BaseException:
         records.remove_tree(sandbox.dir)
         raise
     return sandbox
 
 
-def _request(plan: Plan, standing: standins.Standing, made: cgroups.Made) -> dict[str, Any]:
+def _request(plan: Plan, standing: standins.Standing, made: cgroups.Made, *, foreground: bool) -> dict[str, Any]:
     return {
         "verb": "create-bundle",
         "id": plan.id,
@@ -226,7 +228,7 @@ def _request(plan: Plan, standing: standins.Standing, made: cgroups.Made) -> dic
         "standin": standing.document(),
         "cgroups": made.places,
         "cgroups_above": made.above,
-        "size": standins.console_size(plan.process),
+        "size": standins.window_size(plan.process, foreground=foreground),
     }
 
 
@@ -274,6 +276,8 @@ def start(options: Options, roots: Roots, container: records.Container) -> None:
         known.ask(roots, container, {"verb": "start"}, stopped="cannot start a container that has stopped")
     except InvalidStateError as error:
         raise UnavailableError(f"cannot start an already running container: {error}") from error
+    # Not when it is created: conmon, whose child it would be then, ends no earlier than its children.
+    launch.found_nursery(roots)
     poststart = (container.document.get("hooks") or {}).get("poststart") or []
     for failed in hooks.run_all(poststart, "poststart", known.state(container, status="running")):
         report(options, str(failed), level="warning")
@@ -351,8 +355,8 @@ def delete_verb(options: Options, argv: list[str]) -> int:
 
 def delete(options: Options, roots: Roots, container: records.Container, *, force: bool) -> None:
     """Forget a container that has stopped, or with `force` any; then its poststop hooks are run."""
+    from vmsandbox.cli.removal import remove_from_disk
     from vmsandbox.cli.runtime.main import report
-    from vmsandbox.cli.verbs.rm import remove_from_disk
 
     status = container.status()
     if status not in ("stopped", "creating") and not force:

@@ -142,10 +142,10 @@ def stamp(seconds: float | None = None) -> str:
 
 def report(options: Options, message: str, *, level: str = "error") -> None:
     """Say what went wrong where the engine looks: in its log file, if it named one, and on stderr."""
-    import json
+    from vmsandbox import plainjson
 
     message = " ".join(message.split())
-    quoted = json.dumps(message, ensure_ascii=False)
+    quoted = plainjson.quoted(message)
     moment = stamp()[:19] + "Z"
     if options.log_format == "json":
         line = f'{{"level":"{level}","msg":{quoted},"time":"{moment}"}}'

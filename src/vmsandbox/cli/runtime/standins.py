@@ -7,10 +7,9 @@ the pid file and, with a terminal, the other side of that by the console socket.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-from vmsandbox import cgroups, records
+from vmsandbox import records
 from vmsandbox.cli import standin
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 MASTER = b"/dev/ptmx"
 #: characters of a command that a process' title has
 SHOWN = 200
+SIGKILL = 9
 
 
 class Standing:
@@ -42,17 +42,21 @@ class Standing:
     def document(self) -> dict[str, Any]:
         return {"pid": self.pid, "start_time": self.start_time}
 
+    def await_ready(self) -> None:
+        """Wait until it is in its cgroups and a signal would find its handler."""
+        # It closes its end then.
+        os.read(self._ready, 1)
+
     def announce(self, pid_file: str) -> None:
-        """Write the pid file, if one is wanted: from then on a signal must find its handler."""
+        """Let it be known, by the pid file if one is wanted: from then on it has to be ready."""
+        self.await_ready()
         if pid_file:
-            # It closes its end when it has its handlers.
-            os.read(self._ready, 1)
             write_pid(pid_file, self.pid)
 
     def end(self) -> None:
         """Get rid of it: its process never came to be."""
         if records.is_alive(self.pid, self.start_time):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, SIGKILL)
         if self._child:
             os.waitpid(self.pid, 0)
 
@@ -70,7 +74,6 @@ def fork(
     sandbox: SandboxPaths,
     plan: standin.Plan,
     *,
-    places: list[str],
     netns: str | None,
     console_socket: str = "",
     size: tuple[int, int] | None = None,
@@ -78,9 +81,9 @@ def fork(
 ) -> Standing:
     """Fork the stand-in of a process.  Raises SandboxError if it cannot be set up.
 
-    `places` are cgroups.  A container's stand-in has namespaces of its own and is in the network namespace at `netns`
-    (empty: a new one); the stand-ins of other processes (None) are in none.  With `orphan` it is nobody's child here;
-    without, the caller waits for it.
+    It enters its cgroups while the caller goes on.  A container's stand-in has namespaces of its own and is in the
+    network namespace at `netns` (empty: a new one); the stand-ins of other processes (None) are in none.  With `orphan`
+    it is nobody's child here; without, the caller waits for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,7 +99,7 @@ def fork(
         try:
             said = b""
             try:
-                _prepare(roots, sandbox, plan, places=places, netns=netns, console_socket=console_socket, size=size)
+                _prepare(roots, sandbox, plan, netns=netns, console_socket=console_socket, size=size)
                 said = b"%d\n" % (os.getpid() if direct else standin.fork(roots, sandbox, plan))
             except (SandboxError, OSError) as error:
                 said = b"!" + str(error).encode(errors="replace") + b"\n"
@@ -127,16 +130,14 @@ def _prepare(
     sandbox: SandboxPaths,
     plan: standin.Plan,
     *,
-    places: list[str],
     netns: str | None,
     console_socket: str,
     size: tuple[int, int] | None,
 ) -> None:
-    cgroups.enter(places, os.getpid())
     if netns is not None:
         from vmsandbox.cli.runtime import starter
 
-        plan.starter = starter.fork(roots, sandbox, plan.container_id)
+        plan.starter = starter.fork(roots, sandbox, plan.container_id, plan.cgroups)
         from vmsandbox.cli.runtime import namespaces
 
         namespaces.enter(netns)
@@ -149,19 +150,20 @@ def _prepare(
 def _open_terminal(console_socket: str, size: tuple[int, int] | None) -> None:
     """Make a terminal, send its master away, and have its slave as stdio: raw, since the guest has the real one."""
     import fcntl
-    import socket
     import struct
     import termios
     import tty
+
+    from vmsandbox.plainsocket import UnixSocket, send_descriptors
 
     master, slave = os.openpty()
     if size:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("hhhh", size[1], size[0], 0, 0))
     tty.setraw(slave)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with UnixSocket() as sock:
         try:
             sock.connect(console_socket)
-            socket.send_fds(sock, [MASTER], [master])
+            send_descriptors(sock, MASTER, [master])
         except OSError as error:
             raise SandboxError(f"cannot use console socket '{console_socket}': {error.strerror}") from error
     os.close(master)
@@ -198,6 +200,20 @@ def console_size(process: dict[str, Any]) -> tuple[int, int] | None:
     if not isinstance(columns, int) or not isinstance(rows, int) or not (0 < columns < 32768 and 0 < rows < 32768):
         return None
     return columns, rows
+
+
+def window_size(process: dict[str, Any], *, foreground: bool) -> tuple[int, int] | None:
+    """Columns and rows that a process' terminal begins with: what it asks for, else those of the caller's own."""
+    asked = console_size(process)
+    if asked is None and foreground and process.get("terminal") is True:
+        for fd in (1, 0):
+            try:
+                columns, rows = os.get_terminal_size(fd)
+            except OSError:
+                continue
+            if columns and rows:
+                return columns, rows
+    return asked
 
 
 def write_pid(path: str, pid: int) -> None:

@@ -8,13 +8,15 @@ ends when the stand-in has.
 from __future__ import annotations
 
 import os
-import socket
 
+from vmsandbox import cgroups
 from vmsandbox.cli import launch
+from vmsandbox.plainsocket import SOCK_SEQPACKET, UnixSocket, pair, receive_descriptor, send_descriptors
 from vmsandbox.title import set_title
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import NoReturn
 
     from vmsandbox.paths import Roots, SandboxPaths
@@ -26,13 +28,14 @@ class StarterDiedError(Exception):
     """Nobody is left outside who could start a supervisor."""
 
 
-def fork(roots: Roots, sandbox: SandboxPaths, container_id: str) -> int:
-    """Fork it; answers the descriptor by which the stand-in asks."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def fork(roots: Roots, sandbox: SandboxPaths, container_id: str, places: Sequence[str]) -> int:
+    """Fork it, into cgroups as well; answers the descriptor by which the stand-in asks."""
+    ours, its = pair(SOCK_SEQPACKET)
     if not os.fork():
         try:
             os.setsid()
             _keep_only(its.fileno())
+            cgroups.enter(places)
             set_title(f"vmsandbox starter {container_id[:12]}")
             _serve(its, roots, sandbox)
         finally:
@@ -41,22 +44,22 @@ def fork(roots: Roots, sandbox: SandboxPaths, container_id: str) -> int:
     return ours.detach()
 
 
-def ask(fd: int) -> socket.socket:
+def ask(fd: int) -> UnixSocket:
     """A connection to the supervisor; OSError where the pod is gone, `StarterDiedError` where the answer is."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with UnixSocket(SOCK_SEQPACKET, fileno=os.dup(fd)) as sock:
         try:
             sock.send(QUESTION)
-            said, fds, _, _ = socket.recv_fds(sock, 1, 1)
+            said, found = receive_descriptor(sock, 1)
         except OSError as error:
             raise StarterDiedError from error
     if said == GONE:
         raise FileNotFoundError("the pod is gone")
-    if said != FOUND or not fds:
+    if said != FOUND or found < 0:
         raise StarterDiedError
-    return socket.socket(fileno=fds[0])
+    return UnixSocket(fileno=found)
 
 
-def _serve(sock: socket.socket, roots: Roots, sandbox: SandboxPaths) -> NoReturn:
+def _serve(sock: UnixSocket, roots: Roots, sandbox: SandboxPaths) -> NoReturn:
     while sock.recv(1):
         _reap()
         try:
@@ -65,7 +68,7 @@ def _serve(sock: socket.socket, roots: Roots, sandbox: SandboxPaths) -> NoReturn
             sock.send(GONE)
             continue
         with found:
-            socket.send_fds(sock, [FOUND], [found.fileno()])
+            send_descriptors(sock, FOUND, [found.fileno()])
     os._exit(0)
 
 

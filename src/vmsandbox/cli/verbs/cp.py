@@ -20,7 +20,6 @@ from vmsandbox.errors import InvalidArgumentError, InvalidStateError, NotFoundEr
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import socket
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from io import BufferedReader
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from vmsandbox.cli.main import Options
     from vmsandbox.paths import Roots
+    from vmsandbox.plainsocket import UnixSocket
 else:
 
     def cast(_kind: object, value: object) -> object:
@@ -89,7 +89,7 @@ def is_content(path: str) -> bool:
 class Incoming:
     """An archive as it comes from the supervisor, for reading as a file."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: UnixSocket) -> None:
         self.sock = sock
         self.ended = False
         self._data = b""
@@ -116,7 +116,7 @@ class Incoming:
 class Outgoing:
     """An archive on its way to the supervisor, for writing as a file; waits as long as the guest is slower."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: UnixSocket) -> None:
         self.sock = sock
         self.offset = 0
 
@@ -140,7 +140,7 @@ class Copier:
         if self.container.status() == "stopped":
             raise InvalidStateError(f"container '{name}'", state="stopped", wanted="copy files of")
 
-    def _asked(self, request: dict[str, Any]) -> AbstractContextManager[socket.socket]:
+    def _asked(self, request: dict[str, Any]) -> AbstractContextManager[UnixSocket]:
         sock = launch.connect_or_take_over(self.roots, self.container.sandbox)
         try:
             client.send(sock, {**request, "container": self.container.id})

@@ -99,7 +99,9 @@ def create(options: Options, roots: Roots, arguments: argparse.Namespace) -> int
         sandbox = launch.make_run_directory(roots, pod_id)
         try:
             with launch.locked(sandbox), launch.listen(sandbox) as listener:
-                launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True)
+                launch.spawn_supervisor(
+                    roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True, founding=True
+                )
         except BaseException:
             records.remove_tree(sandbox.dir)
             raise

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
+from vmsandbox.cli.removal import remove_from_disk
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.errors import InvalidStateError, SandboxError
 
@@ -59,18 +58,3 @@ def machine_lives(roots: Roots, container: records.Container) -> bool:
         return bool(pod_id) and records.load_pod(roots, pod_id).status() != "stopped"
     except SandboxError:
         return False
-
-
-def remove_from_disk(roots: Roots, container: records.Container) -> None:
-    """Forget a container whose pod has ended."""
-    from vmsandbox import lent
-
-    document = container.document
-    if os.path.isdir(container.sandbox.dir):
-        with launch.locked(container.sandbox):
-            lent.give_back(lent.record_of(container.sandbox, container.id))
-            image = str((document.get("image") or {}).get("id") or "")
-            records.forget_container(roots, container.id, name=container.name, image_id=image)
-            records.forget_sandbox_if_empty(container.sandbox)
-    else:
-        records.forget_container(roots, container.id, name=container.name, image_id="")

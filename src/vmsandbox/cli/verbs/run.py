@@ -14,11 +14,11 @@ from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from typing import Any
 
     from vmsandbox.cli.main import Options
     from vmsandbox.paths import Roots, SandboxPaths
+    from vmsandbox.plainsocket import UnixSocket
 
 
 def add_pod_options(made: Parser) -> None:
@@ -248,7 +248,9 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
     sandbox = launch.make_run_directory(roots, request["sandbox"]["id"])
     try:
         with launch.locked(sandbox), launch.listen(sandbox) as listener:
-            launch.spawn_supervisor(roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True)
+            launch.spawn_supervisor(
+                roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True, founding=True
+            )
     except BaseException:
         records.remove_tree(sandbox.dir)
         raise
@@ -269,7 +271,7 @@ def stay(
     options: Options,
     roots: Roots,
     sandbox: SandboxPaths,
-    connection: socket.socket,
+    connection: UnixSocket,
     request: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> int:

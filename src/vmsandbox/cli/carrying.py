@@ -1,0 +1,412 @@
+"""What a stand-in does: it carries stdio and signals between its descriptors and the pod's supervisor.
+
+It alone reads and writes the container's stdio on the host, forwards the signals it gets, and ends as the guest process
+ended, so whoever waits for it sees an ordinary process.
+
+What a reader would get wrong: the supervisor is *not* its parent and may die.  Every byte has an offset, the
+stand-in knows which it has written and which input was accepted, and when its connection breaks it starts a new
+supervisor itself and goes on from there.  If the stand-in is killed, the supervisor kills the guest process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import stat
+import struct
+import termios
+import time
+from contextlib import nullcontext
+
+from vmsandbox import wire
+from vmsandbox.cli import launch
+from vmsandbox.cli.containerlog import LogWriter
+from vmsandbox.cli.standin import LOST
+from vmsandbox.plainsocket import MSG_DONTWAIT
+from vmsandbox.records import start_time
+from vmsandbox.title import set_title
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmsandbox.cli.runtime import namespaces
+    from vmsandbox.cli.standin import Plan
+    from vmsandbox.paths import Roots, SandboxPaths
+    from vmsandbox.plainsocket import UnixSocket
+
+#: unacknowledged input that is kept, and so the most that is read ahead of the container, in bytes
+INPUT_WINDOW = 1024 * 1024
+#: output written before it is acknowledged, in bytes
+ACK_EVERY = 256 * 1024
+#: What a blocking descriptor takes without blocking once it polls writable (PIPE_BUF).
+ATOMIC = 4096
+#: seconds before a connection is tried again that broke without having brought anything
+RECONNECT_PAUSE = 0.2
+NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
+KINDS = {name: kind for kind, name in NAMES.items()}
+#: Not forwarded: what the kernel raises for our own doings, and job control of the caller's terminal.
+KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT}
+
+
+class Output:
+    """One output stream: bytes that came, and those the host's descriptor has not taken yet."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.name = name
+        self.fd = fd
+        self.received = 0
+        self.acked = 0
+        self.eof = False
+        #: nobody reads it any more
+        self.closed = False
+        self.pending = bytearray()
+        self.limit = ATOMIC
+        if fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            # A second description of the same pipe can be non-blocking without changing the caller's.
+            try:
+                self.fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+                self.limit = wire.CHUNK
+            except OSError:
+                self.fd = fd
+
+    @property
+    def written(self) -> int:
+        return self.received - len(self.pending)
+
+    def flush(self) -> bool:
+        """Write what the descriptor takes now; False once nobody reads it any more."""
+        try:
+            count = os.write(self.fd, memoryview(self.pending)[: self.limit])
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.fd = -1
+            self.closed = True
+            self.pending.clear()
+            return False
+        del self.pending[:count]
+        return True
+
+
+class Standin:
+    def __init__(self, roots: Roots, sandbox: SandboxPaths, plan: Plan) -> None:
+        self.roots = roots
+        self.sandbox = sandbox
+        self.plan = plan
+        self.outputs = {
+            wire.STDOUT: Output(1 if plan.stdout else -1, "stdout"),
+            wire.STDERR: Output(2 if plan.stdout else -1, "stderr"),
+        }
+        self.log: LogWriter | None = None
+        self.input = bytearray()  # sent, not accepted
+        self.input_sent = 0
+        self.input_eof = not plan.stdin
+        self.eof_sent = not plan.stdin
+        self.sock: UnixSocket | None = None
+        self.decoder = wire.Decoder()
+        self.unsent = bytearray()
+        self.exit: dict[str, Any] | None = None
+        #: not yet taken by the supervisor: said again over the next connection
+        self.signals: list[int] = []
+        #: pidfd of the client whose death ends the process
+        self.client = -1
+        # In a pid namespace of its own it is number 1; what counts is what others know it by.
+        pid = int(os.readlink("/proc/self"))
+        self.me = {"pid": pid, "start_time": start_time(pid)}
+        self.enclosure: namespaces.Enclosure | None = None
+        #: whether this connection brought anything: one that did not is not tried again at once
+        self.heard = True
+
+    # ------------------------------------------------------------ set-up
+
+    def run(self) -> int:
+        wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._catch_signals(wake_out)
+        self._close_inherited({wake_in, wake_out, self.plan.starter})
+        what = (self.plan.exec_id or self.plan.container_id)[:12]
+        set_title(f"vmsandbox stand-in {what}" + (f": {self.plan.command}" if self.plan.command else ""))
+        if self.plan.kill_with:
+            try:
+                self.client = os.pidfd_open(self.plan.kill_with)
+            except ProcessLookupError:  # it is dead already
+                self.signals.append(int(signal.SIGKILL))
+        self._connect(first=True)
+        if self.plan.root:
+            from vmsandbox.cli.runtime import namespaces
+
+            self.enclosure = namespaces.Enclosure(self.plan.root)
+        while True:
+            if self.sock is None:
+                if not self.heard:
+                    time.sleep(RECONNECT_PAUSE)
+                if not self._connect(first=False):
+                    return LOST
+            self._turn(wake_in)
+            if self.exit is not None and self._drained():
+                self._finish()
+                return int(self.exit.get("code", LOST))
+
+    def _catch_signals(self, wake: int) -> None:
+        for number in signal.valid_signals():
+            if number in (signal.SIGKILL, signal.SIGSTOP) or number in KEPT - {signal.SIGWINCH}:
+                continue
+            if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
+                continue
+            signal.signal(number, lambda _number, _frame: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+    def _close_inherited(self, keep: set[int]) -> None:
+        keep |= {output.fd for output in self.outputs.values()}
+        for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
+            if fd > 2 and fd not in keep:
+                try:
+                    os.close(fd)
+                except OSError:
+                    continue
+
+    def _connect(self, *, first: bool) -> bool:
+        """(Re)connect to the supervisor and say from which offsets on; False when the pod is gone."""
+        try:
+            self.sock = launch.connect(self.sandbox) if first else self._found()
+        except OSError:
+            return False
+        self.decoder = wire.Decoder()
+        self.heard = False
+        plan = self.plan
+        hello = {
+            "verb": "attach",
+            "container": plan.container_id,
+            "exec": plan.exec_id,
+            "standin": self.me,
+            "stdout": self.outputs[wire.STDOUT].received,
+            "stderr": self.outputs[wire.STDERR].received,
+        }
+        size = self._window_size() if plan.terminal else None
+        if size:
+            hello["size"] = size
+        self.unsent = bytearray(wire.encode_message(hello))
+        # What was read but not accepted is offered again; the supervisor drops what the guest already has.
+        if self.input:
+            self.unsent += wire.encode_data(wire.STDIN, self.input_sent - len(self.input), bytes(self.input))
+        if self.plan.stdin and self.eof_sent:
+            self._send({"eof": "stdin", "offset": self.input_sent})
+        for number in self.signals:
+            self._send({"signal": number})
+        for kind, output in self.outputs.items():
+            self._repeat(kind, output)
+        return True
+
+    def _repeat(self, kind: int, output: Output) -> None:
+        """Say again what of an output may not have arrived; the agent stops a process whose output nobody takes."""
+        if output.closed:
+            self._send({"closed": output.name})
+        if output.acked:
+            self._send({"ack": NAMES[kind], "offset": output.acked})
+
+    def _found(self) -> UnixSocket:
+        """The supervisor that is there, or a new one, which must not be in our namespaces."""
+        if self.plan.starter < 0:
+            return launch.connect_or_take_over(self.roots, self.sandbox)
+        from vmsandbox.cli.runtime import starter
+
+        try:
+            return starter.ask(self.plan.starter)
+        except starter.StarterDiedError:
+            return self._awaited()
+
+    def _awaited(self) -> UnixSocket:
+        """The supervisor that the next verb starts, since we cannot; FileNotFoundError once the pod is gone."""
+        while True:
+            with self.enclosure.left() if self.enclosure else nullcontext():
+                try:
+                    return launch.connect(self.sandbox)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    if not os.path.exists(self.sandbox.document_file):
+                        raise
+            time.sleep(RECONNECT_PAUSE)
+
+    # ------------------------------------------------------------ one turn of the loop
+
+    def _turn(self, wake: int) -> None:
+        assert self.sock is not None
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.unsent else 0))
+        poll.register(wake, select.POLLIN)
+        if self.client >= 0:
+            poll.register(self.client, select.POLLIN)
+        reading = not self.input_eof and len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
+        if reading:
+            poll.register(0, select.POLLIN)
+        for output in self.outputs.values():
+            if output.pending:
+                poll.register(output.fd, select.POLLOUT)
+        ready = dict(poll.poll())
+        if wake in ready:
+            self._take_signals(os.read(wake, 256))
+        if self.client in ready:
+            self._client_died()
+        if reading and 0 in ready:
+            self._read_input()
+        for kind, output in self.outputs.items():
+            if output.pending and output.fd in ready:
+                self._write_output(kind, output)
+        sock = self.sock.fileno()
+        if sock in ready:
+            if ready[sock] & select.POLLOUT:
+                self._flush_socket()
+            if self.sock is not None and ready[sock] & ~select.POLLOUT:
+                self._read_socket()
+
+    def _take_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number == signal.SIGWINCH:
+                size = self._window_size()
+                if size:
+                    self._send({"size": size})
+            else:
+                self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        self.signals.append(number)
+        self._send({"signal": number})
+
+    def _window_size(self) -> list[int] | None:
+        for fd in (1, 0):
+            try:
+                rows, columns = struct.unpack("hhhh", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))[:2]
+            except OSError:
+                continue
+            if rows and columns:
+                return [columns, rows]
+        return None
+
+    def _client_died(self) -> None:
+        os.close(self.client)
+        self.client = -1
+        if self.plan.mode:
+            try:
+                termios.tcsetattr(0, termios.TCSANOW, self.plan.mode)
+            except termios.error:
+                pass  # hung up
+        self._signal(int(signal.SIGKILL))
+
+    def _read_input(self) -> None:
+        try:
+            data = os.read(0, wire.CHUNK)
+        except OSError:
+            data = b""  # a hung-up terminal
+        if data:
+            self.input += data
+            self.unsent += wire.encode_data(wire.STDIN, self.input_sent, data)
+            self.input_sent += len(data)
+        else:
+            self.input_eof = self.eof_sent = True
+            self._send({"eof": "stdin", "offset": self.input_sent})
+
+    def _write_output(self, kind: int, output: Output) -> None:
+        if not output.flush():
+            self._send({"closed": output.name})
+        self._acknowledge(kind, output)
+
+    def _acknowledge(self, kind: int, output: Output) -> None:
+        written = output.written
+        if written - output.acked >= ACK_EVERY or (not output.pending and written > output.acked):
+            output.acked = written
+            self._send({"ack": NAMES[kind], "offset": written})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self.unsent += wire.encode_message(message)
+
+    def _flush_socket(self) -> None:
+        assert self.sock is not None
+        try:
+            count = self.sock.send(self.unsent, MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._disconnected()
+            return
+        del self.unsent[:count]
+
+    def _read_socket(self) -> None:
+        assert self.sock is not None
+        try:
+            data = self.sock.recv(1024 * 1024, MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._disconnected()
+            return
+        self.heard = True
+        for frame in self.decoder.feed(data):
+            if frame.kind == wire.MESSAGE:
+                self._take_message(frame.message())
+            else:
+                self._take_output(frame)
+
+    def _disconnected(self) -> None:
+        assert self.sock is not None
+        self.sock.close()
+        self.sock = None
+
+    # ------------------------------------------------------------ what the supervisor says
+
+    def _take_output(self, frame: wire.Frame) -> None:
+        output = self.outputs[frame.kind]
+        data = frame.payload[max(0, output.received - frame.offset) :]
+        if frame.offset > output.received or not data:
+            return  # a gap cannot be: the supervisor resumes from what we said; a repetition is dropped
+        output.received += len(data)
+        if self.log is not None:
+            self.log.write(output.name, data)
+        if output.fd >= 0:
+            output.pending += data
+        else:
+            self._acknowledge(frame.kind, output)
+
+    def _take_message(self, message: dict[str, Any]) -> None:
+        if "log" in message and self.log is None:
+            log = message["log"]
+            self.log = LogWriter(log["path"], max_bytes=log["max_bytes"], files=log["files"])
+        elif "accepted" in message:
+            keep = self.input_sent - int(message["accepted"])
+            if 0 <= keep < len(self.input):
+                del self.input[: len(self.input) - keep]
+        elif "stdin_closed" in message:
+            self.input.clear()
+            self.input_eof = True
+        elif "eof" in message:
+            self.outputs[KINDS[message["eof"]]].eof = True
+        elif "signalled" in message:
+            if message["signalled"] in self.signals:
+                self.signals.remove(message["signalled"])
+        elif "exit" in message:
+            self.exit = message["exit"]
+        elif "unknown" in message:
+            # It was never created, or is long forgotten; whoever asked for it has been told why.
+            self.exit = {"code": LOST}
+
+    # ------------------------------------------------------------ the end
+
+    def _drained(self) -> bool:
+        return not any(output.pending for output in self.outputs.values())
+
+    def _finish(self) -> None:
+        """Say that everything was written, so that the supervisor may forget the process."""
+        assert self.exit is not None
+        if self.log is not None:
+            self.log.close()
+        if self.sock is not None:
+            self._send({"done": True})
+            self.sock.settimeout(5)
+            try:
+                self.sock.sendall(self.unsent)
+            except OSError:
+                return
