@@ -2,8 +2,8 @@
 
 A template is found by a key over everything that a clone must have in common with it: the complete command line, QEMU,
 kernel, image, and this version.  It is made before any user data exists, by booting a machine exactly as a pod's,
-running one container in it on the same kinds of disk that pods get, taking everything away again and saving what is
-left: code is loaded, modules are in, nothing has an identity yet.
+running one container in it on the same kinds of disk that pods get, mounting a share, taking everything away again and
+saving what is left: code is loaded, modules are in, nothing has an identity yet.
 
     <templates>/<key>/state, memory, layer, template.json  one template, complete
     <templates>/<key>/holders/<pid>                    supervisors that have its memory at hand
@@ -338,6 +338,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                         stack.push_async_callback(vm.detach_disk, "warm-scratch")
                         async with asyncio.timeout(warming.TIMEOUT):
                             await warming.warm(around, agent, image.pci_path, writable.pci_path)
+                            await warming.warm_share(vm, agent, run / "share")
                     if slots.has(booted):
                         await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
                     await warming.clear(agent)

@@ -6,17 +6,26 @@ Templates are saved after it, and with them what is loaded; in a spare the emula
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vmsandbox.errors import UnsupportedError
 from vmsandbox.oci import compose, options
+from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
+from vmsandbox_hypervisor.api import VirtiofsShare
+from vmsandbox_hypervisor.errors import DeviceError
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.supervisor.sandbox import Surroundings
+    from vmsandbox_hypervisor.api import Vm
+
+log = logging.getLogger(__name__)
 
 #: seconds the container may take
 TIMEOUT = 120.0
@@ -62,3 +71,18 @@ async def warm(around: Surroundings, agent: AgentClient, image: str, writable: s
             if answer.WhichOneof("what") == "exited":
                 break
     await agent.remove_container(container_id, force=True)
+
+
+async def warm_share(vm: Vm, agent: AgentClient, directory: Path) -> None:
+    """Have the guest load what a shared directory needs; a machine that cannot share has pods without any."""
+    directory.mkdir(mode=0o755)
+    plan = shares.Plan(shared_fs=shares.VIRTIO_FS, container_id="warm", names=("none",))
+    try:
+        await vm.attach_virtiofs(VirtiofsShare(tag=shares.TAG, path=directory))
+    except DeviceError as error:
+        log.info("the template has never had a shared directory: %s", error)
+        return
+    storages = plan.storages()
+    await agent.add_storages(storages)
+    await agent.remove_storages([storage.mount_point for storage in storages])
+    await vm.detach_virtiofs(shares.TAG)
