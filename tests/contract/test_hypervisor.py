@@ -15,6 +15,7 @@ import pytest
 from vmsandbox_hypervisor.api import Disk, Kernel, Memory, NinePShare, PciAddress, PrivateMemory, VirtiofsShare
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, NoSlotError
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
+from vmsandbox_hypervisor.qemu.template import empty_memory
 from vmsandbox_hypervisor.testing import (
     FakeHypervisor,
     FakeVm,
@@ -148,6 +149,24 @@ async def test_memory_grows_exactly_and_shrinks(answering: Stage[Vm]) -> None:
         with pytest.raises(DeviceError, match="multiples of 128"):
             await vm.attach_dimm("e", 100)
         assert (await vm.memory()).requested_mib == 128
+
+
+async def test_a_balloon_takes_a_slot_once_and_only_where_memory_is_shared(
+    any_hypervisor: Hypervisor, vm_config: VmConfig
+) -> None:
+    async with any_hypervisor.running(vm_config) as vm:
+        address = await vm.attach_balloon()
+        assert dict(vm.devices()) == {"balloon": address}
+        with pytest.raises(DeviceError, match="attached already"):
+            await vm.attach_balloon()
+    memory = empty_memory(vm_config.memory.size_mib)
+    try:
+        private = replace(vm_config.memory, backing=PrivateMemory(fd=memory))
+        async with any_hypervisor.running(replace(vm_config, memory=private)) as vm:
+            with pytest.raises(DeviceError, match="not mapped shared"):
+                await vm.attach_balloon()
+    finally:
+        os.close(memory)
 
 
 async def test_the_number_of_cpus_only_grows_without_kvm(running: Stage[Vm]) -> None:

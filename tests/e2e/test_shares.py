@@ -228,6 +228,19 @@ def test_2000_small_files_and_a_large_one_are_equal_on_both_sides(sharing: Cli, 
         clear(source)
 
 
+def test_memory_that_a_pod_with_shares_frees_goes_back_to_the_host(sharing: Cli) -> None:
+    machine = psutil.Process(sharing.inspect("box")["pod"]["vm"]["pid"])
+
+    def resident_mib() -> int:
+        return int(machine.memory_info().rss) >> 20
+
+    before = resident_mib()
+    inside(sharing, "dd if=/dev/urandom of=/big bs=1M count=150 && cat /big > /dev/null && sync")
+    assert resident_mib() > before + 100
+    inside(sharing, "rm /big")
+    assert until(lambda: resident_mib() < before + 75, 60)
+
+
 @pytest.mark.long
 def test_10000_small_files_and_a_gibibyte_are_equal_on_both_sides(sharing: Cli, source: Path) -> None:
     fill(source, files=10_000, mib=1024)

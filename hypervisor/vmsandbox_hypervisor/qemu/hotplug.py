@@ -26,7 +26,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     node_name,
     tap_netdev,
 )
-from vmsandbox_hypervisor.qemu.hotplug_rules import check_slot_id
+from vmsandbox_hypervisor.qemu.hotplug_rules import check_balloon, check_slot_id
 from vmsandbox_hypervisor.qemu.monitor import CommandError, LinkError, record, records
 
 if TYPE_CHECKING:
@@ -202,6 +202,21 @@ class Devices:
             raise DeviceError(f"share '{share.tag}' is attached already: it is there from the start")
         async with self._plugging(f"ninep-{share.tag}") as port:
             await self._monitor.execute("device_add", ninep_device(share.tag, bus=f"rp{port}", addr="0"))
+        return hotplug_address(port)
+
+    async def attach_balloon(self) -> PciAddress:
+        check_balloon(self._config)
+        async with self._plugging("balloon") as port:
+            await self._monitor.execute(
+                "device_add",
+                {
+                    "driver": "virtio-balloon-pci",
+                    "id": "balloon",
+                    "free-page-reporting": True,
+                    "bus": f"rp{port}",
+                    "addr": "0",
+                },
+            )
         return hotplug_address(port)
 
     async def detach(self, name: str, *, timeout: float) -> None:

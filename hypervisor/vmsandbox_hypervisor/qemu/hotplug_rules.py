@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmsandbox_hypervisor.api import PrivateMemory
 from vmsandbox_hypervisor.errors import DeviceError, NoSlotError
 from vmsandbox_hypervisor.qemu.argv import VIRTIO_MEM_BLOCK_MIB, check_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vmsandbox_hypervisor.api import Memory
+    from vmsandbox_hypervisor.api import Memory, VmConfig
 
 #: a guest's memory block: pc-dimms come in multiples of it
 DIMM_UNIT_MIB = 128
@@ -24,6 +25,12 @@ def check_slot_id(kind: str, identifier: str) -> None:
         check_id(kind, identifier)
     except ValueError as error:
         raise DeviceError(str(error)) from error
+
+
+def check_balloon(config: VmConfig) -> None:
+    """Refuse a balloon where what it returns would be holes in other machines' memory."""
+    if isinstance(config.memory.backing, PrivateMemory):
+        raise DeviceError("cannot return free memory to the host: the machine's memory is not mapped shared")
 
 
 def memory_target(memory: Memory, total_mib: int, *, dimms_mib: int) -> int:

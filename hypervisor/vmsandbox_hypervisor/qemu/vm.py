@@ -213,6 +213,10 @@ class QemuVm:
         async with self._operation():
             await self._devices.detach(f"ninep-{tag}", timeout=timeout)
 
+    async def attach_balloon(self) -> PciAddress:
+        async with self._operation():
+            return await self._devices.attach_balloon()
+
     async def set_cpus(self, count: int, *, timeout: float = 10.0) -> CpuState:
         async with self._operation():
             return await self._cpus.change(count, timeout=timeout)

@@ -18,7 +18,7 @@ from vmsandbox_hypervisor.api import AccelChoice, CpuState, Event, MemoryState, 
 from vmsandbox_hypervisor.children import described
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError, NoSlotError
 from vmsandbox_hypervisor.qemu import argv as qemu_argv
-from vmsandbox_hypervisor.qemu.hotplug_rules import check_dimm, check_slot_id, memory_target
+from vmsandbox_hypervisor.qemu.hotplug_rules import check_balloon, check_dimm, check_slot_id, memory_target
 from vmsandbox_hypervisor.subscription import Subscription
 
 if TYPE_CHECKING:
@@ -201,6 +201,11 @@ class FakeVm:
         self._did(f"detach virtiofs {tag}")
         await self._unplug(f"fs-{tag}", timeout)
         del self._helpers[tag]
+
+    async def attach_balloon(self) -> PciAddress:
+        self._did("attach balloon")
+        check_balloon(self.config)
+        return self._plug("balloon")
 
     async def attach_9p(self, share: NinePShare) -> PciAddress:
         self._did(f"attach 9p {share.tag}")

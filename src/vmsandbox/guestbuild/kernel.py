@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 META_PACKAGE: Final = "linux-image-amd64"
 #: loaded by the initramfs, in this order, with what they depend on: all that the agent needs to be reached and
 #: that nothing could load later, because the guest has no udev
-EARLY: Final = ("virtio_pci", "virtio_blk", "virtio_console", "erofs", "virtio_mem", "virtio_net")
+EARLY: Final = ("virtio_pci", "virtio_blk", "virtio_console", "erofs", "virtio_mem", "virtio_net", "virtio_balloon")
 #: in the image, loaded by the kernel itself (through modprobe) when they are first used
 LATE: Final = tuple(
     """
-    ext4 overlay xfs fuse virtiofs 9p 9pnet_virtio loop virtio_rng virtio_balloon vmw_vsock_virtio_transport
+    ext4 overlay xfs fuse virtiofs 9p 9pnet_virtio loop virtio_rng vmw_vsock_virtio_transport
     tun dummy veth bridge br_netfilter macvlan ipvlan 8021q sch_fq_codel sch_tbf sch_htb sch_ingress cls_u32 act_mirred
     nf_tables nft_compat nft_chain_nat nft_ct nft_masq nft_redir nft_reject_inet nft_log nft_limit nft_fib_inet
     iptable_filter iptable_nat iptable_mangle ip6table_filter ip6table_nat ipt_REJECT ip6t_REJECT xt_conntrack
