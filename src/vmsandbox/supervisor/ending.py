@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, TimedOutError
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.oci import signals
 from vmsandbox.supervisor import regulation
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from vmsandbox.supervisor.container import Container
     from vmsandbox.supervisor.sandbox import Sandbox
     from vmsandbox.supervisor.service import Service
+
+log = logging.getLogger(__name__)
 
 #: seconds until SIGKILL must have ended a process, before the container counts as stuck
 KILL_TIMEOUT = 30.0
@@ -99,6 +102,9 @@ async def _signal_quietly(sandbox: Sandbox, container: Container, number: int) -
         await sandbox.agent.signal(container.id, "", number, all=number == SIGKILL)
     except (NotFoundError, InvalidStateError):
         return  # it has ended by itself
+    except UnavailableError as error:
+        # Its machine is ending, most likely, and it with that: who waits for it hears so, or that the time is up.
+        log.info("%s: the signal %d was not sent: %s", container, number, error)
 
 
 async def kill_and_wait(service: Service, sandbox: Sandbox, container: Container) -> None:
