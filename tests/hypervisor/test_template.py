@@ -18,7 +18,7 @@ import pytest
 
 from vmsandbox_hypervisor.api import Disk, Memory, PrivateMemory, SharedMemory, VirtiofsShare
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError
-from vmsandbox_hypervisor.qemu.template import Template, copied_memory, empty_memory, save_template
+from vmsandbox_hypervisor.qemu.template import Template, copied_memory, empty_memory, fill_memory, save_template
 from vmsandbox_hypervisor.testing import booted
 
 if TYPE_CHECKING:
@@ -124,6 +124,30 @@ async def test_a_clone_goes_on_where_the_template_was(hypervisor: Hypervisor, cl
         assert await guest.run("cat /tmp/mark") == "from the template"
         assert list(vm.phases) == ["spawned", "monitor", "restored", "running"]
         assert await vm.status() == "running"
+
+
+async def test_a_clone_s_memory_may_be_filled_while_qemu_starts(
+    hypervisor: Hypervisor, saved: Saved, shareable: VmConfig
+) -> None:
+    fd = empty_memory(SIZE)
+    filled = asyncio.ensure_future(asyncio.to_thread(fill_memory, fd, saved.memory))
+    try:
+        clone = replace(shareable, memory=replace(shareable.memory, backing=SharedMemory(fd=fd, filled=filled)))
+        async with booted(hypervisor.running(clone)) as (_, guest):
+            assert await guest.run("cat /tmp/mark") == "from the template"
+    finally:
+        await filled
+        os.close(fd)
+
+
+async def test_memory_that_cannot_be_filled_is_a_failed_boot(hypervisor: Hypervisor, shareable: VmConfig) -> None:
+    filled = asyncio.get_running_loop().create_future()
+    filled.set_exception(OSError(errno.ENOMEM, "no room for the guest's memory"))
+    backing = SharedMemory(fd=shareable.memory.backing.fd, filled=filled)
+    with pytest.raises(BootError, match="no room for the guest's memory") as caught:
+        async with hypervisor.running(replace(shareable, memory=replace(shareable.memory, backing=backing))):
+            pytest.fail("a machine without its memory")
+    assert caught.value.phase == "monitor"
 
 
 async def test_everything_can_be_plugged_into_a_clone(hypervisor: Hypervisor, clone: VmConfig, tmp_path: Path) -> None:

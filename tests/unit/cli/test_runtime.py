@@ -53,6 +53,21 @@ def test_wrong_options_are_refused(argv: list[str]) -> None:
         parse(argv, KNOWN)
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--preserve-fds=3", "open files cannot be passed into a virtual machine"),
+        ("--apparmor=x", "a profile of the host's kernel does not confine what runs on the guest's"),
+        ("--process-label=x", "a label of the host's kernel does not confine what runs on the guest's"),
+        ("--cgroup=/x", "the container's cgroup is the guest's"),
+    ],
+)
+def test_an_exec_says_why_it_cannot_do_what_only_a_host_can(option: str, why: str) -> None:
+    done = run("exec", option, "c1", "true")
+    assert done.returncode == 255
+    assert f"'{option.partition('=')[0]}' is not supported: {why}" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "a\n", "x" * 129, "-x"])
 def test_ids_that_are_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(InvalidArgumentError):

@@ -33,6 +33,12 @@ KNOWN = {
     "process-label": VALUE,
     "cgroup": VALUES,
 }
+REFUSED = {
+    "preserve-fds": "open files cannot be passed into a virtual machine",
+    "apparmor": "a profile of the host's kernel does not confine what runs on the guest's",
+    "process-label": "a label of the host's kernel does not confine what runs on the guest's",
+    "cgroup": "the container's cgroup is the guest's, and below it there are only those that the container makes",
+}
 SHORT = {"p": "process", "e": "env", "t": "tty", "u": "user", "g": "additional-gids", "d": "detach", "c": "cap"}
 
 
@@ -43,9 +49,9 @@ def exec_verb(options: Options, argv: list[str]) -> int:
     given = parse(argv, KNOWN, short=SHORT, stop_after=-1 if has_process else 1)
     if not given.positional:
         raise InvalidArgumentError("exec needs a container id")
-    for name in ("preserve-fds", "apparmor", "process-label", "cgroup"):
+    for name, why in REFUSED.items():
         if given.text(name) not in ("", "0"):
-            raise UnsupportedError(f"'--{name}' is not supported: it means nothing inside a virtual machine")
+            raise UnsupportedError(f"'--{name}' is not supported: {why}")
     roots = options.roots()
     container = known.find(roots, given.positional[0])
     status = container.status()
