@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,12 +302,21 @@ class _Play:
 
     def _check_lost_machine(self) -> None:
         if "machine" in self.killed and self.about.prepared != "pod" and self._status() is not None:
-            found = self.cli.inspect(self.name)
-            if found["status"] == "created" and psutil.pid_exists(found["pod"]["vm"]["pid"]):
-                return  # a clone that is killed is no loss: the pod boots without its template instead
+            if self.plan.operation == "create" and self._is_created_all_the_same():
+                return
             assert self.cli.ok("wait", self.name, timeout=PATIENCE)
             found = self.cli.inspect(self.name)
             assert found["status"] == "stopped", found
+
+    def _is_created_all_the_same(self) -> bool:
+        """A clone that is killed is no loss: the pod boots without its template instead."""
+        deadline = time.monotonic() + PATIENCE
+        while (status := self._status()) == "creating":
+            assert time.monotonic() < deadline, "a container is created for ever"
+        if status != "created":
+            return status is None
+        vm = self.cli.inspect(self.name)["pod"].get("vm") or {}
+        return psutil.pid_exists(vm.get("pid") or -1)
 
     def _check_create(self) -> None:
         if not self.killed:
