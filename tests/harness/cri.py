@@ -120,10 +120,10 @@ class Cri:
         said = [base64.b64decode(answer[name]).decode() for name in ("stdout", "stderr")]
         return answer["exit_code"], said[0], said[1]
 
-    def stream(self, container_id: str, *cmd: str, stdin: bytes = b"") -> dict[str, str]:
+    def stream(self, container_id: str, *cmd: str, stdin: bytes = b"", tty: bool = False) -> dict[str, str]:
         """Exec over its stream: what came on the channels 1 (stdout), 2 (stderr) and 3 (the status)."""
         answer = self(
-            "Exec", container_id=container_id, cmd=[*cmd], stdin=bool(stdin), stdout=True, stderr=True, tty=False
+            "Exec", container_id=container_id, cmd=[*cmd], stdin=bool(stdin), stdout=True, stderr=not tty, tty=tty
         )
         said: dict[str, str] = json.loads(self.engines.ok(sys.executable, str(STREAMING), answer["url"], stdin=stdin))
         return said

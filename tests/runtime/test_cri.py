@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
-from tests.harness.cri import Cri, container_config, pod_config
+from tests.harness.cri import TIMEOUT, Cri, container_config, pod_config
 from tests.harness.engines import BOX
 
 if TYPE_CHECKING:
@@ -65,6 +66,19 @@ def test_a_kubelet_has_a_pod_of_two_containers(cri: Cri, containerd: Engines, ha
     said = cri.stream(second, "sh", "-c", "read x; echo got $x; echo err >&2; exit 5", stdin=b"word\n")
     assert (said["1"], said["2"]) == ("got word\n", "err\n")
     assert '"ExitCode","message":"5"' in said["3"]
+    script = "test -t 0 && test -t 1 && echo terminal; read x; echo got $x; exit 4"
+    said = cri.stream(second, "sh", "-c", script, stdin=b"word\n", tty=True)
+    assert "terminal\r\n" in said["1"]
+    assert "got word\r\n" in said["1"]
+    assert '"ExitCode","message":"4"' in said["3"]
+
+    # a log that is rotated
+    (logs / "second.log").rename(logs / "second.log.1")
+    cri("ReopenContainerLog", container_id=second)
+    assert cri.execute(second, "sh", "-c", "echo later > /proc/1/fd/1") == (0, "", "")
+    deadline = time.monotonic() + TIMEOUT
+    while "stdout F later" not in (logs / "second.log").read_text():
+        assert time.monotonic() < deadline, "nothing comes into the new log"
 
     # what it uses, and may use
     stats = cri("ContainerStats", container_id=first)["stats"]
