@@ -225,9 +225,11 @@ def test_an_import_that_is_told_to_end_cleans_up(roots: Roots, tmp_path: Path, n
     made = Layout(tmp_path / "lay")
     made.tag(made.manifest([LAYER, tar(Member("x"))], compression=""))
     code = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
         "from vmsandbox.admin.__main__ import main\n"
         "from vmsandbox.resources.images.layer import Layers\n"
+        # As at a terminal: a shell has what it runs in the background ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"Layers.finish = lambda self: os.kill(os.getpid(), {int(number)})\n"
         "sys.exit(main())\n"
     )
