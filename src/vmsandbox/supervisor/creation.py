@@ -159,14 +159,23 @@ async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
             service.unwanted.add(int((request.get("standin") or {}).get("pid") or 0))
             service.notify()
             raise
+    # A program may have ended before its start is answered.
+    with service.needed():
+        await _start_created(service, container)
+    return {}
+
+
+async def _start_created(service: Service, container: Container) -> None:
     async with container.lock:
         container.require("start")
         sandbox = await service.running_sandbox()
         await container.before_start(sandbox)
         await sandbox.agent.start_container(container.id)
         container.document["started"] = time.time()
-        container.advance("start")
-    return {}
+        if container.init.exit is None:
+            container.advance("start")
+        else:
+            container.save()
 
 
 async def _start_again(service: Service, old: Container, request: dict[str, Any]) -> dict[str, Any]:

@@ -40,13 +40,15 @@ async def kill(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Send a signal to a container's init process, or to all of its processes."""
     container = service.container(request)
     container.require("kill")
-    sandbox = await service.running_sandbox()
-    await sandbox.agent.signal(
-        container.id,
-        str(request.get("exec") or ""),
-        signals.parse(str(request.get("signal") or "KILL")),
-        all=bool(request.get("all")),
-    )
+    # The machine that answers goes with its last container, which may be this one.
+    with service.needed():
+        sandbox = await service.running_sandbox()
+        await sandbox.agent.signal(
+            container.id,
+            str(request.get("exec") or ""),
+            signals.parse(str(request.get("signal") or "KILL")),
+            all=bool(request.get("all")),
+        )
     return {}
 
 
