@@ -12,6 +12,7 @@ from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, SandboxEr
 from vmsandbox.supervisor import composition, ending, store
 
 if TYPE_CHECKING:
+    from vmsandbox.supervisor.sandbox import Sandbox
     from vmsandbox.supervisor.service import Service
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,21 @@ async def start(service: Service, _request: dict[str, Any]) -> dict[str, Any]:
 async def stop(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Stop every container in order, then the machine; the pod stays on the list."""
     if service.reason is None and service.wanted.done():
-        sandbox = await service.running_sandbox()
-        await _stop_all(service, request.get("timeout"))
-        sandbox.ended.set()
+        sandbox = await _machine_of(service)
+        if sandbox is not None:
+            await _stop_all(service, request.get("timeout"))
+            sandbox.ended.set()
     return {}
+
+
+async def _machine_of(service: Service) -> Sandbox | None:
+    """The pod's machine; None if it turns out to be lost, and all that ran in it has ended."""
+    try:
+        return await service.running_sandbox()
+    except SandboxError:
+        if service.reason is None:
+            raise
+        return None
 
 
 async def _stop_all(service: Service, timeout: object) -> None:
@@ -78,7 +90,8 @@ async def remove(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     for container in service.containers.values():
         container.document["autoremove"] = True
     if service.reason is None and service.wanted.done():
-        sandbox = await service.running_sandbox()
+        sandbox = await _machine_of(service)
         service.removing = True  # again: whoever had the pod made may have thought it was there to stay
-        sandbox.ended.set()  # which kills what still runs
+        if sandbox is not None:
+            sandbox.ended.set()  # which kills what still runs
     return {}
