@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import machine
 from tests.harness.engines import BOX
-from tests.harness.nurseries import await_nursery, is_nursery, origin, title
+from tests.harness.nurseries import await_nursery, origin, title
 from tests.harness.terminals import typed
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def test_supervisors_under_podman_come_out_of_one_that_conmon_need_not_wait_for(
     await_nursery(engines.inside("/run/vmsandbox"))
     engines.ok(*run, "-d", "--name", "nursed", BOX, "sleep", "1000")
     processes = [*machine.inside(engines.init)]
-    (pid,) = (process.pid for process in processes if is_nursery(process))
+    (pid,) = (process.pid for process in processes if title(process) == "vmsandbox nursery /run/vmsandbox")
     (conmon,) = (process for process in processes if process.name() == "conmon")
     (supervisor,) = (process.pid for process in processes if title(process).startswith("vmsandbox supervisor"))
     assert origin(supervisor) == origin(pid)
