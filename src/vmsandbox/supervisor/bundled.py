@@ -16,7 +16,6 @@ from vmsandbox.errors import InvalidBundleError
 from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
 from vmsandbox.supervisor import shares
-from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.container import HOST_DISK, Container
 from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.storages import ROOTFS
@@ -146,17 +145,7 @@ class BundleContainer(Container):
                 storages=storages,
                 stdio=self.stdio(),
             )
-            attached = time.monotonic()
-            creating = self._create_in_guest(sandbox, request)
-            if demand == Demand():
-                # What it may use beyond the machine's base is there before `start` lets it run.
-                await together(sandbox.give(self.id, demand), creating)
-            else:
-                await creating
-            self.document["phases"] |= {
-                "attach": round(attached - began, 4),
-                "create": round(time.monotonic() - attached, 4),
-            }
+            await self._create_in_guest(sandbox, request, demand, began=began)
             self.interfaces = self._interfaces()
         except BaseException:
             await self.release()

@@ -270,10 +270,18 @@ class Container:
             default_home=composed.default_home,
             make_cwd=composed.make_cwd,
         )
+        await self._create_in_guest(sandbox, request, demand, began=began)
+
+    async def _create_in_guest(
+        self, sandbox: Sandbox, request: pb.CreateContainerRequest, demand: Demand, *, began: float
+    ) -> None:
+        """Have the agent create it, whose disks and shares were begun to be attached at `began`.
+
+        What a container without limits may use beyond the machine's base is there before it can ask for it.
+        """
         attached = time.monotonic()
-        creating = self._create_in_guest(sandbox, request)
+        creating = self._asked_for(sandbox, request)
         if demand == Demand():
-            # What it may use beyond the machine's base is there before it can ask for it.
             await together(sandbox.give(self.id, demand), creating)
         else:
             await creating
@@ -282,7 +290,7 @@ class Container:
             "create": round(time.monotonic() - attached, 4),
         }
 
-    async def _create_in_guest(self, sandbox: Sandbox, request: pb.CreateContainerRequest) -> None:
+    async def _asked_for(self, sandbox: Sandbox, request: pb.CreateContainerRequest) -> None:
         answer = await sandbox.agent.create_container(request, timeout=CREATE_TIMEOUT)
         self.stack.push_async_callback(self._remove_in_guest, sandbox)
         self.document["phases"] = {f"guest_{phase}": micros / 1e6 for phase, micros in answer.phases_us.items()}
