@@ -40,6 +40,13 @@ def test_an_engine_waits_for_few_imports(verbs: str) -> None:
     assert not [module for module in DEAR if module in loaded]
 
 
+def test_ps_loads_neither_json_nor_regular_expressions() -> None:
+    code = "import sys, vmsandbox.cli.main, vmsandbox.cli.verbs.ps; print(*sys.modules)"
+    argv = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
+    loaded = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"json", "re", "argparse"} & set(loaded)
+
+
 @pytest.mark.parametrize(
     "module", ["main", "control", "service", "sandbox", "creation", "container", "template", "network", "shares"]
 )

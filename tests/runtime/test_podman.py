@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import machine
+from tests.harness.cli import kill, wait_until_gone
 from tests.harness.engines import BOX
 from tests.harness.nurseries import await_nursery, origin, title
 from tests.harness.terminals import typed
 
 if TYPE_CHECKING:
+    import psutil
+
     from tests.harness.engines import Engines
 
 OBEDIENT = 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done'
@@ -133,13 +136,20 @@ def test_a_root_of_a_driver_without_layers_is_shared_as_any_directory(engines: E
     assert " virtiofs " in done.stdout
 
 
+def nurseries(engines: Engines) -> list[psutil.Process]:
+    return [each for each in machine.inside(engines.init) if title(each) == "vmsandbox nursery /run/vmsandbox"]
+
+
 def test_supervisors_under_podman_come_out_of_one_that_conmon_need_not_wait_for(engines: Engines) -> None:
     run = ("podman", "--runtime", "vmsandbox", "run", "--network", "none")
+    for nursery in nurseries(engines):  # of a test before, which may have been elsewhere
+        kill(nursery.pid)
+        wait_until_gone(nursery.pid)
     engines.ok(*run, "--rm", BOX, "true")
     await_nursery(engines.inside("/run/vmsandbox"))
     engines.ok(*run, "-d", "--name", "nursed", BOX, "sleep", "1000")
     processes = [*machine.inside(engines.init)]
-    (pid,) = (process.pid for process in processes if title(process) == "vmsandbox nursery /run/vmsandbox")
+    (pid,) = (nursery.pid for nursery in nurseries(engines))
     (conmon,) = (process for process in processes if process.name() == "conmon")
     (supervisor,) = (process.pid for process in processes if title(process).startswith("vmsandbox supervisor"))
     assert origin(supervisor) == origin(pid)

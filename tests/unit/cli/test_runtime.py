@@ -153,9 +153,13 @@ def test_the_client_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_command_that_is_installed_is_ours() -> None:
-    script = Path(__file__).resolve().parents[3] / "bin/vmsandbox-runtime"
+@pytest.mark.parametrize(
+    ("command", "option", "answer"),
+    [("vmsandbox-runtime", "--version", "vmsandbox-runtime version "), ("vmsandbox", "version", "vmsandbox ")],
+)
+def test_the_command_that_is_installed_is_ours(command: str, option: str, answer: str) -> None:
+    script = Path(__file__).resolve().parents[3] / "bin" / command
     assert script.read_text().startswith("#!python\n")
-    argv = [sys.executable, str(script), "--version"]
+    argv = [sys.executable, str(script), option]
     said = subprocess.run(argv, capture_output=True, text=True, check=True, env={}, cwd="/").stdout
-    assert said.startswith("vmsandbox-runtime version ")
+    assert said.startswith(answer)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 
-from vmsandbox import records
+from vmsandbox import plainjson, records
 from vmsandbox.errors import InvalidArgumentError, SandboxError
 
 TYPE_CHECKING = False
@@ -43,6 +42,8 @@ def main(options: Options, argv: list[str]) -> int:
         for entry in rows:
             print(entry["id"] if "no-trunc" in flags else entry["id"][: records.SHOWN_ID])
     elif "json" in flags:
+        import json
+
         print(json.dumps(rows, indent=2))
     else:
         table(rows, whole="no-trunc" in flags)
@@ -119,7 +120,7 @@ def table(rows: list[dict[str, Any]], *, whole: bool) -> None:
             (
                 entry["id"] if whole else entry["id"][: records.SHOWN_ID],
                 entry["image"],
-                json.dumps(command, ensure_ascii=False),
+                plainjson.quoted(command),
                 f"{ago(entry['created'])} ago",
                 status_text(entry),
                 entry["pod"],
