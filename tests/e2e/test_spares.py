@@ -91,6 +91,17 @@ def test_a_machine_of_other_settings_is_not_taken(ready: Cli, box: str) -> None:
     assert offer in offers(ready)
 
 
+def test_a_machine_of_another_data_root_is_not_taken(ready: Cli, box: str) -> None:
+    offer = first(ready, box)
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-data-") as data:
+        for name in ("guest", "images", "templates"):
+            Path(data, name).symlink_to(ready.data_root / name)
+        other = Cli(ready.run_root, Path(data))
+        other.config, other.network = ready.config, ready.network
+        assert other.ok("run", "--rm", box, "hostname").strip() != offer[:12]
+    assert offers(ready) == [offer]
+
+
 @pytest.mark.parametrize("victim", ["supervisor", "machine"])
 def test_one_that_was_killed_is_not_missed(ready: Cli, box: str, victim: str) -> None:
     offer = first(ready, box)

@@ -59,6 +59,16 @@ def machines(cli: Cli) -> list[psutil.Process]:
     return [process for offer in offers(cli) for process in with_title(f"vmsandbox supervisor {offer[:12]}")]
 
 
+def makers(cli: Cli) -> list[psutil.Process]:
+    """What the nursery has just started to have a machine made ready."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(cli.run_root) in words and any("vmsandbox.cli.spares" in word for word in words):
+            found.append(process)
+    return found
+
+
 def is_coming(note: Path) -> bool:
     """Whether a machine may still be made ready, or whoever did it was killed."""
     try:
@@ -77,6 +87,7 @@ def end_nursery(cli: Cli) -> None:
 def end_all(cli: Cli) -> None:
     """End what is ready, or becomes so."""
     end_nursery(cli)
+    awaited(lambda: not makers(cli))
     awaited(lambda: not any(is_coming(path) for path in (cli.run_root / "r").glob("*.new")))
     for machine in machines(cli):
         machine.terminate()

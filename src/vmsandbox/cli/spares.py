@@ -26,7 +26,7 @@ def taken(roots: Roots, arguments: Sequence[str]) -> tuple[str, UnixSocket] | No
         names = os.listdir(roots.spares_dir)
     except FileNotFoundError:
         return None
-    own = _own_facts(arguments) if names else {}
+    own = _own_facts(roots, arguments) if names else {}
     for name in names:
         path = f"{roots.spares_dir}/{name}"
         try:
@@ -49,9 +49,10 @@ def _suits(facts: dict[str, object], own: dict[str, object]) -> bool:
     )
 
 
-def _own_facts(arguments: Sequence[str]) -> dict[str, object]:
+def _own_facts(roots: Roots, arguments: Sequence[str]) -> dict[str, object]:
     """What makes a supervisor that we start different from others."""
     return {
+        "data_root": roots.data_dir,
         "arguments": [*arguments],
         "environment": surroundings.influential(launch.environment()),
         "surroundings": surroundings.of(os.getpid()),
@@ -67,7 +68,7 @@ def prepare() -> None:
     coming = f"{roots.spares_dir}/{pod_id}.new"
     try:
         os.makedirs(roots.spares_dir, mode=0o700, exist_ok=True)
-        records.write_document(coming, _own_facts(arguments))
+        records.write_document(coming, _own_facts(roots, arguments))
         with launch.locked(sandbox), launch.listen(sandbox) as listener:
             launch.spawn_supervisor(roots, sandbox, listener, arguments=("--spare", pod_id, *arguments), nursed=True)
     except BaseException:
