@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -290,7 +290,8 @@ async def test_qemu_s_death_while_it_is_saved_leaves_no_template(
         if saving.done():
             assert Template.found(tmp_path, size_mib=SIZE) == saving.result()
             return
-        os.kill(vm.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was about to be ended anyway
+            os.kill(vm.pid, signal.SIGKILL)
         try:
             await saving
         except ExitedError:

@@ -384,7 +384,7 @@ class Attachment:
             self._news.set()
         else:
             early = self._early[stream]
-            if early and early[-1][0] + len(early[-1][1]) != part.offset:
+            if early and (early[-1][2] or early[-1][0] + len(early[-1][1]) != part.offset):
                 raise broken(f"output of stream {stream} at offset {part.offset} is out of order")
             early.append((part.offset, bytes(part.data), part.eof))
 

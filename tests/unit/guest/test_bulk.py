@@ -116,7 +116,7 @@ async def test_a_port_that_closes_ends_the_attachments_that_moved_there(director
             await exhausted(attachment)
 
 
-@pytest.mark.parametrize("how", ["lies", "closes"])
+@pytest.mark.parametrize("how", ["a frame of an unknown kind", "output after its end", "closes"])
 async def test_a_move_to_a_port_that_has_ended_ends_the_attachment(directory: Path, how: str) -> None:
     async def answer(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
         yield FIRST.SerializeToString()
@@ -126,10 +126,10 @@ async def test_a_move_to_a_port_that_has_ended_ends_the_attachment(directory: Pa
         yield moved().SerializeToString()
         await asyncio.Event().wait()
 
-    frames = LIES["a frame of an unknown kind"] if how == "lies" else []
+    frames = LIES.get(how, [])
     made = guest(directory, answer, *frames, close=how == "closes")
     async with made as client, client.attach("web", "") as attachment:
-        with pytest.raises(UnavailableError, match="broke the protocol" if how == "lies" else "was closed"):
+        with pytest.raises(UnavailableError, match="was closed" if how == "closes" else "broke the protocol"):
             await exhausted(attachment)
 
 
