@@ -82,6 +82,16 @@ def test_what_needs_another_machine_gets_one(ready: Cli, box: str, option: str) 
     assert offers(ready) == [offer]
 
 
+def test_as_many_are_kept_ready_as_are_asked_for(ready: Cli, box: str) -> None:
+    assert ready.config is not None
+    ready.config.write_text(SETTINGS.replace("spares = 1", "spares = 2"))
+    ready.ok("run", "--rm", box, "true")
+    awaited(lambda: len(offers(ready)) == 2)
+    both = {offer[:12] for offer in offers(ready)}
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(lambda _: ready.ok("run", "--rm", box, "hostname").strip(), range(2))) == both
+
+
 def test_a_machine_of_other_settings_is_not_taken(ready: Cli, box: str) -> None:
     offer = first(ready, box)
     assert ready.config is not None

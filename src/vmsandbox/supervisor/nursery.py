@@ -162,10 +162,12 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
             connection, _ = listener.accept()
             with connection:
                 try:
-                    origin = _attend(connection, here, group) or origin
-                    due = True
+                    client = _attend(connection, here, group)
                 except (OSError, ValueError, KeyError, wire.WireError):
                     continue
+            if client is not None and not Start.of(client.arguments).spare:
+                # One that fails to become ready is tried again with the next client, and not for ever.
+                origin, due = client, True
         elif due:
             if origin is not None:
                 _make_ready(origin, watch)
@@ -179,29 +181,28 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
 
 
 def _make_ready(origin: Origin, watch: _Watch) -> None:
-    """Have a machine made ready if there are fewer than wanted; it comes back here for its supervisor."""
+    """Have as many machines made ready as are wanted; each comes back here for its supervisor."""
     from vmsandbox.config.load import load
 
     _directory, run_root, data_root, *words = origin.arguments
     roots, rest = Roots(run_root, data_root), Start.of(words).arguments
     try:
-        wanted = load(roots, config_file=config_of(rest)).sandbox.spares
+        settings = load(roots, config_file=config_of(rest)).sandbox
     except SandboxError:
         return
-    if not wanted:
+    if not settings.spares or settings.template == "off":
         return
     os.makedirs(roots.spares_dir, mode=0o700, exist_ok=True)
     # Who takes one does not come here.
     watch.add(roots.spares_dir, _IN_DELETE, names=True)
-    if wanted <= _ready(roots):
-        return
 
     def become() -> None:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         code = "from vmsandbox.cli.spares import prepare; prepare()"
         os.execve(sys.executable, [sys.executable, "-c", code, run_root, data_root, *rest], {**origin.environment})
 
-    _forked(become)
+    for _ in range(settings.spares - _ready(roots)):
+        _forked(become)
 
 
 def _ready(roots: Roots) -> int:
