@@ -334,7 +334,7 @@ def test_many_directories_are_not_kept_open(tmp_path: Path) -> None:
     members = [Member(f"{number}/" + "/".join("abcdefghij") + "/f") for number in range(300)]
     root = unpacked(tmp_path, tar(*members), tar(Member(".wh.7"), *members[8:28]))
     assert len(paths(root)) == 299 * 12
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert not set(os.listdir("/proc/self/fd")) - before
 
 
 DEEP = "/".join("d" * 300)
