@@ -172,8 +172,6 @@ class Service:
         known = {row.container_id: row for row in await sandbox.agent.containers()}
         adopted = []
         for container in self._inherited:
-            if self.containers.get(container.id) is not container:
-                continue  # it was started again or removed meanwhile
             if container.status == "stopped" and container.id not in known and not container.has_devices(sandbox):
                 continue
             container.adopt(sandbox)
@@ -181,6 +179,8 @@ class Service:
         # Only now is it known who else uses what one of them gives back.
         for container in adopted:
             if self.containers.get(container.id) is not container:
+                # It was started again or removed meanwhile: what its last life has in the machine is in the way.
+                await container.release()
                 continue
             row = known.get(container.id)
             if container.status == "creating" or (row is None and container.status != "stopped"):
