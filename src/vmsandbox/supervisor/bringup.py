@@ -118,11 +118,8 @@ async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | 
     Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
     """
     around.paths.vm.mkdir(mode=0o711, exist_ok=True)
+    spare = await _suiting(around, spec, spare)
     config = vm_config_for(around, spec)
-    if spare is not None and not spare.suits(spec, config):
-        log.info("the machine that was kept ready is another than is asked for")
-        await spare.close()
-        spare = None
     mode = spec.template or around.settings.sandbox.template
     if config.shares:
         # QEMU opens it at its start: what is mounted on it later would stay hidden.
@@ -147,6 +144,20 @@ async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | 
         made.template_key = key
         network.settle()
         yield made
+
+
+async def _suiting(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | None) -> spares.Spare | None:
+    """The machine that was kept ready, if it is what a pod would get; else it is ended."""
+    if spare is None:
+        return None
+    suits = False
+    try:
+        suits = spare.suits(spec, vm_config_for(around, spec))
+        return spare if suits else None
+    finally:
+        if not suits:
+            log.info("the machine that was kept ready is another than is asked for")
+            await spare.close()
 
 
 async def _cloned(
