@@ -426,6 +426,14 @@ def close_shared(sandbox: SandboxPaths) -> bool:
     return True
 
 
+def is_served(sandbox: SandboxPaths) -> bool:
+    """Whether a supervisor accepts connections on the pod's control socket."""
+    from vmsandbox.plainsocket import UnixSocket
+
+    with UnixSocket() as sock:
+        return sock.connect_ex(sandbox.control_file) == 0
+
+
 def remove_tree(path: str) -> None:
     """Remove a directory of ours with all that is in it; one that is already gone is fine.
 

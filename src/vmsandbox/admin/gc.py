@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -93,7 +92,7 @@ def is_held(sandbox: SandboxPaths, found: list[records.Container]) -> bool:
     A pod that was made on purpose keeps its machine without a container and without a supervisor: the next verb
     takes it over.
     """
-    if is_served(sandbox) or any(container.status() in ("created", "running", "paused") for container in found):
+    if records.is_served(sandbox) or any(container.status() in ("created", "running", "paused") for container in found):
         return True
     if not records.pod_id_of(sandbox):
         return False
@@ -206,16 +205,6 @@ def is_young(path: str, *, follow: bool = True) -> bool:
         return True
 
 
-def is_served(sandbox: SandboxPaths) -> bool:
-    """Whether a supervisor accepts connections on the pod's control socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            sock.connect(sandbox.control_file)
-        except OSError:
-            return False
-    return True
-
-
 def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
     """The pod's containers; a damaged document is one whose container has stopped and is forgotten.
 
@@ -296,11 +285,15 @@ def collect_spares(roots: Roots, say: Callable[[str], None]) -> None:
     """Remove what is left of machines that were kept ready and that nobody serves any more."""
     for name in entries(roots.spares_dir):
         path = f"{roots.spares_dir}/{name}"
-        if not is_served(roots.sandbox(name.partition(".")[0])) and not is_young(path):
+        if not records.is_served(roots.sandbox(name.partition(".")[0])) and not is_young(path):
             os.unlink(path)
     for pod_id in entries(str(roots.spare_data)):
         directory = f"{roots.spare_data}/{pod_id}"
-        if owner(directory) == roots.run_dir and not is_served(roots.sandbox(pod_id)) and not is_young(directory):
+        if (
+            owner(directory) == roots.run_dir
+            and not records.is_served(roots.sandbox(pod_id))
+            and not is_young(directory)
+        ):
             records.remove_tree(directory)
             say(f"removed data of machine '{pod_id[: records.SHOWN_ID]}', which was kept ready")
 

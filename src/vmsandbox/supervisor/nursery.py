@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, surroundings, wire
+from vmsandbox import cgroups, records, surroundings, wire
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
@@ -37,8 +37,6 @@ from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from vmsandbox.paths import SandboxPaths
 
 #: seconds without a client after which it ends
 LINGER = 60.0
@@ -208,12 +206,7 @@ def _make_ready(origin: Origin, watch: _Watch) -> None:
 def _ready(roots: Roots) -> int:
     """How many machines are ready, or are being made so."""
     names = {name.partition(".")[0] for name in os.listdir(roots.spares_dir)}
-    return sum(_is_served(roots.sandbox(name)) for name in names)
-
-
-def _is_served(sandbox: SandboxPaths) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(sandbox.control_file) == 0
+    return sum(records.is_served(roots.sandbox(name)) for name in names)
 
 
 def _attend(connection: socket.socket, here: object, group: str) -> Origin | None:

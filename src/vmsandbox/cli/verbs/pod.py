@@ -245,15 +245,6 @@ def is_there(pod: records.Pod) -> bool:
     return bool(pod.document.get("vm")) or os.path.exists(pod.sandbox.control_file)
 
 
-def is_served(pod: records.Pod) -> bool:
-    """Whether a supervisor answers for the pod."""
-    try:
-        launch.connect(pod.sandbox).close()
-    except OSError:
-        return False
-    return True
-
-
 def remove(_options: Options, roots: Roots, name: str, arguments: argparse.Namespace) -> None:
     """End the pod and forget it with its containers; without `--force` only if none of them runs."""
     pod = records.load_pod(roots, records.resolve_pod(roots, name))
@@ -281,7 +272,7 @@ def remove_from_disk(roots: Roots, pod: records.Pod) -> None:
         records.forget_pod(roots, pod.sandbox)
         return
     with launch.locked(pod.sandbox):
-        if is_served(pod):
+        if records.is_served(pod.sandbox):
             raise InvalidStateError(f"pod '{pod.name or pod.id}'", state="being started", wanted="remove")
         for name in sorted(os.listdir(pod.sandbox.containers_dir)):
             if not name.endswith(".json"):
