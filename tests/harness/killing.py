@@ -141,10 +141,12 @@ def ground(data_root: Path, box: str) -> Iterator[Ground]:
         cli.ok("run", "-d", "--name", "other", box, "sleep", "100000")
         Path(source, "file").write_text("the host's\n")
         made = Ground(cli, host, box, Path(source), host.state())
-        yield made
-        assert cli.ok("exec", "other", "echo", "still here") == "still here\n"
-        cli.remove_all()
-        cli("gc", "-q")
+        try:
+            yield made
+            assert cli.ok("exec", "other", "echo", "still here") == "still here\n"
+        finally:
+            cli.remove_all()
+            cli("gc", "-q")
         assert cli.leftovers() == []
 
 

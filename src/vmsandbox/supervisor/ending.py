@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ async def settled(service: Service, request: dict[str, Any]) -> Container:
     while (container.status == "creating" or container.starting) and not container.init.failed:
         await container.init.settled.wait()
         container = service.container(request)
+    if container.init.failed:
+        # An earlier supervisor died while it made this one, which goes when the machine is taken over, or with it.
+        with contextlib.suppress(SandboxError):
+            await service.running_sandbox()
+        raise NotFoundError(f"{container} was never made: whoever was making it died")
     return container
 
 
@@ -126,7 +132,13 @@ async def kill_and_wait(service: Service, sandbox: Sandbox, container: Container
 
 async def delete(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Forget a stopped container, or with `force` any."""
-    container = await settled(service, request)
+    service.container(request)
+    try:
+        container = await settled(service, request)
+    except NotFoundError:
+        if request.get("force"):
+            return {}  # it went by itself meanwhile
+        raise
     if container.status != "stopped":
         if not request.get("force"):
             container.require("delete")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from vmsandbox.errors import TimedOutError, UnavailableError
+from vmsandbox.errors import NotFoundError, TimedOutError, UnavailableError
 from vmsandbox.supervisor import ending
 
 if TYPE_CHECKING:
@@ -107,3 +107,36 @@ async def test_an_agent_that_is_gone_while_the_container_runs_is_an_error(monkey
     monkeypatch.setattr(ending, "KILL_TIMEOUT", 0.01)
     with pytest.raises(TimedOutError, match="ends its virtual machine"):
         await delete(Service(Container(), lambda: None))
+
+
+class Unfinished(Service):
+    """An earlier supervisor died while it made the container; it is not known yet what became of the machine."""
+
+    def __init__(self) -> None:
+        container = Container()
+        container.status = "creating"
+        container.init.failed = True
+        super().__init__(container, lambda: None)
+        self.sandbox = asyncio.get_running_loop().create_future()
+
+    async def running_sandbox(self) -> object:
+        return await asyncio.shield(self.sandbox)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_what_an_earlier_supervisor_did_not_finish_goes_when_its_machine_is_taken_over_or_lost(
+    lost: bool,
+) -> None:
+    service = Unfinished()
+    removing = asyncio.create_task(delete(service))
+    stopping = asyncio.create_task(ending.stop(cast("Any", service), {"container": "aa"}))
+    await asyncio.sleep(0)
+    assert not removing.done()
+    assert not stopping.done()
+    if lost:
+        service.sandbox.set_exception(UnavailableError("the machine is gone"))
+    else:
+        service.sandbox.set_result(service)
+    await removing
+    with pytest.raises(NotFoundError, match="never made"):
+        await stopping
