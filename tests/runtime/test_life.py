@@ -15,6 +15,7 @@ from tests.harness.cli import TIMEOUT
 from tests.harness.terminals import typed
 from vmsandbox import wire
 from vmsandbox.cli.runtime.static import default_spec
+from vmsandbox.supervisor.bundled import MEMORY_NODES
 from vmsandbox.supervisor.execution import EXEC_TIMEOUT
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ def kinds_of(events: Path) -> list[str]:
 
 def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootfs: Path) -> None:
     parent = f"/vs-{os.getpid()}"
-    linux = {**default_spec()["linux"], "cgroupsPath": f"{parent}/one", "resources": {"cpu": {"cpus": "0"}}}
+    mems = MEMORY_NODES.read_text().strip() if MEMORY_NODES.exists() else "0"
+    linux = {
+        **default_spec()["linux"],
+        "cgroupsPath": f"{parent}/one",
+        "resources": {"cpu": {"cpus": "0", "mems": mems}},
+    }
     bundle = runtime.bundle("one", box_rootfs, "sh", "-c", OBEDIENT, annotations={"a": "b"}, linux=linux)
     output = runtime.scratch / "out"
     with output.open("wb") as stdout:
@@ -84,6 +90,8 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     runtime.ok("update", "--cpuset-cpus", "0-1", "one")
     assert vcpu_affinities(runtime) == [{0, 1}]
     assert "no processor 8191" in runtime.refused("update", "--cpuset-cpus", "0,8191", "one")
+    runtime.ok("update", f"--cpuset-mems={mems}", "one")
+    assert "no memory node 1023" in runtime.refused("update", "--cpuset-mems", "1023", "one")
     stats = json.loads(runtime.ok("events", "--stats", "one"))
     assert stats["data"]["memory"]["usage"]["limit"] == 104857600
     runtime.ok("pause", "one")

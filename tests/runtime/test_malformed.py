@@ -20,6 +20,15 @@ def changed(**changes: Any) -> Callable[[bytes], bytes]:
     return lambda text: json.dumps({**json.loads(text), **changes}).encode()
 
 
+def limited(**cpu: Any) -> Callable[[bytes], bytes]:
+    def change(text: bytes) -> bytes:
+        document = json.loads(text)
+        document["linux"]["resources"] = {"cpu": cpu}
+        return json.dumps(document).encode()
+
+    return change
+
+
 #: what is wrong with config.json -> how it comes, what the message must name
 CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "not valid JSON"),
@@ -39,6 +48,8 @@ CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a hook has a text for a time": (changed(hooks={"prestart": [{"path": "/bin/true", "timeout": "x"}]}), "timeout"),
     "a hook's arguments are a number": (changed(hooks={"createRuntime": [{"path": "/bin/true", "args": 1}]}), "args"),
     "the cgroup is a number": (changed(linux={"cgroupsPath": 5, "namespaces": [{"type": "network"}]}), "cgroupsPath"),
+    "a processor that is not there": (limited(cpus="0,8191"), "'linux.resources.cpu.cpus' is '0,8191'"),
+    "a memory node that is not there": (limited(mems="0,1023"), "'linux.resources.cpu.mems' is '0,1023'"),
     "annotations are numbers": (changed(annotations={"a": 1}), "annotations"),
 }
 

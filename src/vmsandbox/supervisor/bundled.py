@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import lent
-from vmsandbox.errors import InvalidBundleError
+from vmsandbox.errors import InvalidBundleError, UnsupportedError
 from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
 from vmsandbox.supervisor import shares
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 #: options of an engine's mount that hold in the guest too
 KEPT_OPTIONS = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "sync"})
+#: which nodes of the host have memory
+MEMORY_NODES = Path("/sys/devices/system/node/has_memory")
 #: in the documents of these containers
 KIND = "bundle"
 
@@ -54,6 +56,32 @@ def host_cpus(resources: dict[str, Any]) -> list[int]:
             f"'linux.resources.cpu.cpus' is '{text[:64]}': this host has no processor {missing[0]}"
         )
     return sorted(wanted)
+
+
+def require_mems(resources: dict[str, Any], *, nodes: Path = MEMORY_NODES) -> None:
+    """Refuse LinuxResources that name memory nodes of the host, unless they name all.
+
+    They are the host's, as `cpu.cpus` is.  Which of them a virtual machine's memory is on is the kernel's choice.
+    """
+    text = str((resources.get("cpu") or {}).get("mems") or "")
+    wanted = cpusets.parse(text, name="linux.resources.cpu.mems", of="memory nodes")
+    if not wanted:
+        return
+    try:
+        listed = nodes.read_text().strip()
+    except FileNotFoundError:  # a kernel that knows of one only
+        listed = "0"
+    there = cpusets.parse(listed, name=str(nodes), of="memory nodes")
+    missing = sorted(wanted - there)
+    if missing:
+        raise InvalidBundleError(
+            f"'linux.resources.cpu.mems' is '{text[:64]}': this host has no memory node {missing[0]}"
+        )
+    if wanted != there:
+        raise UnsupportedError(
+            f"'linux.resources.cpu.mems' is '{text[:64]}', which is not supported: a virtual machine's memory is on "
+            f"any of the host's nodes, so name all of them, '{listed}', or none"
+        )
 
 
 async def taken(

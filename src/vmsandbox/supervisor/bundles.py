@@ -150,6 +150,8 @@ def _share_plan(parts: Translated, container_id: str, shared_fs: str, *, with_ro
 def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Translated) -> dict[str, Any]:
     """The first state of the container's document: what `state` and `list` tell, and what later verbs need."""
     process = parts.document["process"]
+    limited = (bundle.document.get("linux") or {}).get("resources") or {}
+    bundled.require_mems(limited)
     return {
         "id": str(request.get("id")),
         "name": "",
@@ -178,7 +180,7 @@ def _document(request: dict[str, Any], bundle: Bundle, place: Role, parts: Trans
         "args": process["args"],
         "resources": {
             **bundled.demand_of(parts.document["linux"].get("resources") or {}),
-            "host_cpus": bundled.host_cpus((bundle.document.get("linux") or {}).get("resources") or {}),
+            "host_cpus": bundled.host_cpus(limited),
         },
     }
 
@@ -200,6 +202,7 @@ async def update(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     checked(Resources, text, name="resources")
     given = json.loads(text)
     resources, host_cpus = limits.guest_resources(given), bundled.host_cpus(given)
+    bundled.require_mems(given)
     if isinstance(container, bundled.BundleContainer):
         resources = nodes.placed(resources, container.plugged())
     asked = bundled.demand_of(resources)
