@@ -88,6 +88,47 @@ def test_links_that_lead_outside_and_special_files_are_left_out_and_named(destin
     assert len(made.left_out) == 4
 
 
+@pytest.mark.parametrize(
+    ("links", "kept"),
+    [
+        ({"x": "file"}, True),
+        ({"x": "sub/../file"}, True),
+        ({"x": "missing/y"}, True),
+        ({"a": "sub", "x": "a/../file"}, True),
+        ({"x": ".."}, True),
+        ({"x": "../.."}, False),
+        ({"a": ".", "x": "a/../.."}, False),  # as text it is inside
+        ({"a": "sub", "x": "a/../../.."}, False),
+        ({"x": "x"}, True),
+        ({"x": "sub/" * 1200 + "../" * 1202}, False),
+    ],
+)
+def test_a_link_is_judged_by_where_it_leads(destination: Path, links: dict[str, str], *, kept: bool) -> None:
+    made = unpacked(
+        destination,
+        entry("top", tarfile.DIRTYPE),
+        entry("top/sub", tarfile.DIRTYPE),
+        entry("top/file", data=b"x"),
+        *(entry(f"top/{name}", tarfile.SYMTYPE, link=link) for name, link in links.items()),
+    )
+    assert os.path.lexists(destination / "here/x") == kept
+    assert kept == (not made.left_out), made.left_out
+
+
+def test_a_way_that_is_too_long_to_be_told_leads_outside(destination: Path) -> None:
+    deep = "/".join(["d" * 250] * 15)
+    made = unpacked(
+        destination,
+        entry("top", tarfile.DIRTYPE),
+        *(entry("/".join(["top", *deep.split("/")[:depth]]), tarfile.DIRTYPE) for depth in range(1, 16)),
+        entry("top/short", tarfile.SYMTYPE, link=deep),
+        # Beyond what one call can name; the kernel goes there step by step.
+        entry("top/x", tarfile.SYMTYPE, link=f"short/{'e' * 250}/{'f' * 250}/" + "../" * 10),
+    )
+    assert not os.path.lexists(destination / "here/x")
+    assert len(made.left_out) == 1
+
+
 def test_nothing_is_written_through_a_link_that_is_there_already(destination: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
