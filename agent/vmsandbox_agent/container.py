@@ -213,13 +213,13 @@ class Container:
                 raise AlreadyExistsError(f"process '{request.exec_id}' of container '{self.id}' exists already")
             document = self._process_document(request)
             self._check_program(self.init.child.pid, document)
-            path = self.bundle / f"exec-{request.exec_id}.json"
+            name = f"exec-{request.exec_id}"
+            path = self.bundle / f"{name}.json"
             path.write_text(json.dumps(document))
             was_paused = self._paused
             if was_paused:  # crun runs nothing in a frozen group
                 self._crun.resume(self.id, self.bundle)
             try:
-                name = f"exec-{request.exec_id}"
                 with processes.plumbed(request.stdio, self.bundle, name) as plumbing:
                     child = self._crun.exec(
                         self.id,
@@ -243,8 +243,9 @@ class Container:
                 if was_paused:
                     with suppress(CrunError):  # it ended
                         self._crun.pause(self.id, self.bundle)
-                for leftover in self.bundle.glob(f"exec-{request.exec_id}.*"):
-                    leftover.unlink(missing_ok=True)
+                # By name: a pattern that is new each time would be a tenth of what an exec costs here.
+                for kind in ("json", "pid", "log"):
+                    (self.bundle / f"{name}.{kind}").unlink(missing_ok=True)
             process = Process((self.id, request.exec_id), child, streams)
             process.started = True
             if request.stdio.terminal and request.stdio.columns:

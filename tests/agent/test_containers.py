@@ -77,6 +77,7 @@ async def test_an_exec_runs_as_a_user_of_the_image_with_what_init_has(directory:
         await agent.client.acknowledge("web", "one")
         with pytest.raises(NotFoundError):
             await agent.client.wait("web", "one")
+        assert [*agent.base.rglob("exec-one*")] == []
 
 
 @pytest.mark.parametrize(
