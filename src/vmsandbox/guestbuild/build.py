@@ -31,7 +31,7 @@ SOURCES: Final = ("vmsandbox_agent", "vmsandbox_protocol")
 #: code that decides what a part looks like
 _KERNEL_RECIPE: Final = ("kernel", "modules", "initramfs", "program", "cpio", "elf")
 _TUNED_RECIPE: Final = ("tuned",)
-_IMAGE_RECIPE: Final = ("image", "initramfs", "program", "elf", "wheels", "packages")
+_IMAGE_RECIPE: Final = ("image", "initramfs", "program", "placeholder", "elf", "wheels", "packages")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,30 @@ def needed(data: bytes) -> list[str]:
         raise ElfError(f"damaged ELF file: {error}") from error
 
 
+def functions_of(data: bytes, library: str) -> dict[str, str]:
+    """The symbols that this file takes from a shared library, as far as they have versions, with these."""
+    strings, needs, chosen = (section(data, name) for name in (".dynstr", ".gnu.version_r", ".gnu.version"))
+    try:
+        versions: dict[int, str] = {}
+        at, further = 0, bool(needs)
+        while further:
+            _, count, file, first, following = struct.unpack_from("<HHIII", needs, at)
+            aux = at + first
+            for _ in range(count if _string(strings, file) == library else 0):
+                _, _, number, name, step = struct.unpack_from("<IHHII", needs, aux)
+                versions[number] = _string(strings, name)
+                aux += step
+            at, further = at + following, following > 0
+        found = {}
+        for index, (name, _, _, place, _, _) in enumerate(struct.iter_unpack("<IBBHQQ", section(data, ".dynsym"))):
+            (number,) = struct.unpack_from("<H", chosen, 2 * index)
+            if place == 0 and number in versions:
+                found[_string(strings, name)] = versions[number]
+    except (struct.error, ValueError) as error:
+        raise ElfError(f"damaged ELF file: {error}") from error
+    return found
+
+
 def pvh_entry(data: bytes) -> int | None:
     """Where a kernel is entered by PVH (a physical address), or None if it cannot be."""
     for segment in _segments(data):
@@ -81,6 +105,10 @@ def pvh_entry(data: bytes) -> int | None:
                 return int.from_bytes(notes[start : start + size], "little")
             notes = notes[start + (size + 3 & ~3) :]
     return None
+
+
+def _string(table: bytes, start: int) -> str:
+    return table[start : table.index(b"\0", start)].decode()
 
 
 def _segments(data: bytes) -> list[_Segment]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vmsandbox.errors import NotFoundError
-from vmsandbox.guestbuild import elf, initramfs
+from vmsandbox.guestbuild import elf, initramfs, placeholder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,6 +52,10 @@ _LINKS: Final = {
     "usr/sbin/modprobe": "../bin/busybox",
     **{f"etc/{name}": f"/run/vmsandbox/etc/{name}" for name in ("hostname", "hosts", "resolv.conf", "machine-id")},
 }
+#: libraries of which no function is ever called -> the program that was linked with them.  crun asks systemd for
+#: control groups where it is told to, which the agent does not do; with the five libraries that it needs, it is half of
+#: what is loaded for each call of crun
+_PLACEHOLDERS: Final = {"libsystemd.so.0": "usr/bin/crun"}
 #: mount points, and what programs expect to be there
 _DIRECTORIES: Final = ("dev", "etc", "proc", "run", "sys", "tmp", "root", "usr/sbin", "var")
 _FILES: Final = {
@@ -91,6 +95,10 @@ def base(packages: Path, wheels: Path, directory: Path, steps: Steps) -> None:
     init.chmod(0o755)
     _copy_python(packages / _STDLIB, directory / _STDLIB, left_out=_LEFT_OUT)
     _copy_python(wheels, directory / AGENT_DIRECTORY)
+    for name, program in _PLACEHOLDERS.items():
+        functions = elf.functions_of((directory / program).read_bytes(), name)
+        (directory / _LIBRARIES).mkdir(parents=True, exist_ok=True)
+        (directory / _LIBRARIES / name).write_bytes(placeholder.library(name, functions))
     _copy_libraries(packages, directory)
     compile_python(directory, [_STDLIB, AGENT_DIRECTORY], steps)
 
