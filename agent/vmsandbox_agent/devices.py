@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from vmsandbox_agent.errors import InvalidArgumentError, TimedOutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 SYS = Path("/sys")
 DEV = Path("/dev")
@@ -64,15 +64,6 @@ class Uevents:
 
     def close(self) -> None:
         self._socket.close()
-
-
-@contextmanager
-def subscribed() -> Iterator[Uevents]:
-    uevents = Uevents()
-    try:
-        yield uevents
-    finally:
-        uevents.close()
 
 
 def wait_for(

@@ -12,9 +12,8 @@ import os
 import select
 import socket
 import threading
-import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmsandbox_agent import stdio
@@ -226,10 +225,6 @@ class Console:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= size:
                 return int.from_bytes(data[:size], "little", signed=True)
         raise AgentError("crun has sent no terminal")
-
-
-def ended_now(exit_status: Exit, *, oom_killed: bool) -> Ending:
-    return Ending(replace(exit_status, time_ns=exit_status.time_ns or time.time_ns()), oom_killed)
 
 
 def _described(key: Key) -> str:

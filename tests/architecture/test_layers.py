@@ -75,7 +75,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "google": ("vmsandbox.guest.", "vmsandbox_agent.service", "vmsandbox_protocol."),
     "pyroute2": ("vmsandbox.resources.network.rtnl",),
     "pydantic": ("vmsandbox.oci.", "vmsandbox.config."),
-    "psutil": ("vmsandbox.supervisor.metrics",),
+    "psutil": (),  # for tests and benchmarks
     "pytest": ("vmsandbox_hypervisor.testing",),
 }
 

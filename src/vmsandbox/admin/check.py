@@ -133,7 +133,6 @@ async def checked(
         _guest(settings, roots),
         _tool(machine, "mkfs.erofs", "images cannot be imported", ("erofs-utils",)),
         _tool(machine, "mkfs.ext4", "containers get no writable layer", ("e2fsprogs",)),
-        _vsock(machine),
         _tun(machine),
         _plugins(settings, machine),
         _cgroup(machine),
@@ -274,12 +273,6 @@ def _tool(machine: Machine, program: str, consequence: str, packages: tuple[str,
     if found:
         return Finding(name=program, status="ok", detail=f"'{found}'")
     return _absent(program, f"not found: {consequence}", packages, machine)
-
-
-def _vsock(machine: Machine) -> Finding:
-    if (machine.dev / "vhost-vsock").exists():
-        return Finding(name="vsock", status="ok", detail="vhost-vsock is available")
-    return Finding(name="vsock", status="ok", detail="no vhost-vsock: a virtio-serial port is used instead")
 
 
 def _tun(machine: Machine) -> Finding:

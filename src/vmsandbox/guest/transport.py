@@ -105,21 +105,8 @@ def through_port(path: Path) -> Dial:
     return dial
 
 
-def through_vsock(cid: int, port: int) -> Dial:
-    """Dial an AF_VSOCK port of the guest with context id `cid`."""
-
-    @asynccontextmanager
-    async def dial() -> AsyncIterator[Link]:
-        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
-            sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, (cid, port))
-            yield StreamLink(sock)
-
-    return dial
-
-
 class StreamLink:
-    """Bytes as they are, over a connection that begins and ends."""
+    """Bytes as they are, over a connection that begins and ends: a socket, or vsock."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
-from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
+from vmsandbox.errors import NotFoundError, SandboxError
 from vmsandbox.oci.compose import add_devices
 from vmsandbox.oci.options import Device
 from vmsandbox.resources import scratch
@@ -458,10 +458,6 @@ class Container:
             name=str(self.document.get("name") or ""),
             image_id=str((self.document.get("image") or {}).get("id") or ""),
         )
-
-    def require_running(self, verb: str) -> None:
-        if self.status != "running":
-            raise InvalidStateError(str(self), state=self.status, wanted=verb)
 
 
 def is_shared(kind: str, disk_id: str) -> bool:

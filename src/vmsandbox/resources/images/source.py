@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, UnsupportedError
-from vmsandbox.resources.images.archive import Archive, Blobs, document
+from vmsandbox.resources.images.archive import Blobs, document
 from vmsandbox.resources.images.description import Configuration, configuration, hex_of, member, optional, parsed
 from vmsandbox.resources.images.reference import normalised
 
@@ -306,8 +306,3 @@ def _selected_by_tag(source: Source, images: Sequence[tuple[Sequence[object], ob
         if wanted and wanted in [_valid(tag) for tag in candidates if isinstance(tag, str)]:
             return image
     raise NotFoundError(f"'{source.path}' has no image '{source.reference}': it has {tags}")
-
-
-def open_archive(descriptor: int, source: Source) -> Archive:
-    """Index the archive of an ``oci-archive:`` or ``docker-archive:`` source."""
-    return Archive(descriptor, source.path)
