@@ -223,11 +223,12 @@ async def test_without_its_plugins_there_is_no_default_network(bench: Bench) -> 
 
 
 async def test_a_bad_configuration_is_a_finding_and_the_rest_is_checked(bench: Bench) -> None:
+    usual = [finding.name for finding in (await bench.report()).findings]
     bench.configure("[sandbox]\nbase_cpuz = 1\n")
     report = await bench.report()
     assert report.findings[0].status == "missing"
     assert "did you mean 'sandbox.base_cpus'" in report.findings[0].detail
-    assert len(report.findings) == 17
+    assert [finding.name for finding in report.findings] == usual
 
 
 @pytest.mark.parametrize(
