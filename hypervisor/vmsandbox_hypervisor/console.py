@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 RING = 64 * 1024
 FILE_MAX = 256 * 1024
+#: firmware and kernel print returns of their own before the one that the line discipline adds
+_LINE_ENDS = re.compile(r"\r+\n")
 
 
 class Console:
@@ -87,8 +90,8 @@ class Console:
             pass
 
     def text(self) -> str:
-        """The ring, with invalid bytes replaced."""
-        return self._ring.decode(errors="replace").replace("\r\n", "\n")
+        """The ring, as it may be shown."""
+        return shown(self._ring)
 
     def lines(self, count: int) -> list[str]:
         """The last `count` lines that are not empty."""
@@ -105,6 +108,12 @@ class Console:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def shown(output: bytes | bytearray) -> str:
+    """Lines of text; the guest chose the bytes, so nothing is left that would steer a terminal."""
+    text = _LINE_ENDS.sub("\n", output.decode(errors="replace"))
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
 
 
 def tail(path: Path, count: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from vmsandbox_hypervisor.console import Console, tail
+from vmsandbox_hypervisor.console import Console, shown, tail
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ class Evidence:
         """The last 8 KiB that QEMU and its helpers printed."""
         if self._kept is not None:
             return self._kept
-        return tail(self._path, STDERR_MAX).decode(errors="replace")
+        return shown(tail(self._path, STDERR_MAX))
 
     def text(self) -> str:
         """Both, with headings; empty if there is nothing."""

@@ -121,6 +121,25 @@ def from_code(code: str, message: str, detail: str = "") -> SandboxError:
     return error
 
 
+def printable(text: str) -> str:
+    """The text with everything escaped that does not show as itself: it must not steer the terminal it is shown on."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else repr(letter)[1:-1]
+
+
+def one_line(error: SandboxError) -> str:
+    """The message as a user gets to see it; guests and archives choose some of the names in it."""
+    return printable(" ".join(str(error).split()))
+
+
+def evidence(error: SandboxError) -> str:
+    """The detail as a user gets to see it."""
+    return "\n".join(map(printable, error.detail.expandtabs().rstrip().splitlines()))
+
+
 def refused(error: OSError, *, wanted: str) -> SandboxError:
     """For what the system refused where nobody expected it to; the traceback is the evidence."""
     import traceback

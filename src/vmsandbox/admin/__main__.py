@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
+from vmsandbox.errors import InvalidArgumentError, SandboxError, evidence, one_line, refused
 from vmsandbox.paths import Roots
 
 #: verb -> module with ``main(argv, roots) -> int``
@@ -56,9 +56,9 @@ def main() -> int:
 
 
 def report(error: SandboxError, *, debug: bool) -> None:
-    print(f"vmsandbox: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"vmsandbox: {one_line(error)}", file=sys.stderr)
     if debug and error.detail:
-        print(error.detail.rstrip(), file=sys.stderr)
+        print(evidence(error), file=sys.stderr)
 
 
 if __name__ == "__main__":

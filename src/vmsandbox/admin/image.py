@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmsandbox.config.load import load
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, SandboxError, one_line, printable
 from vmsandbox.resources.images.importer import Importer, Limits, RootfsOptions, megabytes
 from vmsandbox.resources.images.store import ImageStore
 
@@ -95,7 +95,7 @@ def _ls(roots: Roots, arguments: argparse.Namespace) -> int:
     store = ImageStore(roots)
     images, damaged = store.scan()
     for message in damaged:
-        print(f"vmsandbox: {message}", file=sys.stderr)
+        print(f"vmsandbox: {printable(message)}", file=sys.stderr)
     if arguments.format == "json":
         print(json.dumps([_described(store, image) for image in images], indent=1))
     elif arguments.quiet:
@@ -123,7 +123,7 @@ def _rm(roots: Roots, arguments: argparse.Namespace) -> int:
         try:
             names, image_id = store.remove(reference, force=arguments.force)
         except SandboxError as error:
-            print(f"vmsandbox: {error}", file=sys.stderr)
+            print(f"vmsandbox: {one_line(error)}", file=sys.stderr)
             code = FAILED
             continue
         for name in names:

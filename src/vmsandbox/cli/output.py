@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmsandbox.errors import CommandNotExecutableError, CommandNotFoundError, SandboxError
+from vmsandbox.errors import CommandNotExecutableError, CommandNotFoundError, SandboxError, evidence, one_line
 
 #: docker's and podman's code for "the engine itself failed"
 ENGINE_FAILED = 125
@@ -16,11 +16,10 @@ FAILED = 1
 
 def report(error: SandboxError, *, debug: bool) -> None:
     """One line on stderr; the evidence below it only on request."""
-    message = " ".join(str(error).split())
-    print(f"vmsandbox: {message}", file=sys.stderr)
+    print(f"vmsandbox: {one_line(error)}", file=sys.stderr)
     if error.detail:
         if debug:
-            print(error.detail.rstrip(), file=sys.stderr)
+            print(evidence(error), file=sys.stderr)
         else:
             print("vmsandbox: '--debug' before the verb shows the evidence", file=sys.stderr)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 
-from vmsandbox.cli.table import printable
-from vmsandbox.errors import UnsupportedError
+from vmsandbox.errors import UnsupportedError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,11 +15,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def printable(text: str) -> str:
-    """Text that a container chose, without what would change the terminal it is shown on."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def amount(count: int) -> str:
     """Bytes as `12.5MiB`."""
     size = float(count)

@@ -18,6 +18,8 @@ import pytest
 
 from vmsandbox import records
 from vmsandbox.cli import main as cli
+from vmsandbox.cli import output
+from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 
 if TYPE_CHECKING:
@@ -59,6 +61,19 @@ def said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr("sys.argv", ["vmsandbox", *words])
     code = cli.main()
     return code, capsys.readouterr().err
+
+
+def test_a_name_that_would_steer_the_terminal_is_escaped(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = said(["stop", "\x1b[2J\u009b31m\udcff"], monkeypatch, capsys)
+    assert code == 1
+    assert r"no such container: '\x1b[2J\x9b31m\udcff'" in message
+
+
+def test_evidence_of_several_lines_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    output.report(SandboxError("it failed", detail="one\ttwo\n\x1b[2Jthree\n"), debug=True)
+    assert capsys.readouterr().err == "vmsandbox: it failed\none     two\n\\x1b[2Jthree\n"
 
 
 #: words -> exit code, and what has to be in the message, in this order

@@ -81,7 +81,7 @@ def test_a_process_cannot_write_to_the_terminal_by_its_name() -> None:
         "cpu_ms": 3_723_000,
         "command": "a\x1b[2Jb",
     }
-    assert top.line(row) == ("7", "1", "0", "S", "4KiB", "?", "01:02:03", "a?[2Jb")
+    assert top.line(row) == ("7", "1", "0", "S", "4KiB", "?", "01:02:03", r"a\x1b[2Jb")
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,5 @@ def test_rows_are_aligned_and_cannot_change_the_terminal() -> None:
     assert said == [
         "  PID TIME     ELAPSED COMMAND",
         "    1 00:01:01   01:40 /bin/sleep 1000",
-        "12345 00:01:01   01:40 ?[2Jevil",
+        r"12345 00:01:01   01:40 \x1b[2Jevil",
     ]

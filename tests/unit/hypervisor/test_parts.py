@@ -112,6 +112,13 @@ async def test_what_came_just_before_the_end_is_not_lost(tmp_path: Path) -> None
     console.close()
 
 
+async def test_what_a_guest_prints_does_not_steer_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / CONSOLE_LOG).write_bytes(b"\x1b[2Jone\ttwo\r\r\nthree\rfour \xc2\x9b31m \xe2\x80\xae\r\n")
+    assert Console(tmp_path / CONSOLE_LOG).text() == "?[2Jone\ttwo\nthree?four ?31m ?\n"
+    (tmp_path / CONSOLE_LOG).write_bytes(b"Kernel panic - not syncing: \x1b]0;title\x07\n")
+    assert Evidence(tmp_path).panic() == "Kernel panic - not syncing: ?]0;title?"
+
+
 async def test_a_log_that_was_replaced_by_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "console.log").symlink_to(tmp_path / "victim")
     listener = listening(tmp_path / "c.sock")

@@ -14,7 +14,7 @@ import sys
 import tarfile
 from contextlib import contextmanager
 
-from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError
+from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -245,4 +245,4 @@ def _leads_outside(root: int, start: str, path: str) -> bool:
 
 def _shown(text: str) -> str:
     """A guest's text, short and harmless."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
+    return printable(text[:200])

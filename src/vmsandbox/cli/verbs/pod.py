@@ -12,7 +12,7 @@ from vmsandbox.cli import client, launch, table
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs.ps import ago
 from vmsandbox.cli.verbs.run import add_pod_options, clear_up, network_options, new_id
-from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def show(roots: Roots, arguments: argparse.Namespace) -> int:
     rows = []
     for pod in records.pods(roots):
         if isinstance(pod, SandboxError):
-            print(f"vmsandbox: {pod}", file=sys.stderr)
+            print(f"vmsandbox: {one_line(pod)}", file=sys.stderr)
             continue
         rows.append(row(roots, pod))
     rows.sort(key=lambda row: -row["created"])

@@ -6,7 +6,8 @@ import sys
 import time
 
 from vmsandbox import plainjson, records
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.cli.table import aligned
+from vmsandbox.errors import InvalidArgumentError, SandboxError, one_line, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(options: Options, argv: list[str]) -> int:
     rows = []
     for container in records.containers(options.roots()):
         if isinstance(container, SandboxError):
-            print(f"vmsandbox: {container}", file=sys.stderr)
+            print(f"vmsandbox: {one_line(container)}", file=sys.stderr)
             continue
         status = container.status()
         if status != "stopped" or "all" in flags:
@@ -120,13 +121,11 @@ def table(rows: list[dict[str, Any]], *, whole: bool) -> None:
             (
                 entry["id"] if whole else entry["id"][: records.SHOWN_ID],
                 entry["image"],
-                plainjson.quoted(command),
+                printable(plainjson.quoted(command)),
                 f"{ago(entry['created'])} ago",
                 status_text(entry),
                 entry["pod"],
                 entry["name"],
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned(lines))

@@ -8,6 +8,7 @@ import json
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import processes, table
 from vmsandbox.cli.verbs._running import ask
+from vmsandbox.errors import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def line(row: dict[str, Any]) -> tuple[str, ...]:
         cpu_time(row["cpu_ms"]),
         row["command"],
     )
-    return tuple(table.printable(str(cell)) for cell in cells)
+    return tuple(printable(str(cell)) for cell in cells)
 
 
 def cpu_time(milliseconds: int) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError, printable
 from vmsandbox.resources.images import erofs
 from vmsandbox.resources.images.archive import Archive, Directory
 from vmsandbox.resources.images.description import configuration
@@ -242,11 +242,6 @@ def _usable(name: str) -> tuple[str, ...]:
         return (normalised(name),)
     except InvalidArgumentError:
         return ()
-
-
-def printable(text: str) -> str:
-    """The text with everything escaped that does not show as itself."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def megabytes(size: int) -> str:
