@@ -349,12 +349,23 @@ class _Play:
     def _assert_kept(self, name: str) -> None:
         """What was on the layer of a container is there, in a later life if this one is over."""
         for _ in range(100):
-            if {row["name"]: row["status"] for row in self.cli.ps()}[name] != "stopped":
-                break
-            started = self.cli("start", name)
-            # Its killed client may have had it started just now.
-            assert started.code == 0 or "being started" in started.stderr or "is running" in started.stderr, started
-        assert self.cli.ok("exec", name, "cat", "/note") == "kept\n"
+            if self._status_of(name) == "stopped":
+                started = self.cli("start", name)
+                # Its killed client may have had it started just now.
+                assert started.code == 0 or "being started" in started.stderr or "is running" in started.stderr, started
+                continue
+            shown = self.cli("exec", name, "cat", "/note")
+            if shown.code == 0:
+                assert shown.stdout == "kept\n"
+                return
+            # What the killed client had asked for ends it only now.
+            assert "client" in self.killed, shown
+            awaited(lambda: self._status_of(name) == "stopped")
+        raise AssertionError(f"'{name}' does not stay running")
+
+    def _status_of(self, name: str) -> str:
+        statuses: dict[str, str] = {row["name"]: row["status"] for row in self.cli.ps()}
+        return statuses[name]
 
     def _check_pod(self) -> None:
         names = [pod["name"] for pod in self.cli.pods()]
