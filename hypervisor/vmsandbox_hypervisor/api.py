@@ -91,7 +91,10 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class Nic:
-    """virtio-net on an open tap descriptor; with `vhost_fd`, of /dev/vhost-net, frames go past QEMU."""
+    """virtio-net on an open tap descriptor; with `vhost_fd`, of /dev/vhost-net, frames go past QEMU.
+
+    With an `mtu` of 0 the guest is not told of any, and may set what it likes.
+    """
 
     id: str
     tap_fd: int
@@ -146,7 +149,8 @@ class VmConfig:
     `directory` is private to the VM: its sockets and logs are made there, and it must exist, be short enough
     for unix sockets (under 80 bytes) and be removed by the caller.
 
-    `disks` are there from the start and stay.  `restore` is the device state of a saved template: instead of
+    `disks` are there from the start and stay; `nics` are there from the start, in the first root ports, and can be
+    detached as any other.  `restore` is the device state of a saved template: instead of
     booting, the VM goes on from there, with the template's memory as backing.  `vsock_cid` 0 takes any free
     context id (`Vm.vsock_cid` says which).
     """
@@ -157,6 +161,7 @@ class VmConfig:
     memory: Memory
     cpus: Cpus = field(default_factory=Cpus)
     disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
     ports: tuple[Port, ...] = ()
     shares: tuple[NinePShare, ...] = ()
     root_ports: int = 16

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox_hypervisor.api import Disk, Kernel, Memory, NinePShare, PciAddress, PrivateMemory, VirtiofsShare
+from tests.harness.taps import tap
+from vmsandbox_hypervisor.api import Disk, Kernel, Memory, Nic, NinePShare, PciAddress, PrivateMemory, VirtiofsShare
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, NoSlotError
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 from vmsandbox_hypervisor.qemu.template import empty_memory
@@ -32,10 +33,11 @@ from vmsandbox_hypervisor.testing import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from vmsandbox_hypervisor.api import Hypervisor, Vm, VmConfig
 
-__all__ = ["vm_config", "vm_confinement", "vm_cpus", "vm_directory", "vm_files", "vm_ports", "vm_template"]
+__all__ = ["tap", "vm_config", "vm_confinement", "vm_cpus", "vm_directory", "vm_files", "vm_ports", "vm_template"]
 
 pytestmark = pytest.mark.deadline(90)
 
@@ -104,6 +106,27 @@ async def test_a_device_keeps_its_address_until_it_is_detached(
         await vm.detach_disk("c")
         with pytest.raises(DeviceError, match="no such device"):
             await vm.detach_disk("c")
+
+
+async def test_a_network_card_of_the_start_has_a_place_and_can_go(
+    any_hypervisor: Hypervisor, vm_config: VmConfig, image: Path, tap: int
+) -> None:
+    config = replace(vm_config, nics=(Nic(id="first", tap_fd=tap, mac="02:00:00:00:00:01", mtu=0),))
+    opening = any_hypervisor.running(config)
+    async with opening if isinstance(any_hypervisor, FakeHypervisor) else machine_of(booted(opening)) as vm:
+        assert dict(vm.devices()) == {"nic-first": PciAddress(pci_path="01.0/00.0")}
+        assert (await vm.attach_disk(Disk(id="a", path=image, read_only=True))).pci_path == "01.1/00.0"
+        with pytest.raises(DeviceError, match="attached already"):
+            await vm.attach_nic(config.nics[0])
+        await vm.detach_nic("first")
+        assert set(vm.devices()) == {"disk-a"}
+        assert (await vm.attach_nic(config.nics[0])).pci_path == "01.0/00.0"
+
+
+@asynccontextmanager
+async def machine_of(opening: AbstractAsyncContextManager[tuple[Vm, object]]) -> AsyncIterator[Vm]:
+    async with opening as (vm, _):
+        yield vm
 
 
 async def test_what_is_behind_a_disk_can_be_replaced_and_only_there(

@@ -1,5 +1,6 @@
 """The hypervisor library alone: nothing of vmsandbox is imported here."""
 
+from tests.harness.taps import tap
 from vmsandbox_hypervisor.testing import (
     hypervisor,
     vm,
@@ -18,6 +19,7 @@ from vmsandbox_hypervisor.testing import (
 
 __all__ = [
     "hypervisor",
+    "tap",
     "vm",
     "vm_booted",
     "vm_config",

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import os
-import struct
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from vmsandbox_hypervisor.api import Disk, Nic, NinePShare, VirtiofsShare
 from vmsandbox_hypervisor.errors import DeviceError
+from vmsandbox_hypervisor.testing import booted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vmsandbox_hypervisor.api import PciAddress, Vm
+    from vmsandbox_hypervisor.api import Hypervisor, PciAddress, Vm, VmConfig
     from vmsandbox_hypervisor.testing import Stage, TestGuest
 
     Booted = Stage[tuple[Vm, TestGuest]]
@@ -114,16 +114,6 @@ async def test_what_qemu_refuses_is_said_in_its_words_and_leaves_nothing(vm_shar
         await vm.detach_disk("second")
 
 
-@pytest.fixture
-def tap() -> Iterator[int]:
-    """A tap without an address, gone with its descriptor."""
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    # TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"vmtest%d", 0x0002 | 0x1000 | 0x4000))
-    yield fd
-    os.close(fd)
-
-
 async def test_a_nic_comes_with_its_mac_and_mtu_and_goes(vm_shared: Booted, tap: int) -> None:
     async with vm_shared as (vm, guest):
         address = await vm.attach_nic(Nic(id="eth", tap_fd=tap, mac="52:54:00:12:34:56", mtu=1400))
@@ -135,6 +125,20 @@ async def test_a_nic_comes_with_its_mac_and_mtu_and_goes(vm_shared: Booted, tap:
         assert await guest.run("ls /sys/class/net") == "lo"
         await vm.attach_nic(Nic(id="eth", tap_fd=tap, mac="52:54:00:12:34:57"))
         await vm.detach_nic("eth")
+
+
+async def test_a_nic_of_the_start_goes_and_comes_as_any_other(
+    hypervisor: Hypervisor, vm_config: VmConfig, tap: int
+) -> None:
+    first = Nic(id="first", tap_fd=tap, mac="52:54:00:12:34:58", mtu=0)
+    async with booted(hypervisor.running(replace(vm_config, nics=(first,)))) as (vm, guest):
+        address = vm.devices()["nic-first"]
+        assert await guest.run(f"ls {device(address)}/virtio*/net") == "eth0"
+        await guest.run("ip link set eth0 address 52:54:00:12:34:59; ip link set eth0 mtu 9000; ip link set eth0 up")
+        await vm.detach_nic("first")
+        assert await guest.run("ls /sys/class/net") == "lo"
+        assert await vm.attach_nic(replace(first, mtu=1400)) == address
+        await guest.eventually("cat /sys/class/net/eth0/mtu", "1400")
 
 
 async def test_a_directory_is_shared_by_virtiofs_both_ways(vm_shared: Booted, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from vmsandbox_hypervisor.api import Disk, Memory, PrivateMemory, SharedMemory, VirtiofsShare
+from tests.harness.netns import namespace
+from tests.harness.taps import opened_tap
+from vmsandbox_hypervisor.api import Disk, Memory, Nic, PrivateMemory, SharedMemory, VirtiofsShare
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError
 from vmsandbox_hypervisor.qemu.template import Template, copied_memory, empty_memory, fill_memory, save_template
 from vmsandbox_hypervisor.testing import booted
@@ -217,6 +219,46 @@ async def test_a_clone_can_be_adopted(hypervisor: Hypervisor, private: VmConfig)
         vm.release()
     async with hypervisor.adopted(private, pid=vm.pid, start_time=vm.start_time) as again:
         assert await again.status() == "running"
+
+
+async def test_a_network_card_goes_on_with_another_tap_and_all_offloads(
+    hypervisor: Hypervisor, vm_template: VmConfig, vm_directory: Path, tmp_path: Path
+) -> None:
+    memory = empty_memory(SIZE)
+    with namespace("vmtest-origin") as origin, namespace("vmtest-other") as other:
+        taps = [space.within(lambda: opened_tap("card")) for space in (origin, other)]
+        other.run("ip link set card up", "ip addr add 10.9.0.1/24 dev card")
+        nic = Nic(id="first", tap_fd=taps[0], mac="02:00:00:00:00:01", mtu=0)
+        backing = SharedMemory(fd=memory)
+        config = replace(
+            vm_template, directory=vm_directory, memory=Memory(size_mib=SIZE, backing=backing), nics=(nic,)
+        )
+        async with booted(hypervisor.running(config)) as (vm, guest):
+            assert await guest.run("ls /sys/class/net") == "eth0\nlo"
+            offered = await guest.run(FEATURES)
+            template = await save_template(vm, tmp_path)
+        clone = replace(
+            config,
+            memory=replace(config.memory, backing=PrivateMemory(fd=memory)),
+            nics=(replace(nic, tap_fd=taps[1]),),
+            restore=template.state,
+        )
+        async with booted(hypervisor.running(clone)) as (vm, guest):
+            assert set(vm.devices()) == {"nic-first"}
+            features = await guest.run(FEATURES)
+            assert features == offered
+            # Checksums and segmentation (TCP over IPv4 and IPv6) in both directions.
+            assert [features[bit] for bit in (0, 1, 7, 8, 11, 12)] == ["1"] * 6
+            await guest.run(
+                "ip link set eth0 address 02:00:00:00:00:07; ip link set eth0 up; ip addr add 10.9.0.2/24 dev eth0"
+            )
+            assert "1 packets received" in await guest.run("ping -c 1 -W 10 10.9.0.1")
+            assert "10.9.0.2 dev card lladdr 02:00:00:00:00:07" in other.run("ip neigh")
+    for fd in (memory, *taps):
+        os.close(fd)
+
+
+FEATURES = "cat /sys/bus/virtio/drivers/virtio_net/virtio*/features"
 
 
 @pytest.mark.parametrize(

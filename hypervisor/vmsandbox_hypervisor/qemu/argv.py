@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from typing import Literal
 
-    from vmsandbox_hypervisor.api import VmConfig
+    from vmsandbox_hypervisor.api import Nic, VmConfig
 
 FIRST_FD = 3
 #: slots of the root complex that q35 leaves free are 1 to 30
@@ -50,6 +50,8 @@ def descriptors(config: VmConfig) -> dict[str, int]:
         roles.append("vsock")
     roles += [f"port-{port.name}" for port in config.ports]
     roles += [f"disk-{disk.id}" for disk in config.disks]
+    for nic in config.nics:
+        roles += [f"nic-{nic.id}", *([f"vhost-{nic.id}"] if nic.vhost_fd is not None else ())]
     return {role: number for number, role in enumerate(roles, FIRST_FD)}
 
 
@@ -126,6 +128,27 @@ def tap_netdev(identifier: str, *, fd: str, vhost_fd: str = "") -> dict[str, obj
     return made
 
 
+def nic_device(nic: Nic, *, port: int) -> dict[str, object]:
+    """The virtio-net device in a root port."""
+    made: dict[str, object] = {
+        "driver": "virtio-net-pci",
+        "id": f"nic-{nic.id}",
+        "netdev": f"net-{nic.id}",
+        "mac": nic.mac,
+        # A clone is no machine that has moved: its guest has nothing to announce.
+        "guest_announce": False,
+        "romfile": "",
+        "bus": f"rp{port}",
+        "addr": "0",
+    }
+    return made | {"host_mtu": nic.mtu} if nic.mtu else made
+
+
+def nic_address(config: VmConfig, nic_id: str) -> PciAddress:
+    """Where the guest finds a network card that is there from the start."""
+    return hotplug_address([nic.id for nic in config.nics].index(nic_id))
+
+
 def ninep_device(tag: str, *, bus: str, addr: str) -> dict[str, object]:
     return {
         "driver": "virtio-9p-pci",
@@ -142,6 +165,7 @@ def validate(config: VmConfig) -> None:
     memory, cpus = config.memory, config.cpus
     for kind, names in (
         ("disk", [disk.id for disk in config.disks]),
+        ("nic", [nic.id for nic in config.nics]),
         ("port", [port.name for port in config.ports]),
         ("share", [share.tag for share in config.shares]),
     ):
@@ -161,6 +185,8 @@ def validate(config: VmConfig) -> None:
         raise ValueError(f"{cpus.boot} vCPUs at boot, but at most {cpus.maximum}")
     if not 0 <= config.root_ports <= 64:
         raise ValueError(f"{config.root_ports} root ports: 0 to 64 are possible")
+    if len(config.nics) > config.root_ports:
+        raise ValueError(f"{len(config.nics)} network cards, but {config.root_ports} root ports")
     if config.vsock_cid is not None and config.vsock_cid != 0 and not 3 <= config.vsock_cid <= 2**32 - 2:
         raise ValueError(f"vsock context id {config.vsock_cid} is reserved")
 
@@ -224,6 +250,14 @@ def argv(
                     "io-reserve": 0,
                 },
             ),
+        ]
+    for port, nic in enumerate(config.nics):
+        vhost_fd = str(fds.get(f"vhost-{nic.id}", ""))
+        line += [
+            "-netdev",
+            json.dumps(tap_netdev(nic.id, fd=str(fds[f"nic-{nic.id}"]), vhost_fd=vhost_fd)),
+            "-device",
+            json.dumps(nic_device(nic, port=port)),
         ]
     for slot, options in _placed(config, _devices(config, fds, block_devices, vsock_cid)):
         line += [option.replace("@SLOT@", f"0x{slot:x}") for option in options]

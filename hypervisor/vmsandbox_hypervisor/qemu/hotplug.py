@@ -22,6 +22,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     blockdev,
     disk_device,
     hotplug_address,
+    nic_device,
     ninep_device,
     node_name,
     tap_netdev,
@@ -49,7 +50,7 @@ class Devices:
         self._monitor = monitor
         self._stderr = stderr
         self._helper_ended = helper_ended
-        self._ports: dict[str, int] = {}
+        self._ports = {f"nic-{nic.id}": port for port, nic in enumerate(config.nics)}
         self._leaving: set[str] = set()
         self._inherited: set[str] = set()
         self._gone: set[str] = set()
@@ -64,6 +65,7 @@ class Devices:
 
     async def load(self) -> None:
         """Learn from QEMU what is attached: another process attached it."""
+        self._ports.clear()
         buses = records(await self._monitor.execute("query-pci"), "query-pci")
         for bridge in (device for bus in buses for device in records(bus.get("devices", []), "query-pci")):
             port = str(bridge.get("qdev_id", ""))
@@ -138,19 +140,7 @@ class Devices:
                 vhost = f"vhost-{nic.id}"
                 await self._monitor.getfd(vhost, nic.vhost_fd)
             await self._monitor.execute("netdev_add", tap_netdev(nic.id, fd=name, vhost_fd=vhost))
-            await self._monitor.execute(
-                "device_add",
-                {
-                    "driver": "virtio-net-pci",
-                    "id": name,
-                    "netdev": f"net-{nic.id}",
-                    "mac": nic.mac,
-                    "host_mtu": nic.mtu,
-                    "romfile": "",
-                    "bus": f"rp{port}",
-                    "addr": "0",
-                },
-            )
+            await self._monitor.execute("device_add", nic_device(nic, port=port))
         return hotplug_address(port)
 
     async def attach_virtiofs(self, share: VirtiofsShare) -> PciAddress:

@@ -212,6 +212,10 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
             raise OSError(f"cannot use disk '{disk.path}': neither a file nor a block device")
         if stat.S_ISBLK(mode):
             block_devices.append(disk.id)
+    for nic in config.nics:
+        opened[f"nic-{nic.id}"] = nic.tap_fd
+        if nic.vhost_fd is not None:
+            opened[f"vhost-{nic.id}"] = nic.vhost_fd
     if config.restore is not None:
         # QEMU gets it over the monitor; that it is missing is better known before QEMU runs.
         os.close(_opened("template state", config.restore, os.O_RDONLY))

@@ -102,7 +102,8 @@ async def save_template(vm: Vm, directory: Path) -> Template:
     if not isinstance(backing, SharedMemory) or backing.fd is None:
         raise HypervisorError("cannot save a template: its memory must be a memfd of ours, see SharedMemory.fd")
     cpus, memory = await vm.cpus(), await vm.memory()
-    if vm.devices() or cpus.present != vm.config.cpus.boot or memory.plugged_mib or memory.requested_mib:
+    hotplugged = set(vm.devices()) ^ {f"nic-{nic.id}" for nic in vm.config.nics}
+    if hotplugged or cpus.present != vm.config.cpus.boot or memory.plugged_mib or memory.requested_mib:
         raise HypervisorError("cannot save a template: something was hot-plugged, which no clone would have")
     template = Template(state=directory / STATE, memory=directory / MEMORY, size_mib=vm.config.memory.size_mib)
     try:

@@ -47,7 +47,7 @@ class FakeVm:
         self._journal = journal
         self._console = ""
         self._status = "running"
-        self._ports: dict[str, int] = {}
+        self._ports = {f"nic-{nic.id}": port for port, nic in enumerate(config.nics)}
         self._helpers: dict[str, int] = {}
         self._dimms: dict[str, int] = {}
         self._cpus = config.cpus.boot

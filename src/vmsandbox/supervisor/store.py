@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
-from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, NinePShare, Port, PrivateMemory, VmConfig
+from vmsandbox_hypervisor.api import (
+    Confinement,
+    Cpus,
+    Disk,
+    Kernel,
+    Memory,
+    Nic,
+    NinePShare,
+    Port,
+    PrivateMemory,
+    VmConfig,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +63,8 @@ def vm_document(config: VmConfig, *, pid: int, start_time: int) -> dict[str, Any
     described = plain(config)
     assert isinstance(described, dict)
     # Descriptors mean nothing to another process; an adopted VM's memory is mapped already.
+    for nic in described["nics"]:
+        nic.update(tap_fd=-1, vhost_fd=None)
     described["memory"]["backing"] = "private" if isinstance(config.memory.backing, PrivateMemory) else "shared"
     return {"pid": pid, "start_time": start_time, "config": described}
 
@@ -80,6 +93,7 @@ def vm_config(document: Mapping[str, Any]) -> VmConfig:
         disks=tuple(
             Disk(id=disk["id"], path=Path(disk["path"]), read_only=disk["read_only"]) for disk in described["disks"]
         ),
+        nics=tuple(Nic(**nic) for nic in described.get("nics", ())),
         ports=tuple(Port(**port) for port in described["ports"]),
         shares=tuple(NinePShare(**{**share, "path": Path(share["path"])}) for share in described["shares"]),
         confinement=Confinement(**{**confinement, "groups": tuple(confinement["groups"])}) if confinement else None,
@@ -88,4 +102,4 @@ def vm_config(document: Mapping[str, Any]) -> VmConfig:
 
 
 PATHS = {"directory", "binary", "virtiofsd", "restore"}
-REBUILT = {"cpus", "disks", "ports", "shares"}
+REBUILT = {"cpus", "disks", "nics", "ports", "shares"}

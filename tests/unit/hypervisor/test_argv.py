@@ -18,6 +18,7 @@ from vmsandbox_hypervisor.api import (
     Disk,
     Kernel,
     Memory,
+    Nic,
     NinePShare,
     Port,
     PrivateMemory,
@@ -32,6 +33,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     descriptors,
     disk_device,
     hotplug_address,
+    nic_address,
     node_name,
     tap_netdev,
 )
@@ -60,8 +62,13 @@ FULL = VmConfig(
     confinement=Confinement(uid=900, gid=901, groups=(36,)),
     vsock_cid=7,
 )
+FIRST = Nic(id="first", tap_fd=99, mac="02:00:00:00:00:01", mtu=0)
 CASES = {
     "small": (SMALL, "tcg"),
+    "network-cards": (
+        replace(SMALL, nics=(FIRST, Nic(id="second", tap_fd=98, vhost_fd=97, mac="02:00:00:00:00:02"))),
+        "tcg",
+    ),
     "full": (FULL, "kvm"),
     "private-clone": (
         replace(
@@ -103,6 +110,7 @@ def test_the_command_line_is_the_reviewed_one(name: str) -> None:
 def test_equal_configurations_have_equal_command_lines_whatever_their_descriptors() -> None:
     one = replace(SMALL, memory=Memory(size_mib=128, backing=PrivateMemory(fd=17)))
     other = replace(SMALL, memory=Memory(size_mib=128, backing=PrivateMemory(fd=40)), directory=Path("/run/other"))
+    one, other = replace(one, nics=(FIRST,)), replace(other, nics=(replace(FIRST, tap_fd=7),))
     assert argv(one, "tcg") == argv(other, "tcg")
 
 
@@ -139,6 +147,11 @@ def test_root_ports_are_counted_eight_to_a_slot(index: int, path: str) -> None:
     assert hotplug_address(index).pci_path == path
 
 
+def test_network_cards_of_the_start_are_in_the_first_root_ports() -> None:
+    config = replace(SMALL, nics=(FIRST, replace(FIRST, id="second")))
+    assert [nic_address(config, name).pci_path for name in ("first", "second")] == ["01.0/00.0", "01.1/00.0"]
+
+
 def test_node_names_fit_and_stay_unique() -> None:
     long = "c" * 128
     names = {node_name("disk", long), node_name("disk", long[:-1]), node_name("file", long), node_name("disk", "c")}
@@ -172,6 +185,8 @@ def test_errors_of_the_host_s_disk_are_reported_to_the_guest() -> None:
         (replace(SMALL, memory=Memory(size_mib=128, dimm_slots=1)), "go together"),
         (replace(SMALL, cpus=Cpus(boot=2, maximum=1)), "at most 1"),
         (replace(SMALL, root_ports=65), "0 to 64"),
+        (replace(SMALL, nics=(FIRST,), root_ports=0), "1 network cards, but 0 root ports"),
+        (replace(SMALL, nics=(FIRST, FIRST)), "two nics have the same name"),
         (replace(SMALL, vsock_cid=2), "reserved"),
         (replace(SMALL, ports=(Port(name="a"), Port(name="a"))), "two ports have the same name"),
         (replace(SMALL, ports=(Port(name="a/b"),)), "bad port id"),
