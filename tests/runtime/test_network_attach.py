@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
@@ -247,6 +248,72 @@ async def test_large_frames_go_through(pair: tuple[Netns, Netns]) -> None:
                 pass
             wire.send(frames.ipv4("10.9.0.1", "10.9.0.2", source=OTHER, payload=b"y" * 8900))
             assert any(frame.endswith(b"y" * 8900) for frame in frames_at(tap, 2.0))
+
+
+@pytest.fixture
+def early() -> Iterator[int]:
+    """A tap that was made before there was an interface."""
+
+    async def make() -> int:
+        return await attach.early_tap(attach.Helper(loading=False))
+
+    fd = asyncio.run(make())
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.deadline(60)
+async def test_a_tap_that_was_made_early_leads_nowhere_and_then_to_the_interface(
+    pair: tuple[Netns, Netns], early: int
+) -> None:
+    pod, peer = pair
+    with pytest.raises(OSError, match="Input/output"):
+        os.write(early, NO_OFFLOAD + ipv4("10.9.0.2", "10.9.0.1"))
+    with unchanged(pod):
+        taps = await attach.attach(pod.path, early=early)
+        assert [tap.early for tap in taps] == [True]
+        with peer.packet_socket("peer0") as wire:
+            frame = ipv4("10.9.0.2", "10.9.0.1", payload=b"by the first descriptor")
+            os.write(early, NO_OFFLOAD + frame)
+            while wire.recv(65536) != frame:
+                pass
+            os.write(early, NO_OFFLOAD + ipv4("10.9.0.77", "10.9.0.1"))
+            last = ipv4("10.9.0.2", "10.9.0.1", payload=b"last")
+            os.write(early, NO_OFFLOAD + last)
+            assert wire.recv(65536) == last
+        taps[0].close()
+        assert await attach.detach(pod.path) == ["eth0"]
+
+
+@pytest.mark.deadline(60)
+async def test_of_several_interfaces_the_first_gets_the_early_tap(pair: tuple[Netns, Netns], early: int) -> None:
+    pod, peer = pair
+    pod.run(f"ip link add eth1 type veth peer name peer1 netns {peer.name}", "ip link set eth1 up")
+    taps = await attach.attach(pod.path, early=early)
+    assert [(tap.endpoint.name, tap.early) for tap in taps] == [("eth0", True), ("eth1", False)]
+    assert pod.run("ip -o link").count("vmstap") == 2
+    for tap in taps:
+        tap.close()
+
+
+@pytest.mark.deadline(60)
+async def test_after_a_failure_the_early_tap_is_where_it_was_and_serves_again(
+    pair: tuple[Netns, Netns], early: int
+) -> None:
+    pod, peer = pair
+    pod.run(f"ip link add eth1 mtu 65535 type veth peer name peer1 netns {peer.name}", "ip link set eth1 up")
+    with unchanged(pod), pytest.raises(UnavailableError, match="mtu"):
+        await attach.attach(pod.path, early=early)
+    pod.run("ip link del eth1")
+    (tap,) = await attach.attach(pod.path, early=early)
+    assert tap.early
+    tap.close()
+
+
+async def test_a_tap_is_not_needed_where_there_is_no_interface(early: int) -> None:
+    with namespace("vmstest-bare") as bare:
+        assert await attach.attach(bare.path, early=early) == []
+        assert "vmstap" not in bare.run("ip link")
 
 
 SPOOFED = {

@@ -41,6 +41,8 @@ class Tap:
     def __init__(self, endpoint: Endpoint, fd: int, vhost_fd: int | None = None) -> None:
         self.endpoint = endpoint
         self.fd = fd
+        #: whether it was there before the interface was: whoever has it may have it already
+        self.early = False
         #: of /dev/vhost-net, where the host has it
         self.vhost_fd = vhost_fd
 
@@ -57,14 +59,14 @@ async def scan(path: str) -> list[Endpoint]:
     Raises InvalidArgumentError if there is no namespace, UnsupportedError if it is the host's.
     """
     with namespaces.opened(path) as fd:
-        answer, _ = await _ask({"job": "scan"}, fd)
+        answer, _ = await _ask({"job": "scan"}, [fd])
     return _endpoints(answer)
 
 
 async def watch(path: str) -> int:
     """A descriptor that can be read when links, addresses or routes of the namespace at `path` have changed."""
     with namespaces.opened(path) as fd:
-        _, fds = await _ask({"job": "watch"}, fd)
+        _, fds = await _ask({"job": "watch"}, [fd])
     return fds[0]
 
 
@@ -74,10 +76,11 @@ async def attach(
     names: Sequence[str] | None = None,
     source_check: bool = True,
     owner: str = "",
+    early: int = -1,
 ) -> list[Tap]:
     """Give every interface (or the named ones) of the namespace at `path` a tap; all of them or none.
 
-    `owner` is who may `detach` while it lives.
+    `owner` is who may `detach` while it lives.  The first interface gets the tap that was made `early`, if any.
 
     With `source_check` the guest can send with its own addresses only.  Filters that a pod before this one left are
     replaced.  Raises AlreadyExistsError where an interface belongs to a pod that still runs, NotFoundError for an
@@ -85,7 +88,7 @@ async def attach(
     """
     helper = Helper()
     try:
-        taps, _ = await attach_by(helper, path, names=names, source_check=source_check, owner=owner)
+        taps, _ = await attach_by(helper, path, names=names, source_check=source_check, owner=owner, early=early)
     finally:
         await helper.close()
     return taps
@@ -99,6 +102,7 @@ async def attach_by(
     source_check: bool = True,
     owner: str = "",
     watched: bool = False,
+    early: int = -1,
 ) -> tuple[list[Tap], int]:
     """`attach` by a helper that was started before there was a namespace; with `watched` also what `watch` answers."""
     request = {
@@ -109,16 +113,30 @@ async def attach_by(
         "watch": watched,
     }
     with namespaces.opened(path) as fd:
-        answer, fds = await helper.ask(request, fd)
+        answer, fds = await helper.ask(request, [fd] if early < 0 else [fd, early])
     try:
         endpoints = _endpoints(answer)
         count = len(endpoints)
         vhosts: list[int | None] = [*fds[count : 2 * count]] if answer.get("vhost") else [None] * count
         taps = [Tap(endpoint, tap, vhost) for endpoint, tap, vhost in zip(endpoints, fds[:count], vhosts, strict=True)]
+        if taps and early >= 0:
+            taps[0].early = True
         return taps, fds[-1] if watched else -1
     except BaseException:
         _close(fds)
         raise
+
+
+async def early_tap(helper: Helper) -> int:
+    """A tap that leads nowhere until `attach` takes it for an interface; the caller closes it.
+
+    The `helper` ends with it, whatever happens.
+    """
+    try:
+        _, fds = await helper.ask({"job": "tap"}, [])
+        return fds[0]
+    finally:
+        await helper.close()
 
 
 async def detach(path: str, *, names: Iterable[str] | None = None, owner: str = "") -> list[str]:
@@ -130,7 +148,7 @@ async def detach(path: str, *, names: Iterable[str] | None = None, owner: str = 
         return []
     request = {"job": "detach", "names": list(names) if names is not None else None, "owner": owner}
     with namespaces.opened(path) as fd:
-        answer, _ = await _ask(request, fd)
+        answer, _ = await _ask(request, [fd])
     return [str(name) for name in answer.get("detached", ())]
 
 
@@ -162,10 +180,11 @@ def _endpoints(answer: dict[str, Any]) -> list[Endpoint]:
 class Helper:
     """A process that can do one job in a namespace, ready by the time it is asked.
 
-    Forked where that is possible, because what it needs is loaded then, else Python anew.
+    Forked where that is possible, because what it needs is loaded then, else Python anew.  Without `loading` it can
+    make a tap only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, loading: bool = True) -> None:
         ours, theirs = socket.socketpair()
         self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
         self._sock = ours
@@ -173,21 +192,24 @@ class Helper:
             with theirs:
                 if "grpc" in sys.modules:  # whose threads no fork survives
                     fds = {REQUEST_FD: theirs.fileno()}
-                    self._child = spawn("network helper", _argv(), fds=fds, stderr=self._messages)
+                    self._child = spawn("network helper", _argv(loading), fds=fds, stderr=self._messages)
                 else:
-                    self._child = _forked(theirs.fileno(), self._messages)
+                    self._child = _forked(theirs.fileno(), self._messages, loading=loading)
         except BaseException:
             self._release()
             raise
 
-    async def ask(self, request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
-        """Its answer and the descriptors that came with it, which are the caller's; only once."""
+    async def ask(self, request: dict[str, Any], given: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
+        """Its answer and the descriptors that came with it, which are the caller's; only once.
+
+        The first of what is `given` is the namespace; without, it is one that nobody else is in.
+        """
         fds: list[int] = []
         try:
             try:
                 async with asyncio.timeout(TIMEOUT):
                     data = json.dumps(request).encode()
-                    sent = socket.send_fds(self._sock, [data], [namespace])
+                    sent = socket.send_fds(self._sock, [data], given)
                     self._sock.setblocking(False)
                     await asyncio.get_running_loop().sock_sendall(self._sock, data[sent:])
                     self._sock.shutdown(socket.SHUT_WR)
@@ -217,7 +239,7 @@ class Helper:
             self._messages = -1
 
 
-def _forked(request: int, messages: int) -> Child:
+def _forked(request: int, messages: int, *, loading: bool) -> Child:
     """A child of ours that is a helper; of what we have open it keeps two descriptors."""
     pid = os.fork()
     if pid == 0:
@@ -228,7 +250,7 @@ def _forked(request: int, messages: int) -> Child:
             os.dup2(messages, 1)
             os.dup2(messages, 2)
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-            main()
+            main(loading=loading)
             status = 0
         except BaseException:
             os.write(2, traceback.format_exc().encode())
@@ -237,20 +259,20 @@ def _forked(request: int, messages: int) -> Child:
     return Child.adopted("network helper", pid, read_start_time(pid))
 
 
-async def _ask(request: dict[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+async def _ask(request: dict[str, Any], given: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
     """Have a helper do a job."""
     helper = Helper()
     try:
-        return await helper.ask(request, namespace)
+        return await helper.ask(request, given)
     finally:
         await helper.close()
 
 
-def _argv() -> list[str]:
+def _argv(loading: bool) -> list[str]:
     """Python without its start-up work: the directories it would find are the ones we have."""
     code = (
         f"import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}; "
-        "from vmsandbox.resources.network.helper import main; main()"
+        f"from vmsandbox.resources.network.helper import main; main(loading={loading})"
     )
     return [sys.executable, "-I", "-S", "-c", code]
 

@@ -1,8 +1,9 @@
 """The process that enters a network namespace, does one job there, answers and ends.
 
 Descriptor 0 is a socket: the request is one JSON object up to the end of input, with a descriptor of the namespace
-beside its first byte, the answer one JSON object, with the descriptors of taps beside its first byte.  A helper may be
-started before there is anything to do, and imports what it needs meanwhile; without a request it just ends.
+(without one: a new namespace) beside its first byte, the answer one JSON object, with the descriptors of taps beside
+its first byte.  A helper may be started before there is anything to do, and imports what it needs meanwhile; without a
+request it just ends.
 
 An attachment that fails half way is taken back before the error is answered; the taps themselves vanish with their
 last descriptor, so a helper that is killed leaves only filters, which the next attachment or detachment removes.
@@ -28,6 +29,7 @@ from vmsandbox.errors import (
     UnsupportedError,
 )
 from vmsandbox.resources.network import guard, namespaces
+from vmsandbox.resources.network.model import TUN, VHOST_NET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,27 +38,34 @@ if TYPE_CHECKING:
     from vmsandbox.resources.network.rtnl import Kernel
 
 REQUEST_FD = 0
+#: of a tap that is not yet for an interface
+EARLY_NAME = "early"
 #: bytes of a request or an answer
 LIMIT = 32 * 1024 * 1024
 
 #: of rtnetlink: links, addresses and routes of both families
 _CHANGES = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNGETIFF, _TUNGETDEVNETNS = 0x400454CA, 0x800454D2, 0x54E3
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 
 
-def main() -> None:
+def main(*, loading: bool = True) -> None:
+    """Do a job; without `loading` it is one that needs no conversation with the kernel."""
     with socket.socket(fileno=REQUEST_FD) as sock:
         fds: list[int] = []
-        with suppress(ImportError):  # said when it is used
-            from vmsandbox.resources.network import rtnl as _early  # noqa: F401
-        data, namespace = _received(sock)
+        if loading:
+            with suppress(ImportError):  # said when it is used
+                from vmsandbox.resources.network import rtnl as _early  # noqa: F401
+        data, given = _received(sock)
         if not data:
             return
         try:
             request = json.loads(data)
-            namespaces.enter(namespace)
-            answer = _JOBS[request["job"]](request, fds)
+            if given:
+                namespaces.enter(given[0])
+            else:
+                namespaces.enter_new()
+            answer = _JOBS[request["job"]](request, given, fds)
         except SandboxError as error:
             answer = {"error": {"code": error.code, "message": str(error)}}
         except guard.TooManyAddressesError as error:
@@ -66,13 +75,13 @@ def main() -> None:
         _send(sock, json.dumps(answer).encode(), fds)
 
 
-def _received(sock: socket.socket) -> tuple[bytes, int]:
-    """The request and the namespace."""
-    first, fds, _, _ = socket.recv_fds(sock, 1 << 16, 1)
+def _received(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """The request, and the namespace with what else was given."""
+    first, fds, _, _ = socket.recv_fds(sock, 1 << 16, 2)
     parts = bytearray(first)
     while first and len(parts) < LIMIT and (part := sock.recv(1 << 16)):
         parts += part
-    return bytes(parts), fds[0] if fds else -1
+    return bytes(parts), fds
 
 
 def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
@@ -88,12 +97,12 @@ def _described(error: OSError) -> dict[str, str]:
     return {"code": UnavailableError.code, "message": f"the network cannot be set up{what}: {error.strerror}"}
 
 
-def _scan(_request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+def _scan(_request: dict[str, Any], _given: list[int], _fds: list[int]) -> dict[str, Any]:
     kernel = _kernel()
     return {"endpoints": [endpoint.document() for endpoint in kernel.endpoints()]}
 
 
-def _watch(_request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+def _watch(_request: dict[str, Any], _given: list[int], fds: list[int]) -> dict[str, Any]:
     fds.append(_changes())
     return {}
 
@@ -106,7 +115,7 @@ def _changes() -> int:
     return sock.detach()
 
 
-def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+def _attach(request: dict[str, Any], given: list[int], fds: list[int]) -> dict[str, Any]:
     kernel = _kernel()
     chosen = _chosen(kernel.endpoints(), request.get("names"))
     taken = kernel.taps()
@@ -116,11 +125,14 @@ def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
                 f"network interface '{endpoint.name}' is already the one of another pod: "
                 "a namespace can be given to one virtual machine only"
             )
+    early = EarlyTap(given[1], into=given[0]) if len(given) > 1 else None
     done: list[Endpoint] = []
     try:
         for endpoint in chosen:
+            own = early if not done else None
             done.append(endpoint)
-            fds.append(_attach_one(kernel, endpoint, request["owner"], checked=bool(request["source_check"])))
+            checked = bool(request["source_check"])
+            fds.append(_attach_one(kernel, endpoint, request["owner"], checked=checked, early=own))
         vhost = _add_vhosts(fds)
         if request["watch"]:  # from now on: our own changes are none
             fds.append(_changes())
@@ -128,6 +140,8 @@ def _attach(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         for fd in fds:
             os.close(fd)
         fds.clear()
+        if early is not None:
+            early.put_back()
         for endpoint in done:
             kernel.clear(endpoint.index)
         raise
@@ -144,13 +158,16 @@ def _chosen(found: list[Endpoint], names: list[str] | None) -> list[Endpoint]:
     return [table[name] for name in names]
 
 
-def _attach_one(kernel: Kernel, endpoint: Endpoint, owner: str, *, checked: bool) -> int:
-    """Make the tap of an interface and join the two; what is left on failure the caller clears."""
+def _attach_one(kernel: Kernel, endpoint: Endpoint, owner: str, *, checked: bool, early: EarlyTap | None) -> int:
+    """Make the tap of an interface, or take the one that was made early, and join the two.
+
+    What is left on failure the caller clears.
+    """
     from vmsandbox.resources.network.rtnl import TAP_PREFIX
 
     kernel.clear(endpoint.index)
     name = f"{TAP_PREFIX}{endpoint.index}"
-    fd = _opened_tap(name)
+    fd = _opened_tap(name) if early is None else early.taken(name)
     try:
         index = kernel.set_up_tap(name, mtu=endpoint.mtu, alias=f"{endpoint.name} {owner}")
         if checked:
@@ -166,9 +183,9 @@ def _attach_one(kernel: Kernel, endpoint: Endpoint, owner: str, *, checked: bool
 
 def _opened_tap(name: str) -> int:
     try:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise UnsupportedError(f"cannot open '/dev/net/tun': {error.strerror}; is the module 'tun' loaded?") from error
+        raise UnsupportedError(f"cannot open '{TUN}': {error.strerror}; is the module 'tun' loaded?") from error
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
@@ -180,12 +197,47 @@ def _opened_tap(name: str) -> int:
     return fd
 
 
+def _tap(_request: dict[str, Any], _given: list[int], fds: list[int]) -> dict[str, Any]:
+    """A tap that is alone in a namespace, and goes with its last descriptor as the namespace does."""
+    fds.append(_opened_tap(EARLY_NAME))
+    return {}
+
+
+class EarlyTap:
+    """A tap that was made, by `_tap`, before there was an interface that it is for."""
+
+    def __init__(self, fd: int, *, into: int) -> None:
+        self._fd = fd
+        self._into = into
+        self._origin = -1
+
+    def taken(self, name: str) -> int:
+        """Bring it into the namespace we are in, under a name; another descriptor of it."""
+        self._origin = fcntl.ioctl(self._fd, _TUNGETDEVNETNS)
+        self._move(self._origin, self._into, name)
+        return os.dup(self._fd)
+
+    def put_back(self) -> None:
+        """Undo `taken`, if that was done."""
+        if self._origin >= 0:
+            with suppress(OSError):
+                self._move(self._into, self._origin, EARLY_NAME)
+
+    def _move(self, source: int, target: int, name: str) -> None:
+        current = fcntl.ioctl(self._fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+        namespaces.enter(source)
+        try:
+            _kernel().move(socket.if_nametoindex(current), target, name)
+        finally:
+            namespaces.enter(self._into)
+
+
 def _add_vhosts(fds: list[int]) -> bool:
     """One vhost-net descriptor for each tap, behind the taps', where the host has it."""
     opened = []
     for _ in range(len(fds)):
         try:
-            opened.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+            opened.append(os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
         except OSError:
             for fd in opened:
                 os.close(fd)
@@ -194,7 +246,7 @@ def _add_vhosts(fds: list[int]) -> bool:
     return bool(opened)
 
 
-def _detach(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+def _detach(request: dict[str, Any], _given: list[int], _fds: list[int]) -> dict[str, Any]:
     kernel = _kernel()
     names = request.get("names")
     taps = kernel.taps()
@@ -220,4 +272,4 @@ def _kernel() -> Kernel:
     return Kernel()
 
 
-_JOBS = {"scan": _scan, "watch": _watch, "attach": _attach, "detach": _detach}
+_JOBS = {"scan": _scan, "watch": _watch, "tap": _tap, "attach": _attach, "detach": _detach}

@@ -16,6 +16,7 @@ from vmsandbox.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+TUN, VHOST_NET = "/dev/net/tun", "/dev/vhost-net"
 #: of an interface in /proc/sys/net, carried over to the guest's: how IPv6 configures itself
 SYSCTLS = ("ipv6/disable_ipv6", "ipv6/accept_ra", "ipv6/autoconf", "ipv6/addr_gen_mode")
 #: route types that lead nowhere and so need no interface

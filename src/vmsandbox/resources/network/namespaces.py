@@ -125,6 +125,12 @@ def enter(fd: int) -> None:
         raise _failed("setns")
 
 
+def enter_new() -> None:
+    """Move the calling thread into a network namespace of its own, for good; for `helper` only."""
+    if _libc().unshare(_CLONE_NEWNET):
+        raise _failed("unshare")
+
+
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

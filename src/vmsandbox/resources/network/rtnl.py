@@ -288,6 +288,13 @@ class Kernel:
         message["flags"] = message["change"] = _IFF_UP
         self.change(message, _SETLINK)
 
+    def move(self, index: int, namespace: int, name: str) -> None:
+        """Put a link into another namespace, under another name."""
+        message = ifinfmsg()
+        message["index"] = index
+        message["attrs"] = [["IFLA_NET_NS_FD", namespace], ["IFLA_IFNAME", name]]
+        self.change(message, _SETLINK)
+
     def delete_link(self, index: int) -> None:
         message = ifinfmsg()
         message["index"] = index
