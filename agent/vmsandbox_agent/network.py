@@ -45,6 +45,7 @@ _NEIGHBOUR_STATES = {"": 0x80, "permanent": 0x80, "noarp": 0x40}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@=+-]{0,14}")
 _SYSCTL = re.compile(r"ipv[46]/[a-z0-9_]+")
+_DRIVER = "bus/virtio/drivers/virtio_net"
 #: seconds that a hot-plugged interface may take to appear
 TIMEOUT = 20.0
 
@@ -70,6 +71,8 @@ class Network:
         self._sys = sys
         self._proc_sys = proc_sys
         self._subscribe = subscribe
+        #: devices that have no driver, because they were no interface when the pod started
+        self._away: set[str] = set()
 
     def configure(
         self,
@@ -77,14 +80,32 @@ class Network:
         paths: Iterable[pb.Route],
         neighbours: Iterable[pb.Neighbour],
     ) -> None:
-        """Everything at once, as a pod starts."""
+        """Everything at once, as a pod starts; one without interfaces has the loopback only."""
+        described = list(interfaces)
+        if not described:
+            self._put_away()
         with Rtnetlink() as kernel:
-            for interface in interfaces:
+            for interface in described:
                 self._set_up(kernel, interface, TIMEOUT)
         wanted = list(paths)
         if wanted:
             self.update_routes(wanted)
         self.add_neighbours(neighbours)
+
+    def _put_away(self) -> None:
+        """Have the driver let go of the cards that the machine has had from its start: nothing is seen of them."""
+        driver = self._sys / _DRIVER
+        for name in (each for each in _names(driver) if each.startswith("virtio")):
+            _tell_driver(driver / "unbind", name)
+            self._away.add(name)
+
+    def _take_out(self, pci_path: str) -> None:
+        """Have the driver take back what is at a place."""
+        directory = devices.pci_directory(pci_path, self._sys)
+        for name in sorted(self._away):
+            if directory is not None and (directory / name).exists():
+                _tell_driver(self._sys / _DRIVER / "bind", name)
+                self._away.discard(name)
 
     # ------------------------------------------------------------ interfaces
 
@@ -97,6 +118,8 @@ class Network:
     def _set_up(self, kernel: Rtnetlink, wanted: pb.Interface, timeout: float) -> str:
         """The same without an answer; under what name it is."""
         _check_interface(wanted)
+        if self._away and wanted.pci_path:
+            self._take_out(wanted.pci_path)
         link = self._awaited(kernel, wanted, timeout)
         try:
             self._apply(kernel, link, wanted)
@@ -111,6 +134,8 @@ class Network:
             # Under its old name it must be down: not every kernel renames what is up.
             _set_link(kernel, link.number, up=False)
             _set_link(kernel, link.number, attributes=[(_IFLA_IFNAME, name)])
+        if wanted.mac and wanted.mac != link.mac:
+            _set_link(kernel, link.number, attributes=[(_IFLA_ADDRESS, inet.mac(wanted.mac))])
         if wanted.mtu and wanted.mtu != link.mtu:
             _set_link(kernel, link.number, attributes=[(_IFLA_MTU, wanted.mtu)])
         for key, value in wanted.sysctls.items():
@@ -141,7 +166,9 @@ class Network:
         directory = devices.pci_directory(pci_path, self._sys)
         if directory is None:
             return set()
-        return {entry.name for entry in [*directory.glob("virtio*/net/*"), *directory.glob("net/*")]}
+        # Patterns would be compiled, which takes an emulated guest longer than all the rest.
+        devices_below = [directory, *(directory / name for name in _names(directory) if name.startswith("virtio"))]
+        return {name for device in devices_below for name in _names(device / "net")}
 
     def _set_sysctl(self, name: str, key: str, value: str) -> None:
         family, _, setting = key.partition("/")
@@ -232,6 +259,20 @@ class Network:
                     kernel.change(_NEWNEIGH, head, content, flags=CREATE | REPLACE)
                 except OSError as error:
                     raise refused(f"cannot add neighbour '{each.address}'", error) from error
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+def _tell_driver(file: Path, device: str) -> None:
+    try:
+        file.write_text(device)
+    except OSError as error:
+        raise refused(f"cannot {file.name} the driver of network card '{device}'", error) from error
 
 
 def _check_interface(wanted: pb.Interface) -> None:

@@ -122,7 +122,7 @@ class Sandbox:
         (etc / "resolv.conf").write_text(_resolv_conf(request.dns))
         for path, content in request.files.items():
             self._write_file(path, content)
-        if request.interfaces or request.routes or request.neighbours:
+        if self._network is not None or request.interfaces or request.routes or request.neighbours:
             self.network.configure(request.interfaces, request.routes, request.neighbours)
         for name, value in request.sysctls.items():  # some are an interface's
             self._set_sysctl(name, value)

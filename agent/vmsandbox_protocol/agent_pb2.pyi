@@ -130,7 +130,9 @@ class CreateSandboxRequest(_message.Message):
     @_builtins.property
     def sysctls(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def interfaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interface]: ...
+    def interfaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interface]:
+        """Without any, the loopback is the only one that is to be seen."""
+
     @_builtins.property
     def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]: ...
     @_builtins.property
@@ -905,7 +907,7 @@ class Interface(_message.Message):
     SYSCTLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     mac: _builtins.str
-    """Identifies the device."""
+    """Identifies the device, unless `pci_path` does: then the device takes this address."""
     mtu: _builtins.int
     pci_path: _builtins.str
     up: _builtins.bool

@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.netns import Netns, namespace
 from vmsandbox.resources.network import attach
-from vmsandbox.supervisor.network import interface_of, neighbours_of, routes_of
+from vmsandbox.supervisor.interfaces import interface_of, neighbours_of, routes_of
 from vmsandbox_agent import errors
 from vmsandbox_agent.network import Network
 from vmsandbox_protocol import agent_pb2 as pb
@@ -118,6 +118,47 @@ def test_a_device_is_found_by_its_place(guest: Netns, tmp_path: Path) -> None:
     network = Network(sys=tmp_path)
     answer = guest.within(lambda: network.update_interface(eth0(mac="", name="net7", pci_path="02.3/00.0")))
     assert (answer.name, answer.mac) == ("net7", FIRST)
+
+
+def test_a_device_takes_the_mac_address_that_its_place_is_told(guest: Netns, tmp_path: Path) -> None:
+    (tmp_path / "bus/pci/devices/0000:00:02.3/0000:01:00.0/virtio3/net/eth1").mkdir(parents=True)
+    wanted = eth0("10.9.0.2/24", mac="02:00:00:00:00:44", name="net7", pci_path="02.3/00.0", mtu=9000)
+    answer = guest.within(lambda: Network(sys=tmp_path).update_interface(wanted))
+    assert (answer.name, answer.mac, answer.mtu) == ("net7", "02:00:00:00:00:44", 9000)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Path:
+    """A card of the machine with its driver, in a /sys of the test's own."""
+    found = tmp_path / "bus/virtio/drivers/virtio_net"
+    found.mkdir(parents=True)
+    for name in ("bind", "unbind"):
+        (found / name).touch()
+    (tmp_path / "bus/pci/devices/0000:00:01.0/0000:01:00.0/virtio3/net/eth1").mkdir(parents=True)
+    (found / "virtio3").symlink_to("../../../pci/devices/0000:00:01.0/0000:01:00.0/virtio3")
+    return found
+
+
+def test_a_pod_without_interfaces_shows_none_until_it_is_given_one(guest: Netns, tmp_path: Path, driver: Path) -> None:
+    network = Network(sys=tmp_path)
+    guest.within(lambda: network.configure([], [], []))
+    assert ((driver / "unbind").read_text(), (driver / "bind").read_text()) == ("virtio3", "")
+    guest.within(lambda: network.update_interface(eth0(mac=SECOND)))
+    assert (driver / "bind").read_text() == ""
+    guest.within(lambda: network.update_interface(eth0(name="net7", pci_path="01.0/00.0")))
+    assert (driver / "bind").read_text() == "virtio3"
+
+
+def test_a_pod_with_an_interface_keeps_its_card(guest: Netns, tmp_path: Path, driver: Path) -> None:
+    guest.within(lambda: Network(sys=tmp_path).configure([eth0(pci_path="01.0/00.0")], [], []))
+    assert ((driver / "unbind").read_text(), (driver / "bind").read_text()) == ("", "")
+
+
+def test_a_card_that_its_driver_keeps_is_an_error(guest: Netns, tmp_path: Path, driver: Path) -> None:
+    (driver / "unbind").unlink()
+    (driver / "unbind").mkdir()
+    with pytest.raises(errors.InvalidArgumentError, match="unbind the driver of network card 'virtio3'"):
+        guest.within(lambda: Network(sys=tmp_path).configure([], [], []))
 
 
 def test_a_device_that_comes_later_is_waited_for(guest: Netns) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.cli import kill
+from tests.harness.cli import awaited, kill
 from tests.harness.netns import Netns, mac, namespace
 
 if TYPE_CHECKING:
@@ -109,6 +110,52 @@ def test_a_pod_has_what_the_namespace_has_and_follows_it(cli: Cli, box: str, spa
     cli.ok("rm", "-f", "web")
     pod.run("ip addr del 10.10.0.3/16 dev lan")
     assert pod.state() == before
+
+
+def first_interface(cli: Cli) -> str:
+    """What is noted as the interface that the machine's own network card is."""
+    (document,) = (cli.run_root / "net").glob("*.json")
+    return str(json.loads(document.read_text())["first"])
+
+
+def test_the_first_interface_may_come_late_go_and_come_again(cli: Cli, box: str) -> None:
+    with namespace("vmstest-pod") as pod, namespace("vmstest-peer") as peer:
+
+        def plug(address: str) -> None:
+            pod.run(
+                f"ip link add eth0 type veth peer name peer0 netns {peer.name}",
+                f"ip addr add {address} dev eth0; ip link set eth0 up",
+            )
+            peer.run("ip addr add 10.9.0.1/24 dev peer0; ip link set peer0 up")
+            await_in(cli, "web", f"ip addr show eth0 | grep -q {address}")
+
+        before = pod.state()
+        cli.ok("run", "-d", "--name", "web", "--network", f"ns:{pod.path}", box, "sh", "-c", SERVE)
+        assert cli.ok("exec", "web", "ls", "/sys/class/net") == "lo\n"
+        assert first_interface(cli) == ""
+        plug("10.9.0.2/24")
+        awaited(lambda: first_interface(cli) == "eth0")
+        assert served(peer, "10.9.0.2")
+        for supervisor in [each for each in cli.processes() if "vmsandbox supervisor" in " ".join(each.cmdline())]:
+            kill(supervisor.pid)
+        pod.run("ip link del eth0")
+        await_in(cli, "web", "! grep -q eth0: /proc/net/dev")
+        awaited(lambda: first_interface(cli) == "")
+        plug("10.9.0.3/24")
+        assert served(peer, "10.9.0.3")
+        assert first_interface(cli) == ""
+        cli.ok("rm", "-f", "web")
+        pod.run("ip link del eth0")
+        assert pod.state() == before
+
+
+@pytest.mark.parametrize("template", ["require", "off"])
+def test_an_interface_carries_from_the_first_moment(
+    cli: Cli, box: str, spaces: tuple[Netns, Netns], template: str
+) -> None:
+    pod, _ = spaces
+    options = ("--rm", "--template", template, "--network", f"ns:{pod.path}")
+    assert cli.ok("run", *options, box, "cat", "/sys/class/net/eth0/carrier") == "1\n"
 
 
 SPOOF = """

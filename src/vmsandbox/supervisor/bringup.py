@@ -22,7 +22,7 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import clock, shares, slots, store, template
+from vmsandbox.supervisor import cards, clock, shares, slots, store, template
 from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Sandbox, SandboxSpec, Surroundings
@@ -79,6 +79,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         virtiofsd=_path(settings.hypervisor.virtiofsd),
         boot_timeout=settings.hypervisor.boot_timeout,
     )
+    config = cards.reserved(config)
     return slots.reserved(config) if spec.implicit else config
 
 
@@ -127,22 +128,24 @@ async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | 
     if spare is not None:
         async with AsyncExitStack() as stack:
             sandbox = await spare.taken(spec, stack)
-            sandbox.network.settle()
+            await sandbox.network.settle()
             yield sandbox
         return
-    async with connected(around, spec) as network, AsyncExitStack() as stack:
+    async with connected(around, spec, config) as network, AsyncExitStack() as stack:
         config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
         origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
         clone, key = await stack.enter_async_context(origin)
         made = None
+        config = await network.card.put_into(config)
         if clone is not None:
+            clone = await network.card.put_into(clone)
             made = await _cloned(around, spec, clone, network, stack, required=mode == "require")
         if made is None:
             config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
             made = await _booted(around, spec, config, network, stack)
         made.template_key = key
-        network.settle()
+        await network.settle()
         yield made
 
 

@@ -17,19 +17,21 @@ from vmsandbox.errors import SandboxError
 from vmsandbox.resources.network import attach, names, pod
 from vmsandbox.resources.network.bridge import Bridge
 from vmsandbox.resources.network.options import NetworkOptions
+from vmsandbox.supervisor import cards
+from vmsandbox.supervisor.interfaces import interface_of, neighbours_of, routes_of
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import Nic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.resources.network.attach import Tap
     from vmsandbox.resources.network.model import Endpoint
     from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings
-    from vmsandbox_hypervisor.api import Vm
+    from vmsandbox_hypervisor.api import Vm, VmConfig
     from vmsandbox_protocol import agent_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ class Connection:
         self._refreshing = asyncio.Lock()
         self._making: asyncio.Task[pod.PodNetwork] | None = None
         self._helper: attach.Helper | None = None
+        #: that the machine has from its start, and the interface that it is
+        self.card = cards.Card()
+        self._first = ""
         #: what an interface was plugged in as
         self._looks: dict[str, tuple[object, ...]] = {}
         self._routes: list[pb.Route] = []
@@ -67,8 +72,10 @@ class Connection:
         self._unattended = False
         self._told = b""
 
-    def begin(self) -> None:
-        """Start to make the network."""
+    def begin(self, config: VmConfig) -> None:
+        """Start to make the network for a machine that is to be started."""
+        if cards.has(config):
+            self.card.begin()
         if self.options.kind != "none":
             self._helper = attach.Helper()  # now, because soon this process cannot fork any more
             self._making = asyncio.create_task(self._make(self._helper), name="network")
@@ -76,7 +83,7 @@ class Connection:
     async def _make(self, helper: attach.Helper) -> pod.PodNetwork:
         began = time.monotonic()
         try:
-            network = await pod.made(self.place, self.options, self.settings, helper)
+            network = await pod.made(self.place, self.options, self.settings, helper, self.card.tap)
         finally:
             await helper.close()
         self.seconds = time.monotonic() - began
@@ -130,12 +137,16 @@ class Connection:
 
     async def _attach(self, vm: Vm, tap: Tap) -> str:
         endpoint = tap.endpoint
-        identifier = f"if{endpoint.index}"
-        nic = Nic(id=identifier, tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu, vhost_fd=tap.vhost_fd)
-        address = await vm.attach_nic(nic)
-        self.plugged[endpoint.name] = nic.id
+        if tap.early:
+            identifier, path = cards.FIRST, cards.address(vm.config)
+            self._first = endpoint.name
+        else:
+            identifier = f"if{endpoint.index}"
+            nic = Nic(id=identifier, tap_fd=tap.fd, mac=endpoint.mac, mtu=endpoint.mtu, vhost_fd=tap.vhost_fd)
+            path = (await vm.attach_nic(nic)).pci_path
+        self.plugged[endpoint.name] = identifier
         self._looks[endpoint.name] = _look(endpoint)
-        return address.pci_path
+        return path
 
     def recognise(self, vm: Vm) -> None:
         """Find the interfaces that an earlier supervisor plugged in, also those that the namespace has no more."""
@@ -143,18 +154,21 @@ class Connection:
         network = self.network
         if network is None:
             return
+        self._first = network.first if f"nic-{cards.FIRST}" in devices else ""
         known = {each.name: each for each in (*network.endpoints, *network.plugged())}
-        plugged = [each for each in known.values() if f"nic-if{each.index}" in devices]
-        self.plugged = {each.name: f"if{each.index}" for each in plugged}
-        self._looks = {each.name: _look(each) for each in plugged}
+        names = {name: cards.FIRST if name == self._first else f"if{each.index}" for name, each in known.items()}
+        self.plugged = {name: device for name, device in names.items() if f"nic-{device}" in devices}
+        self._looks = {name: _look(known[name]) for name in self.plugged}
         self._unattended = True
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         """The machine runs and has the taps: our copies would keep them alive after its end."""
+        if self._first or self.options.kind != "namespace":
+            await self.card.close()
         if self.network is not None:
             for tap in self.network.taps:
                 tap.close()
-            self.network.remember_plugged()
+            self.network.remember_plugged(self._first)
             if self.network.announces:
                 self.network.announce(self._names())
 
@@ -240,15 +254,18 @@ class Connection:
             await agent.add_neighbours(neighbours)
             self._routes = routes
         if gone or new:
-            network.remember_plugged()
+            network.remember_plugged(self._first)
             log.info("interfaces of the pod: %s; new: %s; gone: %s", sorted(found), new, gone)
 
     async def _plug_more(self, vm: Vm, agent: AgentClient, names: list[str]) -> None:
         network = self.network
         assert network is not None
         check = self.settings.source_check
-        taps = await attach.attach(network.namespace, names=names, source_check=check, owner=self.spec.id)
+        # A machine that has had no interface yet has the card for one.
+        early = await self.card.tap()
+        taps = await attach.attach(network.namespace, names=names, source_check=check, owner=self.spec.id, early=early)
         try:
+            await self.card.close()
             for tap in taps:
                 with translating():
                     pci_path = await self._attach(vm, tap)
@@ -260,6 +277,8 @@ class Connection:
     async def _unplug(self, vm: Vm, agent: AgentClient, name: str) -> None:
         """Take an interface from the guest; one that does not give it back keeps a device that leads nowhere."""
         device = self.plugged.pop(name)
+        if device == cards.FIRST:
+            self._first = ""
         try:
             await agent.remove_interface(name)
             with translating():
@@ -276,6 +295,7 @@ class Connection:
                 self.network = self._making.result()
         if self._helper is not None:
             await self._helper.close()
+        await self.card.close()
         if self.network is not None:
             self.network.let_go()
         try:
@@ -285,10 +305,10 @@ class Connection:
 
 
 @asynccontextmanager
-async def connected(around: Surroundings, spec: SandboxSpec) -> AsyncIterator[Connection]:
-    """A pod's network for the duration of the block, which begins while it is still being made."""
+async def connected(around: Surroundings, spec: SandboxSpec, config: VmConfig) -> AsyncIterator[Connection]:
+    """The network of a pod and its machine for the block, which begins while it is still being made."""
     connection = Connection(around, spec)
-    connection.begin()
+    connection.begin(config)
     try:
         yield connection
     finally:
@@ -327,59 +347,3 @@ def _drain(fd: int, changed: asyncio.Event) -> None:
             pass
     except OSError:
         return  # no more, or more than the kernel keeps
-
-
-# ---------------------------------------------------------------- what the guest is told
-
-
-def interface_of(endpoint: Endpoint, *, pci_path: str = "") -> pb.Interface:
-    """The guest's interface: the namespace's in everything."""
-    from vmsandbox_protocol import agent_pb2 as pb
-
-    addresses = [
-        pb.IpAddress(address=each.address, prefix=each.prefix, peer=each.peer, no_prefix_route=True)
-        for each in endpoint.addresses
-    ]
-    return pb.Interface(
-        name=endpoint.name,
-        mac=endpoint.mac,
-        mtu=endpoint.mtu,
-        pci_path=pci_path,
-        up=endpoint.up,
-        addresses=addresses,
-        sysctls=endpoint.sysctls,
-    )
-
-
-def routes_of(endpoints: Iterable[Endpoint]) -> list[pb.Route]:
-    """All routes of all interfaces."""
-    from vmsandbox_protocol import agent_pb2 as pb
-
-    return [
-        pb.Route(
-            destination=route.destination,
-            gateway=route.gateway,
-            interface=endpoint.name,
-            source=route.source,
-            metric=route.metric,
-            scope=route.scope,
-            onlink=route.onlink,
-            family=route.version,
-            mtu=route.mtu,
-            type=route.type,
-            weight=route.weight,
-        )
-        for endpoint in endpoints
-        for route in endpoint.routes
-    ]
-
-
-def neighbours_of(endpoints: Iterable[Endpoint]) -> list[pb.Neighbour]:
-    """All neighbours of all interfaces."""
-    from vmsandbox_protocol import agent_pb2 as pb
-
-    return [
-        pb.Neighbour(interface=endpoint.name, address=each.address, mac=each.mac, state=each.state)
-        for endpoint in endpoints
-        for each in endpoint.neighbours
-    ]

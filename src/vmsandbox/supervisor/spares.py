@@ -75,7 +75,7 @@ class Spare:
             self._layer.parent.mkdir(mode=0o700, parents=True)
             stack.callback(records.remove_tree, str(self._layer.parent))
             (self._layer.parent / "owner").write_text(around.roots.run_dir)
-            self._network = await stack.enter_async_context(connected(around, self._spec))
+            self._network = await stack.enter_async_context(connected(around, self._spec, self._config))
             config = await stack.enter_async_context(bringup.confined(around, self._spec, self._config))
             origin = template.clone_of(around, config, shareable=False, mode="require")
             clone, self._key = await stack.enter_async_context(origin)
@@ -84,6 +84,7 @@ class Spare:
             own = replace(self._spec, layer=str(self._layer))
             saved = clone.restore.with_name(template.LAYER)
             config = await asyncio.to_thread(slots.for_clone, clone, own, saved)
+            config = await self._network.card.put_into(config)
             self._vm, self._agent = await bringup.started(around, config, stack)
             await self._agent.details(timeout=config.boot_timeout)
             with translating():

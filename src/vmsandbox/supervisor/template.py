@@ -31,7 +31,7 @@ from vmsandbox import __version__, records
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
-from vmsandbox.supervisor import slots, warming
+from vmsandbox.supervisor import cards, slots, warming
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
@@ -323,7 +323,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             layer_mib = around.settings.container.scratch_size_mib
             booted = await asyncio.to_thread(slots.for_template, booted, run, layer_mib=layer_mib, cache=cache)
         with translating():
-            async with around.hypervisor.running(booted) as vm:
+            async with cards.idle(booted) as booted, around.hypervisor.running(booted) as vm:
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
                     await agent.details(timeout=config.boot_timeout)

@@ -26,7 +26,7 @@ from vmsandbox.resources.network.options import HOST_GATEWAY, NetworkOptions
 from vmsandbox_hypervisor.aio import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from vmsandbox.config.model import NetworkSettings
     from vmsandbox.paths import Roots
@@ -91,14 +91,21 @@ class PodNetwork:
         os.makedirs(os.path.dirname(self.place.file), mode=0o700, exist_ok=True)
         records.write_document(self.place.file, self._document)
 
-    def remember_plugged(self) -> None:
-        """Write down what the machine was given of a namespace that others change."""
+    def remember_plugged(self, first: str) -> None:
+        """Write down what the machine was given of a namespace that others change, and which is its `first` one."""
         if self.options.kind == "namespace":
-            self.remember(plugged=[each.document() for each in self.endpoints])
+            self.remember(plugged=[each.document() for each in self.endpoints], first=first)
 
     def plugged(self) -> list[Endpoint]:
         """What `remember_plugged` wrote down."""
         return [Endpoint.of(document) for document in self._document.get("plugged") or ()]
+
+    @property
+    def first(self) -> str:
+        """The interface that the machine's first network card is, as far as is written down; else none or the first."""
+        if self.options.kind == "namespace":
+            return str(self._document.get("first") or "")
+        return next((each.name for each in self.endpoints), "")
 
     def hold_ports(self) -> None:
         """Reserve the published ports, so that nobody else on the host takes them; raises AlreadyExistsError."""
@@ -155,10 +162,16 @@ def _is_default(route: Any) -> bool:  # noqa: ANN401
 # ---------------------------------------------------------------- making
 
 
-async def made(place: Place, options: NetworkOptions, settings: NetworkSettings, helper: attach.Helper) -> PodNetwork:
+async def made(
+    place: Place,
+    options: NetworkOptions,
+    settings: NetworkSettings,
+    helper: attach.Helper,
+    early: Callable[[], Awaitable[int]] | None = None,
+) -> PodNetwork:
     """Make a pod's network; if that fails, nothing of it is left.
 
-    The `helper` enters its namespace, and stays the caller's.
+    The `helper` enters its namespace; it and the tap that is made `early` stay the caller's.
     Raises what `attach.attach`, `cni.add` and `Bridge` do, and AlreadyExistsError for a port that is in use.
     """
     network = PodNetwork(place, options, {"netns": options.path, "sandbox": place.sandbox_id})
@@ -175,6 +188,7 @@ async def made(place: Place, options: NetworkOptions, settings: NetworkSettings,
             source_check=settings.source_check,
             owner=place.sandbox_id,
             watched=options.kind == "namespace",
+            early=-1 if early is None else await early(),
         )
     except BaseException:
         network.let_go()
