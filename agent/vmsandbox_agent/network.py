@@ -87,9 +87,9 @@ class Network:
         with Rtnetlink() as kernel:
             for interface in described:
                 self._set_up(kernel, interface, TIMEOUT)
-        wanted = list(paths)
-        if wanted:
-            self.update_routes(wanted)
+            wanted = list(paths)
+            if wanted:
+                routes.update(kernel, wanted, self._indices(kernel))
         self.add_neighbours(neighbours)
 
     def _put_away(self) -> None:
@@ -232,9 +232,11 @@ class Network:
     # ------------------------------------------------------------ routes and neighbours
 
     def update_routes(self, wanted: Iterable[pb.Route]) -> list[pb.Route]:
-        """Make the main table exactly this; if the kernel refuses one, the table stays as it was."""
+        """Make the main table exactly this and say what it is; if the kernel refuses one, it stays as it was."""
         with Rtnetlink() as kernel:
-            return routes.update(kernel, list(wanted), self._indices(kernel))
+            links = self._indices(kernel)
+            routes.update(kernel, list(wanted), links)
+            return routes.described(kernel, links)
 
     def routes(self) -> list[pb.Route]:
         """The main table."""
@@ -346,19 +348,23 @@ def _addresses(kernel: Rtnetlink) -> list[tuple[int, int, int, int, int, bytes, 
 def _set_addresses(kernel: Rtnetlink, index: int, addresses: Iterable[pb.IpAddress]) -> None:
     """Give an interface these addresses and no others; its own link-local one stays."""
     wanted = {_identity(each): each for each in addresses}
-    for identity, scope in _present(kernel, index):
+    present = _present(kernel, index)
+    stale = False
+    for identity, scope in present:
         family, prefix, local, peer = identity
         if identity in wanted or (family == socket.AF_INET6 and scope == _SCOPE_LINK):
             continue
         try:
             head = _ADDRESS.pack(family, prefix, 0, 0, index)
+            stale = True
             kernel.change(_DELADDR, head, [(_IFA_LOCAL, local), (_IFA_ADDRESS, peer)])
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:  # it went with the first address of its network
                 raise
-    present = {identity for identity, _ in _present(kernel, index)}
+    # With an address others may have gone, or come.
+    there = {identity for identity, _ in (_present(kernel, index) if stale else present)}
     for identity, each in wanted.items():
-        if identity in present:
+        if identity in there:
             continue
         family, prefix, local, peer = identity
         # Nobody else has it: the host's engine gave it to this pod.

@@ -37,7 +37,7 @@ _TYPE_NAMES = {1: "unicast", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
 _Request: TypeAlias = "tuple[bytes, list[Attribute]]"
 
 
-def update(kernel: Rtnetlink, wanted: list[pb.Route], links: Mapping[str, int]) -> list[pb.Route]:
+def update(kernel: Rtnetlink, wanted: list[pb.Route], links: Mapping[str, int]) -> None:
     """Make the main table exactly this; if the kernel refuses one, the table stays as it was.
 
     `links` are the indices of interfaces by name.
@@ -63,7 +63,6 @@ def update(kernel: Rtnetlink, wanted: list[pb.Route], links: Mapping[str, int]) 
     for key, route in before.items():
         if key not in replaced:
             _delete(kernel, *route)
-    return described(kernel, links)
 
 
 def _key(head: bytes, content: list[Attribute]) -> tuple[object, ...]:
