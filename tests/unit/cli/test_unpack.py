@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox.cli.verbs._unpack import Unpacker
+from vmsandbox.cli.verbs._unpack import Unpacker, opened
 from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def entry(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = "", mode: int = 0o644) -> bytes:
+def entry(
+    name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = "", mode: int = 0o644, **pax: str
+) -> bytes:
     made = tarfile.TarInfo(name)
     made.type, made.size, made.linkname, made.mode, made.mtime = kind, len(data), link, mode, 1000
+    made.pax_headers = pax
     return made.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512)
 
 
@@ -66,12 +69,27 @@ def test_a_tree_arrives_under_its_new_name_with_modes_times_and_links(destinatio
         [b"garbage" * 1000],
         [entry("top", data=b"x" * 2000)[:1024]],
         [entry("top/" + "d/" * 300 + "x")],
+        [entry("top", data=b"x", mtime="inf")],
+        [entry("top", data=b"x", mtime="1e300")],
+        [entry("top", tarfile.DIRTYPE, mtime="nan")],
     ],
 )
 def test_what_leads_outside_or_is_no_archive_is_refused(destination: Path, entries: list[bytes]) -> None:
     with pytest.raises(InvalidArgumentError):
         unpacked(destination, *entries)
     assert [path.name for path in destination.parent.iterdir()] == ["inside"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"garbage" * 1000, entry("top", data=b"x", size="-1")[:512]])
+def test_a_broken_archive_of_which_only_the_first_entry_is_wanted_is_refused(sent: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match="broken archive"), opened(io.BytesIO(sent)) as archive:
+        archive.next()
+
+
+def test_an_owner_that_is_no_number_of_a_user_is_refused(destination: Path) -> None:
+    made = Unpacker(str(destination), "top", "here", owners=True, most_bytes=1 << 20)
+    with pytest.raises(InvalidArgumentError, match="broken archive"):
+        made.unpack(io.BytesIO(entry("top", data=b"x", uid=str(1 << 70)) + bytes(1024)))
 
 
 def test_links_that_lead_outside_and_special_files_are_left_out_and_named(destination: Path) -> None:

@@ -45,6 +45,16 @@ class Entry(tarfile.TarInfo):
         return made
 
 
+@contextmanager
+def opened(stream: IO[bytes]) -> Iterator[tarfile.TarFile]:
+    """A guest's archive; whatever an archive that no honest guest sends leads to is an `InvalidArgumentError`."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Entry, errors="surrogateescape") as archive:
+            yield archive
+    except (tarfile.TarError, RecursionError, EOFError, ValueError, OverflowError) as error:
+        raise InvalidArgumentError(f"the guest sent a broken archive: {_shown(str(error))}") from error
+
+
 class Unpacker:
     """Unpacks one archive into a directory; its top entry is called `name` there.
 
@@ -71,18 +81,9 @@ class Unpacker:
         """Raises `InvalidArgumentError` for what no honest guest sends and `ExhaustedError` beyond a bound."""
         root = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with tarfile.open(fileobj=stream, mode="r|", tarinfo=Entry, errors="surrogateescape") as archive:
+            with opened(stream) as archive:
                 self._entries(root, archive)
-            # What was made in a directory changed its time, and its mode may forbid making anything.
-            for name, member in reversed(self._directories):
-                with self._parent(root, name) as (parent, last):
-                    fd = os.open(last, DIRECTORY, dir_fd=parent)
-                    try:
-                        self._finish(fd, member)
-                    finally:
-                        os.close(fd)
-        except (tarfile.TarError, RecursionError, EOFError, ValueError) as error:
-            raise InvalidArgumentError(f"the guest sent a broken archive: {_shown(str(error))}") from error
+                self._finish_directories(root)
         except OSError as error:
             place = os.path.join(self.directory, self._entry) if self._entry else self.directory
             raise InvalidArgumentError(f"cannot copy to '{_shown(place)}': {error.strerror or error}") from error
@@ -182,6 +183,16 @@ class Unpacker:
             self._finish(fd, member)
         finally:
             os.close(fd)
+
+    def _finish_directories(self, root: int) -> None:
+        """Last of all: what is made in a directory changes its time, and its mode may forbid making anything."""
+        for name, member in reversed(self._directories):
+            with self._parent(root, name) as (parent, last):
+                fd = os.open(last, DIRECTORY, dir_fd=parent)
+                try:
+                    self._finish(fd, member)
+                finally:
+                    os.close(fd)
 
     def _finish(self, fd: int, member: tarfile.TarInfo) -> None:
         """Owner, mode and time; set-id bits of a guest mean nothing good on the host."""

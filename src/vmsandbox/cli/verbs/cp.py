@@ -13,7 +13,7 @@ import zlib
 from vmsandbox import records, wire
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
-from vmsandbox.cli.verbs._unpack import Entry, Unpacker
+from vmsandbox.cli.verbs._unpack import Unpacker, opened
 from vmsandbox.cli.verbs.run import size_mib
 from vmsandbox.errors import InvalidArgumentError, InvalidStateError, NotFoundError, UnavailableError
 
@@ -154,7 +154,7 @@ class Copier:
         for _ in range(MOST_LINKS):
             request = {"verb": "copy-out", "path": path, "follow": False}
             try:
-                with self._asked(request) as sock, opened(Incoming(sock)) as archive:
+                with self._asked(request) as sock, opened(cast("IO[bytes]", Incoming(sock))) as archive:
                     member = archive.next()
             except NotFoundError:
                 return path, None
@@ -275,11 +275,6 @@ def decompressed(source: BufferedReader) -> IO[bytes]:
     if head.startswith(b"\xfd7zXZ\0"):
         return cast("IO[bytes]", lzma.open(source))
     return source
-
-
-def opened(incoming: Incoming) -> tarfile.TarFile:
-    """An archive of which only the first entry is looked at."""
-    return tarfile.open(fileobj=cast("IO[bytes]", incoming), mode="r|", tarinfo=Entry, errors="surrogateescape")
 
 
 def target_on_host(destination: str, name: str) -> tuple[str, str]:
