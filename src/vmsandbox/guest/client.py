@@ -17,7 +17,16 @@ from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
 from vmsandbox.guest.bulk import BulkPort
-from vmsandbox.guest.replies import broken, check_bounds, check_exit, moment, protocol, translating
+from vmsandbox.guest.replies import (
+    broken,
+    check_bounds,
+    check_exit,
+    check_phases,
+    check_process,
+    moment,
+    protocol,
+    translating,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -34,6 +43,8 @@ _REQUEST_LIMIT = 64 * 1024 * 1024
 _UNCOMPRESSED = 1
 #: processors of the largest machine there is
 _MOST_CPUS = 4096
+#: init processes and execs; those that are new to the host get a line in a document
+_MOST_PROCESSES = 16384
 #: seconds for a call that should be quick
 QUICK = 30.0
 
@@ -107,6 +118,7 @@ class AgentClient:
         """Give the guest its identity; AlreadyExistsError if it has one."""
         answer = await self._call(self._sandbox.CreateSandbox, request, timeout)
         details: pb.GuestDetails = answer.details
+        check_phases(details.boot_phases_us)
         return details
 
     async def destroy_sandbox(self, *, power_off: bool, grace: float, timeout: float) -> None:
@@ -125,6 +137,7 @@ class AgentClient:
         answer: pb.GuestDetails = await self._call(
             self._sandbox.GetGuestDetails, protocol().GetGuestDetailsRequest(), timeout
         )
+        check_phases(answer.boot_phases_us)
         return answer
 
     async def read_time(self, *, timeout: float = QUICK) -> int:
@@ -160,12 +173,16 @@ class AgentClient:
     async def add_storages(
         self, storages: Iterable[pb.Storage], *, timeout: float = 2 * QUICK
     ) -> dict[str, pb.StorageAddress]:
-        """Mount all of them or none; answers where disks were found, by mount point."""
-        request = protocol().AddStoragesRequest(storages=storages)
+        """Mount all of them or none; answers where each disk was found, by mount point."""
+        pb = protocol()
+        request = pb.AddStoragesRequest(storages=storages)
         answer = await self._call(self._sandbox.AddStorages, request, timeout)
         addresses = {address.mount_point: address for address in answer.addresses}
         if not addresses.keys() <= {storage.mount_point for storage in request.storages}:
             raise broken("it has found disks that were not asked for")
+        disks = (pb.Storage.DRIVER_BLOCK, pb.Storage.DRIVER_BLOCK_DEVICE)
+        if not {storage.mount_point for storage in request.storages if storage.driver in disks} <= addresses.keys():
+            raise broken("it does not say where it has found a disk")
         return addresses
 
     async def remove_storages(self, mount_points: Iterable[str], *, timeout: float = 2 * QUICK) -> None:
@@ -255,6 +272,7 @@ class AgentClient:
         CommandNotFoundError and CommandNotExecutableError are about its program.
         """
         answer: pb.CreateContainerResponse = await self._call(self._container.CreateContainer, request, timeout)
+        check_phases(answer.phases_us)
         return answer
 
     async def start_container(self, container_id: str, *, timeout: float = QUICK) -> None:
@@ -290,10 +308,11 @@ class AgentClient:
     async def containers(self, *, timeout: float = QUICK) -> list[pb.ContainerRow]:
         """What the agent knows, for a supervisor that takes over."""
         answer = await self._call(self._container.ListContainers, protocol().ListContainersRequest(), timeout)
+        if sum(len(row.processes) for row in answer.containers) > _MOST_PROCESSES:
+            raise broken(f"it has more than {_MOST_PROCESSES} processes")
         for row in answer.containers:
             for process in row.processes:
-                if process.HasField("exit"):
-                    check_exit(process.exit)
+                check_process(process)
         return [*answer.containers]
 
     # ------------------------------------------------------------ processes

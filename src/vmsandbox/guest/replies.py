@@ -22,13 +22,34 @@ from vmsandbox.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from vmsandbox_protocol import agent_pb2 as pb
 
 _TEXT_LIMIT = 4096
 _ENTRIES_LIMIT = 65536
 _STRING_LIMIT = 65536
+#: steps of which an answer tells how long they took, and microseconds for all of them
+_MOST_PHASES = 16
+_LONGEST_PHASE = 1 << 42
+_PHASE = re.compile(r"[a-z_]{1,32}")
+_EXEC_ID = re.compile(r"[a-zA-Z0-9][\w.+-]{0,127}", re.ASCII)
+#: codes that the agent gives (docs/agent.md); the others say something about the host, of which it knows nothing
+_CODES = frozenset(
+    {
+        "already-exists",
+        "command-not-executable",
+        "command-not-found",
+        "exhausted",
+        "internal",
+        "invalid-argument",
+        "invalid-state",
+        "not-found",
+        "timed-out",
+        "unavailable",
+        "unsupported",
+    }
+)
 #: what a terminal could take for a command, and line ends
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -47,6 +68,22 @@ def broken(how: str) -> UnavailableError:
 def check_exit(status: pb.ExitStatus) -> None:
     if status.code > 255 or status.signal > 64:
         raise broken(f"exit code {status.code} with signal {status.signal}")
+
+
+def check_phases(phases: Mapping[str, int]) -> None:
+    """Refuse what nobody would want to read: they go into documents."""
+    if len(phases) > _MOST_PHASES or not all(map(_PHASE.fullmatch, phases)):
+        raise broken("its phases are not those of an agent")
+    if any(micros >= _LONGEST_PHASE for micros in phases.values()):
+        raise broken("one of its phases takes longer than any machine runs")
+
+
+def check_process(state: pb.ProcessState) -> None:
+    """Refuse what cannot be a process of a container: execs go into documents by their ids."""
+    if state.exec_id and not _EXEC_ID.fullmatch(state.exec_id):
+        raise broken(f"it has an exec '{state.exec_id[:130]}'")
+    if state.HasField("exit"):
+        check_exit(state.exit)
 
 
 def moment(time_ns: int) -> int:
@@ -127,7 +164,7 @@ def status_translated(status: Any, details: str | None, metadata: Any) -> Sandbo
     table = {key: _clean(value) for key, value in metadata or () if isinstance(value, str)}
     code = table.get("vmsandbox-code")
     if code is not None:
-        error = from_code(code, message)
+        error = from_code(code if code in _CODES else SandboxError.code, message)
         if isinstance(error, InvalidStateError):
             error.subject = table.get("vmsandbox-subject", "")
             error.state = table.get("vmsandbox-state", "")

@@ -11,8 +11,9 @@ import grpc
 import pytest
 
 from tests.unit.guest.hostile import agent, answering, saying
-from vmsandbox.errors import NotFoundError, SandboxError, TimedOutError, UnavailableError
+from vmsandbox.errors import BY_CODE, NotFoundError, SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest.client import AgentClient
+from vmsandbox_agent import errors
 from vmsandbox_protocol import agent_pb2 as pb
 from vmsandbox_protocol import link
 
@@ -31,7 +32,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- single answers
 
 CONTAINERS = pb.ListContainersResponse(containers=[pb.ContainerRow()] * 65_537)
-DETAILS = "details"
+
+
+def containers(*processes: pb.ProcessState) -> pb.ListContainersResponse:
+    return pb.ListContainersResponse(containers=[pb.ContainerRow(processes=processes)])
+
+
+async def created(client: AgentClient) -> pb.CreateContainerResponse:
+    return await client.create_container(pb.CreateContainerRequest(), timeout=30)
+
 
 LIES: list[tuple[str, Any, Callable[[AgentClient], Awaitable[Any]]]] = [
     ("a message that is too large", pb.GuestDetails(agent_version="x" * 9 * MIB), lambda c: c.details()),
@@ -52,9 +61,7 @@ LIES: list[tuple[str, Any, Callable[[AgentClient], Awaitable[Any]]]] = [
     ("an impossible signal", pb.ExitStatus(signal=65), lambda c: c.wait("a", "")),
     (
         "an impossible exit in a list",
-        pb.ListContainersResponse(
-            containers=[pb.ContainerRow(processes=[pb.ProcessState(exit=pb.ExitStatus(code=1 << 31))])]
-        ),
+        containers(pb.ProcessState(exit=pb.ExitStatus(code=1 << 31))),
         lambda c: c.containers(),
     ),
     (
@@ -71,6 +78,22 @@ LIES: list[tuple[str, Any, Callable[[AgentClient], Awaitable[Any]]]] = [
         "the address of a disk that nobody asked for",
         pb.AddStoragesResponse(addresses=[pb.StorageAddress(mount_point="/other")]),
         lambda c: c.add_storages([pb.Storage(mount_point="/run/vmsandbox/a")]),
+    ),
+    (
+        "no address of a disk",
+        pb.AddStoragesResponse(),
+        lambda c: c.add_storages([pb.Storage(driver=pb.Storage.DRIVER_BLOCK, mount_point="/run/vmsandbox/a")]),
+    ),
+    ("an exec that has a path", containers(pb.ProcessState(exec_id="../x")), lambda c: c.containers()),
+    ("an exec with a long id", containers(pb.ProcessState(exec_id="x" * 129)), lambda c: c.containers()),
+    ("too many processes", containers(*[pb.ProcessState()] * 16_385), lambda c: c.containers()),
+    ("many phases", pb.GuestDetails(boot_phases_us={"a" * n: 1 for n in range(1, 18)}), lambda c: c.details()),
+    ("a phase with a long name", pb.GuestDetails(boot_phases_us={"a" * 33: 1}), lambda c: c.details()),
+    ("a long phase", pb.CreateContainerResponse(phases_us={"create": 1 << 42}), lambda c: created(c)),
+    (
+        "a phase of no agent's",
+        pb.CreateSandboxResponse(details=pb.GuestDetails(boot_phases_us={"A": 1})),
+        lambda c: c.create_sandbox(pb.CreateSandboxRequest(), timeout=30),
     ),
 ]
 
@@ -145,6 +168,18 @@ async def test_any_code_becomes_an_error_of_ours(directory: Path, code: str) -> 
     async with agent(directory, answer) as client:
         with pytest.raises(SandboxError):
             await client.stats("web")
+
+
+@pytest.mark.parametrize("code", sorted(BY_CODE))
+async def test_a_code_that_no_agent_gives_says_nothing(directory: Path, code: str) -> None:
+    async with agent(directory, failing(grpc.StatusCode.INTERNAL, "text", ("vmsandbox-code", code))) as client:
+        with pytest.raises(SandboxError) as caught:
+            await client.stats("web")
+    assert caught.value.code == (code if code in {error.code for error in agents_errors()} else "internal")
+
+
+def agents_errors() -> list[type[errors.AgentError]]:
+    return [errors.AgentError, *errors.AgentError.__subclasses__()]
 
 
 @pytest.mark.parametrize("status", [status for status in grpc.StatusCode if status is not grpc.StatusCode.OK])
