@@ -10,11 +10,11 @@ are not in step: what the port brings before the call has told of the move is pu
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnavailableError
+from vmsandbox.guest.arrivals import Arrivals, Early
 from vmsandbox.guest.replies import broken, check_bounds, check_exit, closed, protocol, translated, translating
 from vmsandbox_protocol import bulk
 from vmsandbox_protocol.bulk import STDERR, STDIN, STDOUT, WORTH_MOVING
@@ -79,15 +79,13 @@ class Attachment:
         self._acknowledged = {STDOUT: stdout_offset, STDERR: stderr_offset}
         #: outputs that come through the port for bulk
         self._moved: set[int] = set()
-        #: what the port brought before the call said so: stream -> offset, data, end
-        self._early: dict[int, list[tuple[int, bytes, bool]]] = {STDOUT: [], STDERR: []}
+        self._early = {stream: Early(stream) for stream in (STDOUT, STDERR)}
         self._bulk_wanted = False
         #: input goes through the port for bulk; it may where the agent has one
         self._input_moved = False
         self._input_may_move = False
         self._first_input: int | None = None
-        #: what the port brought, to be received
-        self._arrived: deque[Any] = deque()
+        self._arrived = Arrivals()
         self._failure: UnavailableError | None = None
         #: why nothing comes through the port any more
         self._port_ended: UnavailableError | None = None
@@ -147,8 +145,7 @@ class Attachment:
                 self._finish()
                 self._call.cancel()
                 raise self._failure
-            if self._arrived:
-                arrived: pb.AttachResponse = self._arrived.popleft()
+            if (arrived := self._arrived.take()) is not None:
                 return arrived
             if self._exit is not None and len(self._ended) == len(self._expected):
                 exited, self._exit = self._exit, None
@@ -328,7 +325,7 @@ class Attachment:
         if what == "output":
             self._check_output(answer.output)
         elif what == "accepted":
-            self._check_accepted(answer.accepted)
+            self._check_accepted(answer.accepted.stream, answer.accepted.offset)
         elif what == "exited":
             check_exit(answer.exited)
             if len(self._ended | self._moved) < len(self._expected):
@@ -365,13 +362,11 @@ class Attachment:
         """Take what the port brought; called by it."""
         if self._failure is not None:
             return
-        pb = protocol()
         if part.kind == bulk.ACK:
             if not self._input_moved:
                 raise broken("it accepts input where none was sent")
-            accepted = pb.Ack(stream=part.stream, offset=part.offset)
-            self._check_accepted(accepted)
-            self._arrived.append(pb.AttachResponse(accepted=accepted))
+            self._check_accepted(part.stream, part.offset)
+            self._arrived.accept(part.offset)
             self._news.set()
             return
         stream = part.stream
@@ -380,18 +375,18 @@ class Attachment:
         if part.offset + len(part.data) - self._acknowledged[stream] > OUTPUT_WINDOW:
             raise broken(f"it sent output up to {part.offset + len(part.data)} without an acknowledgement")
         if stream in self._moved:
-            self._take(stream, part.offset, bytes(part.data), eof=part.eof)
+            self._continue(stream, part.offset, len(part.data), eof=part.eof)
+            self._arrived.put(stream, part.offset, part.data, eof=part.eof)
             self._news.set()
         else:
-            early = self._early[stream]
-            if early and (early[-1][2] or early[-1][0] + len(early[-1][1]) != part.offset):
-                raise broken(f"output of stream {stream} at offset {part.offset} is out of order")
-            early.append((part.offset, bytes(part.data), part.eof))
+            self._early[stream].put(part.offset, part.data, eof=part.eof)
 
     def bulk_ended(self, error: UnavailableError) -> None:
         """The port is gone, or was used against the rules: called by it."""
         self._port_ended = error
-        if (self._moved or self._input_moved or any(self._early.values())) and self._failure is None:
+        if (
+            self._moved or self._input_moved or any(early.arrivals for early in self._early.values())
+        ) and self._failure is None:
             self._failure = error
             self._finish()
             self._news.set()
@@ -401,23 +396,22 @@ class Attachment:
         if self._port_ended is not None:
             raise self._port_ended
         self._moved.add(stream)
-        early, self._early[stream] = self._early[stream], []
-        for offset, data, eof in early:
-            self._take(stream, offset, data, eof=eof)
+        early, self._early[stream] = self._early[stream], Early(stream)
+        if early.arrivals:
+            self._continue(stream, early.begin, early.end - early.begin, eof=early.eof)
+            self._arrived.follow(early.arrivals)
 
-    def _take(self, stream: int, offset: int, data: bytes, *, eof: bool) -> None:
+    def _continue(self, stream: int, offset: int, length: int, *, eof: bool) -> None:
+        """Note output that comes by the port, which has to continue what came before."""
         if self._expected[stream] != offset:
             raise broken(f"output of stream {stream} at offset {offset} is out of order")
-        self._expected[stream] += len(data)
+        self._expected[stream] += length
         if eof:
             self._ended.add(stream)
             self._ack_bulk(stream)
-        pb = protocol()
-        self._arrived.append(pb.AttachResponse(output=pb.Chunk(stream=stream, offset=offset, data=data, eof=eof)))
 
-    def _check_accepted(self, accepted: pb.Ack) -> None:
-        offset = accepted.offset
-        if accepted.stream != STDIN or (self._accepted is not None and offset <= self._accepted):
+    def _check_accepted(self, stream: int, offset: int) -> None:
+        if stream != STDIN or (self._accepted is not None and offset <= self._accepted):
             raise broken(f"it accepted input up to {offset} after {self._accepted}")
         if self._accepted is not None and offset > self._sent:
             raise broken(f"it accepted input up to {offset}, but {self._sent} was sent")

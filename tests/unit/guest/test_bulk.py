@@ -190,7 +190,7 @@ async def test_what_the_port_brings_early_waits_for_the_move(directory: Path) ->
     async with guest(directory, answer, *frames) as client, client.attach("web", "") as attachment:
         await attachment.receive()
         receiving = asyncio.create_task(attachment.receive())
-        while not any(attachment._early.values()):  # noqa: ASYNC110
+        while not any(early.arrivals for early in attachment._early.values()):  # noqa: ASYNC110
             await asyncio.sleep(0)
         told.set()
         heard = b""
