@@ -500,8 +500,7 @@ def forget_pod(roots: Roots, sandbox: SandboxPaths) -> None:
     The symlink goes last, as a container's does.
     """
     pod_id = pod_id_of(sandbox)
-    close_shared(sandbox)
-    remove_tree(sandbox.dir)
+    _remove_sandbox(sandbox)
     if not pod_id:
         return
     for name in _listed(roots.names_dir):
@@ -521,6 +520,15 @@ def forget_sandbox_if_empty(sandbox: SandboxPaths) -> bool:
             return False
     except FileNotFoundError:
         pass
+    _remove_sandbox(sandbox)
+    return True
+
+
+def _remove_sandbox(sandbox: SandboxPaths) -> None:
+    """Remove a pod's directory, and what still runs of a machine: with it the last trace would go."""
+    if os.path.isdir(f"{sandbox.dir}/vm"):
+        from vmsandbox import machines
+
+        machines.end_all(sandbox.dir)
     close_shared(sandbox)
     remove_tree(sandbox.dir)
-    return True

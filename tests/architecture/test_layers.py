@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
         "vmsandbox.arguments",
         "vmsandbox.cache",
         "vmsandbox.cgroups",
+        "vmsandbox.machines",
         "vmsandbox.paths",
         "vmsandbox.surroundings",
         "vmsandbox.wire",

@@ -11,7 +11,7 @@ from typing import IO
 import psutil
 import pytest
 
-from tests.harness.cli import Cli, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, wait_until_gone
 
 
 def supervisor_of(cli: Cli, name: str) -> int:
@@ -183,3 +183,34 @@ def test_what_is_still_being_made_can_be_removed(cli: Cli, box: str, pod_templat
                 assert time.monotonic() < deadline
             cli.ok(*remove)
         assert cli.leftovers() == []
+
+
+def kill_with_a_new_machine(cli: Cli, *words: str) -> None:
+    """Run a verb and kill its client and the supervisor as soon as it has a machine, which nothing tells of yet."""
+    with cli.popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
+        awaited(lambda: machines_of(cli))
+        for process in cli.processes():
+            if process.name().startswith("vmsandbox-super"):
+                kill(process.pid)
+        client.kill()
+
+
+def machines_of(cli: Cli) -> set[int]:
+    return {process.pid for process in cli.processes() if "qemu-system" in process.name()}
+
+
+def test_a_machine_whose_supervisor_died_before_it_wrote_it_down_ends_with_the_next_start(cli: Cli, box: str) -> None:
+    cli.ok("run", "--name", "web", box, "true")
+    kill_with_a_new_machine(cli, "start", "web")
+    cli.ok("start", "web")
+    cli.ok("wait", "web")
+    awaited(lambda: not cli.processes())
+
+
+def test_a_machine_whose_supervisor_died_before_it_wrote_it_down_ends_with_its_pod(
+    cli: Cli, box: str, pod_template: None
+) -> None:
+    kill_with_a_new_machine(cli, "pod", "create", "--name", "p")
+    cli.ok("pod", "rm", "-f", "p")
+    cli.ok("gc", "-q")
+    assert cli.leftovers() == []

@@ -115,9 +115,17 @@ class Cli:
                 continue
             ours = "qemu-system" in line or "virtiofsd" in line or line.startswith("vmsandbox ")
             ours = ours and not line.startswith("vmsandbox nursery ")
-            if ours and any(name in line for name in names):
+            if ours and (any(name in line for name in names) or self._is_open_in(process)):
                 found.append(process)
         return found
+
+    def _is_open_in(self, process: psutil.Process) -> bool:
+        """Whether it has files of this run root open, be they removed or not."""
+        try:
+            held = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+        except OSError:
+            return False
+        return any(path.startswith(f"{self.run_root}/") for path in held)
 
     def _is_ours(self, data: Path) -> bool:
         """Whether a container's data belongs to this run root; other tests share the data root."""

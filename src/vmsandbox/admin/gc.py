@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import time
 from typing import TYPE_CHECKING
 
-from vmsandbox import lent, records
+from vmsandbox import lent, machines, records
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -35,7 +34,7 @@ def main(argv: list[str], roots: Roots) -> int:
     for directory in entries(roots.sandboxes_dir):
         collect_sandbox(roots, SandboxPaths(f"{roots.sandboxes_dir}/{directory}"), say)
     for pid in background_makers(roots):
-        end(pid)
+        machines.end(pid)
         say(f"ended {pid}, which was making a template in the background")
     for directory in entries(roots.builders_dir):
         collect_builder(f"{roots.builders_dir}/{directory}", say)
@@ -70,8 +69,8 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
         except records.ForeignDocumentError as error:
             say(f"left pod '{os.path.basename(sandbox.dir)}' alone: {error}")
             return
-        for pid in machines(sandbox.dir, known=sandbox.document_file):
-            end(pid)
+        for pid in machine_of(sandbox):
+            machines.end(pid)
             say(f"ended virtual machine {pid} of pod '{os.path.basename(sandbox.dir)}'")
         records.remove_tree(f"{sandbox.dir}/vm")
         if records.close_shared(sandbox):
@@ -153,8 +152,7 @@ def collect_builder(directory: str, say: Callable[[str], None]) -> None:
     maker = os.path.basename(directory)
     if maker.isdigit() and records.start_time(int(maker)) is not None and is_maker(int(maker)):
         return
-    for pid in machines(directory):
-        end(pid)
+    for pid in machines.end_all(directory):
         say(f"ended virtual machine {pid} of a template that was not finished")
     records.remove_tree(directory)
 
@@ -163,7 +161,7 @@ def background_makers(roots: Roots) -> Iterator[int]:
     """Processes that make templates unasked, for pods of this run root; whoever asked for one keeps his."""
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            words = command_line(int(entry))
+            words = machines.command_line(int(entry))
             if {b"vmsandbox.admin", b"template", b"--quiet", os.fsencode(roots.run_dir)} <= set(words):
                 yield int(entry)
 
@@ -183,18 +181,9 @@ def collect_unfinished_templates(roots: Roots, say: Callable[[str], None]) -> No
             say("removed a template that was not finished")
 
 
-def command_line(pid: int) -> list[bytes]:
-    """The words a process was started with; none if it has ended."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().split(b"\0")[:-1]
-    except OSError:
-        return []
-
-
 def is_maker(pid: int) -> bool:
     """Whether the process that has this pid now makes templates."""
-    return b"template" in command_line(pid)
+    return b"template" in machines.command_line(pid)
 
 
 def is_young(path: str, *, follow: bool = True) -> bool:
@@ -241,44 +230,16 @@ def settle_container(roots: Roots, container: records.Container, say: Callable[[
         say(f"container '{container.name or container.id[: records.SHOWN_ID]}' has stopped")
 
 
-def machines(directory: str, *, known: str = "") -> Iterator[int]:
-    """QEMU and virtiofsd processes of a run directory: by its document `known`, and by what command lines name."""
-    found = set()
+def machine_of(sandbox: SandboxPaths) -> list[int]:
+    """Processes of a pod's machine: the one that its document tells of, and what command lines name."""
+    found = {*machines.processes(sandbox.dir)}
     try:
-        vm = records.read_shaped(known, records.POD_SHAPE).get("vm") or {}
+        vm = records.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
         if records.is_alive(vm.get("pid"), vm.get("start_time")):
             found.add(int(vm["pid"]))
     except SandboxError:
         pass
-    name = f"guest=vmsandbox-{os.path.basename(directory)},".encode()
-    place = os.fsencode(f"{directory}/")
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        words = command_line(int(entry))
-        helper = words and (b"qemu" in words[0] or b"virtiofsd" in words[0])
-        if helper and any(word.startswith(name) or place in word for word in words):
-            found.add(int(entry))
-    yield from sorted(found)
-
-
-def end(pid: int) -> None:
-    """Kill a process and wait until it is gone."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-        import select
-
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.poll(5000)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(fd)
+    return sorted(found)
 
 
 def collect_spares(roots: Roots, say: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, records
+from vmsandbox import cgroups, machines, records
 from vmsandbox import log as logs
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -194,13 +194,18 @@ async def _pod(
         cgroups.enter(spec.cgroups)
         service.restore(spec)
         vm = document.get("vm") or {}
-        if vm and (not start.revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):
+        # A machine that was not finished is a template's twin, with its random numbers, and no container has run in it.
+        finished = bool(vm) and document.get("status") != "creating"
+        if finished and (not start.revive or records.is_alive(vm.get("pid"), vm.get("start_time"))):
             service.want(spec)
             return adopted(around, document), True
+        if start.revive:
+            # Before anything is awaited: what is started again meanwhile is not meant.
+            service.end_processes("its virtual machine is gone")
+        # A supervisor may have been killed before it wrote down which one it had started.
+        await asyncio.to_thread(machines.end_all, around.paths.dir)
         if not start.revive:
             raise UnavailableError("the pod's virtual machine has ended")
-        # Before anything is awaited: what is started again meanwhile is not meant.
-        service.end_processes("its virtual machine is gone")
         await swept(around, spec, document)
     if start.spare:
         return await _spare(around, service, start), False

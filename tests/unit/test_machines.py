@@ -1,0 +1,70 @@
+"""Machines that no document tells of are found by their command lines, and end with the last trace of their pod."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmsandbox import machines, records
+from vmsandbox.paths import Roots, SandboxPaths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ID = "0123456789ab"
+
+
+@contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing, and whose command line looks like this."""
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    argv = [words[0], "-c", code, *words[1:]]
+    with subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> SandboxPaths:
+    found = Roots(str(tmp_path / "run"), str(tmp_path / "data")).sandbox(ID)
+    found.vm.mkdir(parents=True)
+    return found
+
+
+def test_a_machine_is_known_by_its_name_and_its_helpers_by_their_directory(sandbox: SandboxPaths) -> None:
+    with (
+        running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{ID},debug-threads=on") as machine,
+        running("/usr/libexec/virtiofsd", "-o", f"source={sandbox.dir}/shared") as helper,
+        running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{ID}0,debug-threads=on"),
+        running("sh", "-name", f"guest=vmsandbox-{ID},debug-threads=on"),
+    ):
+        assert sorted(machines.processes(sandbox.dir)) == sorted([machine.pid, helper.pid])
+
+
+@pytest.mark.parametrize("on_purpose", [False, True])
+def test_the_machine_ends_with_its_pods_directory(sandbox: SandboxPaths, on_purpose: bool) -> None:
+    roots = Roots(str(sandbox.vm.parents[2]), "")
+    with running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{ID},debug-threads=on") as machine:
+        if on_purpose:
+            records.forget_pod(roots, sandbox)
+        else:
+            assert records.forget_sandbox_if_empty(sandbox)
+        assert machine.wait(10) == -9
+    assert not sandbox.vm.exists()
+
+
+def test_what_has_ended_is_no_error(sandbox: SandboxPaths) -> None:
+    with running("qemu-system-x86_64") as machine:
+        machine.kill()
+        machine.wait(10)
+    machines.end(machine.pid)
+    assert machines.end_all(sandbox.dir) == []
