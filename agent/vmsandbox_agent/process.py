@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vmsandbox_agent import stdio
+from vmsandbox_agent import pipes
 from vmsandbox_agent.errors import (
     AgentError,
     InvalidStateError,
@@ -183,7 +183,7 @@ def plumbed(wanted: pb.Stdio, directory: Path, name: str) -> Iterator[Plumbing]:
             if present:
                 reading, writing = os.pipe2(os.O_CLOEXEC)
                 with suppress(OSError):  # the user's share of pipe memory may be used up
-                    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, stdio.PIPE_SIZE)
+                    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, pipes.PIPE_SIZE)
                 inner[index], outer[index] = (reading, writing) if index == 0 else (writing, reading)
         plumbing.inner = (inner[0], inner[1], inner[2])
         plumbing.outer = (outer[0], outer[1], outer[2])

@@ -68,12 +68,14 @@ HOMES: dict[str, tuple[str, ...]] = {
     "qemu": ("vmsandbox_hypervisor.qemu.monitor",),
     "grpc": (
         "vmsandbox.guest.",
+        "vmsandbox_agent.attaching",
         "vmsandbox_agent.main",
+        "vmsandbox_agent.rpc",
         "vmsandbox_agent.server",
         "vmsandbox_agent.service",
         "vmsandbox_protocol.",
     ),
-    "google": ("vmsandbox.guest.", "vmsandbox_agent.service", "vmsandbox_protocol."),
+    "google": ("vmsandbox.guest.", "vmsandbox_protocol."),
     "pyroute2": ("vmsandbox.resources.network.rtnl",),
     "pydantic": ("vmsandbox.oci.", "vmsandbox.config."),
     "psutil": (),  # for tests and benchmarks

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.agent.test_stdio import Program
-from vmsandbox_agent import stdio
+from vmsandbox_agent import pipes
 from vmsandbox_agent.bulk import Bulk, Lane
 from vmsandbox_agent.errors import AgentError
-from vmsandbox_agent.stdio import STDOUT, Accepted, BulkWanted, Data, Ended, Moved
+from vmsandbox_agent.pipes import STDOUT
+from vmsandbox_agent.stdio import Accepted, BulkWanted, Data, Ended, Moved, Session
 from vmsandbox_protocol import bulk, link
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def program() -> Iterator[Program]:
 
 
 @contextmanager
-def attached(program: Program, port: Bulk, digits: str, channel: int, at: int = 0) -> Iterator[stdio.Session]:
+def attached(program: Program, port: Bulk, digits: str, channel: int, at: int = 0) -> Iterator[Session]:
     lane = Lane(port, digits, channel)
     session = program.streams.attach(at, 0, lane)
     with lane.joined(session):
@@ -157,7 +158,7 @@ def writing(program: Program, data: bytes) -> Iterator[None]:
 class Told:
     """What an attachment tells of, in a thread of its own."""
 
-    def __init__(self, session: stdio.Session, *, at: int = 0) -> None:
+    def __init__(self, session: Session, *, at: int = 0) -> None:
         self.session = session
         self.at = at
         self.stdout = b""
@@ -209,7 +210,7 @@ def test_output_stays_where_it_is_without_a_host_at_the_port(host: tuple[Bulk, H
 
 def test_what_was_under_way_when_the_host_went_is_asked_for_again(host: tuple[Bulk, Host], program: Program) -> None:
     port, end = host
-    data = os.urandom(2 * stdio.WINDOW)
+    data = os.urandom(2 * pipes.WINDOW)
     end.begin(DIGITS)
     with writing(program, data):
         with attached(program, port, DIGITS, 1) as session, Told(session) as told:
@@ -227,7 +228,7 @@ def test_input_from_the_port_goes_to_the_process_and_is_accepted_there(
     host: tuple[Bulk, Host], program: Program
 ) -> None:
     port, end = host
-    data = os.urandom(stdio.INPUT_WINDOW)
+    data = os.urandom(pipes.INPUT_WINDOW)
     end.begin(DIGITS)
     received = b""
     with attached(program, port, DIGITS, 9) as session:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox_agent import stdio
+from vmsandbox_agent import pipes
 from vmsandbox_agent.errors import InvalidArgumentError, UnavailableError
-from vmsandbox_agent.stdio import STDERR, STDOUT, Accepted, Data, Ended, InputClosed, Session, Stdio
+from vmsandbox_agent.pipes import STDERR, STDOUT
+from vmsandbox_agent.stdio import Accepted, Data, Ended, InputClosed, Session, Stdio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +125,7 @@ def test_more_than_there_is_cannot_be_acknowledged(program: Program) -> None:
 
 
 def test_an_unread_stream_stops_at_its_window_and_goes_on_when_acknowledged(program: Program) -> None:
-    total = 3 * stdio.WINDOW
+    total = 3 * pipes.WINDOW
     written = threading.Event()
 
     def write() -> None:
@@ -145,8 +146,8 @@ def test_an_unread_stream_stops_at_its_window_and_goes_on_when_acknowledged(prog
                     happening.data == (bytes(range(256)) * 4096)[received % 256 : received % 256 + len(happening.data)]
                 )
                 received += len(happening.data)
-                assert len(program.streams.outputs[STDOUT].kept) <= stdio.WINDOW
-                if received > stdio.WINDOW - stdio.CHUNK:
+                assert len(program.streams.outputs[STDOUT].kept) <= pipes.WINDOW
+                if received > pipes.WINDOW - pipes.CHUNK:
                     # Nothing more comes without this.
                     session.acknowledge(STDOUT, received)
             if isinstance(happening, Ended):
@@ -197,11 +198,11 @@ def test_input_with_a_gap_or_beyond_the_window_is_refused(program: Program) -> N
         with pytest.raises(InvalidArgumentError, match="follows"):
             session.receive(1, b"x", eof=False)
         with pytest.raises(InvalidArgumentError, match="more than"):
-            session.receive(0, bytes(stdio.INPUT_WINDOW + 1), eof=False)
+            session.receive(0, bytes(pipes.INPUT_WINDOW + 1), eof=False)
 
 
 def test_input_that_does_not_fit_waits_while_output_flows(program: Program) -> None:
-    data = os.urandom(stdio.INPUT_WINDOW)
+    data = os.urandom(pipes.INPUT_WINDOW)
     with attached(program) as (session, events):
         next(events)
         session.receive(0, data, eof=True)
@@ -239,7 +240,7 @@ def test_input_that_nobody_reads_is_reported_once(program: Program) -> None:
 
 
 def test_a_new_session_sends_again_what_was_not_accepted(program: Program) -> None:
-    data = os.urandom(stdio.INPUT_WINDOW)
+    data = os.urandom(pipes.INPUT_WINDOW)
     with attached(program) as (session, events):
         next(events)
         session.receive(0, data, eof=True)
