@@ -17,6 +17,7 @@ from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.container import HOST_DISK, Container
+from vmsandbox.supervisor.imaged import ImageContainer
 from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.storages import ROOTFS
 from vmsandbox_protocol import agent_pb2 as pb
@@ -280,7 +281,7 @@ class BundleContainer(Container):
 
 def container_of(around: Surroundings, document: dict[str, Any]) -> Container:
     """The container of a document that an earlier supervisor wrote."""
-    return (BundleContainer if document.get("kind") == KIND else Container)(around, document)
+    return (BundleContainer if document.get("kind") == KIND else ImageContainer)(around, document)
 
 
 def exec_request(request: dict[str, Any], document: dict[str, Any]) -> pb.ExecRequest:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError, UnavailableError
 from vmsandbox.resources.images.store import ImageStore
 from vmsandbox.supervisor import composition, ending, execution, processors, slots, store, template
-from vmsandbox.supervisor.container import Container
+from vmsandbox.supervisor.imaged import ImageContainer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
     from vmsandbox.resources.images.store import Image
+    from vmsandbox.supervisor.container import Container
     from vmsandbox.supervisor.sandbox import SandboxSpec
     from vmsandbox.supervisor.service import Service
 
@@ -96,7 +97,7 @@ def _pod_of(service: Service, request: dict[str, Any], options: RunOptions) -> S
 
 
 def _with_slots(
-    service: Service, spec: SandboxSpec, container: Container, image: Image, options: RunOptions
+    service: Service, spec: SandboxSpec, container: ImageContainer, image: Image, options: RunOptions
 ) -> SandboxSpec:
     """The pod with its first container's disks there from the start, as far as its template has room for them."""
     usual = container.layer_mib == service.around.settings.container.scratch_size_mib
@@ -110,13 +111,13 @@ def _with_slots(
 
 async def _composed(
     service: Service, spec: SandboxSpec, document: dict[str, Any], image: Image, options: RunOptions
-) -> tuple[Container, Composed, RunOptions]:
+) -> tuple[ImageContainer, Composed, RunOptions]:
     """What a container is given, and its spec; nothing is done yet."""
     around = service.around
     options = composition.without_pods(options, spec)
     # In a thread, because the sources may lie on a file system that does not answer.
     shared = await asyncio.to_thread(composition.share_plan, around, spec, options, container_id=document["id"])
-    container = Container(around, document, shared)
+    container = ImageContainer(around, document, shared)
     composed = composition.compose_spec(
         around, image, options, container_id=container.id, rootfs=container.rootfs, shared=shared, pod=spec
     )
