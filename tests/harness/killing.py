@@ -24,6 +24,7 @@ import psutil
 
 from tests.harness import hosts
 from tests.harness.cli import Cli, awaited
+from tests.harness.nurseries import is_nursery
 from tests.harness.spares import end_all, keeping_ready, offers
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class _Play:
             self._play()
 
     def _play(self) -> None:
-        others = {process.pid for process in self.cli.processes()}
+        others = {process.pid for process in self._processes()}
         left = self._left()
         self._prepare()
         client = self.cli.popen(*self._words(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -198,6 +199,16 @@ class _Play:
         now = self._left()
         assert now == left, f"something is left, or gone: {sorted(set(now) ^ set(left))}"
         self._assert_host_is_as_it_was()
+
+    def _processes(self) -> list[psutil.Process]:
+        """All that run on the host, whosever they are, but for the nursery, which ends by itself."""
+        found = []
+        for pid in self.ground.host.processes():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if not is_nursery(process):
+                    found.append(process)
+        return found
 
     def _left(self) -> list[str]:
         staging = (self.cli.data_root / "templates").glob(".staging-*")
@@ -400,13 +411,13 @@ class _Play:
                         result = self.cli(*pods, "rm", "-f", row["id"])
                         assert result.code == 0 or "no such" in result.stderr, result
             self.cli.ok("gc", "-q")
-            left = [process for process in self.cli.processes() if process.pid not in others]
+            left = [process for process in self._processes() if process.pid not in others]
             if not left:
                 break
             psutil.wait_procs(left, timeout=1)
         self._age()
         self.cli.ok("gc", "-q")
-        assert {process.pid for process in self.cli.processes()} == others, left
+        assert {process.pid for process in self._processes()} == others, left
         if "template" in self.plan.operation:
             self.cli.ok("template", "build", timeout=PATIENCE)
             self.cli.ok("run", "--rm", "--template", "require", self.ground.box, "true")

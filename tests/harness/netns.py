@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ class Netns:
             assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
             output = done.stdout
         return output
+
+    def processes(self) -> list[int]:
+        """Everything that runs inside."""
+        here = os.stat(self.path).st_ino
+        found = []
+        for entry in os.listdir("/proc"):
+            with suppress(OSError):  # it has ended, or is no process
+                if os.stat(f"/proc/{entry}/ns/net").st_ino == here and entry.isdigit():
+                    found.append(int(entry))
+        return found
 
     def within(self, work: Callable[[], T]) -> T:
         """Call `work` in a thread that is in the namespace: sockets it makes belong there."""
