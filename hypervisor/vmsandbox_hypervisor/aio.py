@@ -1,4 +1,4 @@
-"""Cleanup that cancellation cannot skip, and tasks that end with their block.
+"""Cleanup that cancellation cannot skip, tasks that end with their block, and waiting for a descriptor.
 
 The only module that catches `asyncio.CancelledError`.
 """
@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator, Coroutine
 
 
-async def finish(cleanup: Coroutine[Any, Any, None], *, seconds: float = 10.0) -> None:
+async def finish(cleanup: Coroutine[Any, Any, object], *, seconds: float = 10.0) -> None:
     """Run `cleanup` to its end although the caller may be cancelled, even repeatedly, meanwhile.
 
     A cancellation that arrived is raised afterwards.  After `seconds` the cleanup itself is cancelled and
@@ -40,6 +41,17 @@ async def finish(cleanup: Coroutine[Any, Any, None], *, seconds: float = 10.0) -
     if overdue and task.cancelled():
         raise TimeoutError(f"cleanup took longer than {seconds} s")
     task.result()
+
+
+async def readable(source: int | socket.socket) -> None:
+    """Wait until a descriptor polls readable."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(source, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(source)
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ import socket
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from vmsandbox.guest.transport import _readable
+from vmsandbox_hypervisor.aio import readable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -84,7 +84,7 @@ class FakePort:
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
-                await _readable(self._listener)
+                await readable(self._listener)
                 continue
             connection.setblocking(False)
             self._connection = connection

@@ -125,7 +125,7 @@ class QemuHypervisor:
         except ProcessLookupError:
             pass  # it ended by itself
         else:
-            await finish(_stopped(child))
+            await finish(child.stop())
         for daemon in daemons:
             await finish(daemon.stop())
         remove_files(config)
@@ -274,10 +274,6 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"'{error.filename}': {error.strerror}" if error.filename else error.strerror
     return str(error)
-
-
-async def _stopped(child: Child) -> None:
-    await child.stop()
 
 
 async def _over(config: VmConfig, launch: Launch, evidence: Evidence) -> None:

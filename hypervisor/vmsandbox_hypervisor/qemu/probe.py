@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import AccelChoice
-from vmsandbox_hypervisor.children import Child, confined, described, spawn
+from vmsandbox_hypervisor.children import confined, described, spawn
 from vmsandbox_hypervisor.errors import AccelError
 from vmsandbox_hypervisor.evidence import reason_in
 
@@ -165,7 +165,7 @@ async def tried(accel: Literal["kvm", "tcg"], *, binary: Path, timeout: float = 
             await asyncio.wait({child.exited}, timeout=timeout)
             ended = child.exited.done()
         finally:
-            await finish(_stopped(child))
+            await finish(child.stop())
         if not ended:
             return f"a guest of a few instructions did not end within {timeout:g} s"
         status = child.exited.result()
@@ -176,7 +176,3 @@ async def tried(accel: Literal["kvm", "tcg"], *, binary: Path, timeout: float = 
     finally:
         os.close(firmware)
         os.close(stderr)
-
-
-async def _stopped(child: Child) -> None:
-    await child.stop()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.paths import SOCKET_PATH_MAX
+from vmsandbox_hypervisor.aio import readable
 from vmsandbox_protocol import link
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ async def _accepted(listener: socket.socket) -> socket.socket:
             # Not the loop's own accept: cancelled at the wrong moment it loses a connection that it holds.
             connection, _ = listener.accept()
         except BlockingIOError:
-            await _readable(listener)
+            await readable(listener)
             continue
         connection.setblocking(False)
         with suppress(BlockingIOError):
@@ -184,16 +185,6 @@ async def _accepted(listener: socket.socket) -> socket.socket:
                 connection.close()
                 continue
         return connection
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)
 
 
 async def _exchange(connected: Link, connection: socket.socket) -> None:

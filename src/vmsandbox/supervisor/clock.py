@@ -7,7 +7,6 @@ the same how long it is on its way.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox_hypervisor.aio import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +116,7 @@ async def keep(agent: AgentClient, *, at_once: bool) -> None:
                 except SandboxError as error:
                     log.info("the guest was not told the time: %s", error)
             due = True
-            await _readable(fd)
+            await readable(fd)
 
 
 @contextmanager
@@ -144,13 +144,3 @@ def _timer(seconds: float) -> Iterator[int]:
 
 def _failed(code: int) -> UnavailableError:
     return UnavailableError(f"cannot make a timer: {os.strerror(code)}")
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)

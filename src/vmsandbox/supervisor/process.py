@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
+from vmsandbox_hypervisor.aio import readable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,14 +108,3 @@ class Process:
         self.delivered.set()
         if self.exit is None and not self.failed:
             await died(self)
-
-
-async def readable(fd: int) -> None:
-    """Wait until a descriptor polls readable."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)

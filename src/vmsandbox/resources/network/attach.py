@@ -228,7 +228,7 @@ class Helper:
         """End it, whatever it does; safe to repeat."""
         try:
             if self._child.alive:
-                await finish(_stopped(self._child))
+                await finish(self._child.stop())
         finally:
             self._release()
 
@@ -275,10 +275,6 @@ def _argv(loading: bool) -> list[str]:
         f"from vmsandbox.resources.network.helper import main; main(loading={loading})"
     )
     return [sys.executable, "-I", "-S", "-c", code]
-
-
-async def _stopped(child: Child) -> None:
-    await child.stop()
 
 
 async def _received(sock: socket.socket, fds: list[int]) -> bytes:

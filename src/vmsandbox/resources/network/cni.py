@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError, SandboxError, TimedOutError, UnavailableError, UnsupportedError
 from vmsandbox_hypervisor.aio import finish
-from vmsandbox_hypervisor.children import Child, spawn
+from vmsandbox_hypervisor.children import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,15 +174,11 @@ async def _call(program: Path, environment: Mapping[str, str], given: bytes) -> 
             raise TimedOutError(f"network plugin '{program.name}' took longer than {TIMEOUT:g} s") from None
         finally:
             if child.alive:
-                await finish(_ended(child))
+                await finish(child.stop())
         return status, os.pread(output, _ANSWER_LIMIT, 0)
     finally:
         os.close(standard_input)
         os.close(output)
-
-
-async def _ended(child: Child) -> None:
-    await child.stop()
 
 
 def _parsed(output: bytes) -> dict[str, Any]:
