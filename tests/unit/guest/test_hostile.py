@@ -354,18 +354,27 @@ async def test_an_archive_without_end_ends_at_the_deadline(directory: Path, size
 async def port(directory: Path, talk: Callable[..., Awaitable[None]]) -> AsyncIterator[AgentClient]:
     """A client of a guest whose end of the port is `talk`."""
     path = directory / "port"
+    talks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            await talk(reader, writer)
-        writer.close()
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                await talk(reader, writer)
+        finally:
+            writer.transport.abort()
 
-    server = await asyncio.start_unix_server(serve, str(path))
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talks.add(asyncio.create_task(serve(reader, writer)))
+
+    server = await asyncio.start_unix_server(connected, str(path))
     try:
         async with AgentClient.connected(path, directory=directory) as client:
             yield client
     finally:
         server.close()
+        for each in talks:
+            each.cancel()
+        await asyncio.gather(*talks, return_exceptions=True)
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
