@@ -66,13 +66,15 @@ class Watcher:
     def __init__(self, events: Events) -> None:
         self._events = events
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._left_behind = False
         self.first: list[Event] = []
 
     def offer(self, event: Event) -> None:
-        if self._queue.qsize() < _BEHIND:
-            self._queue.put(event)
-        else:
-            self._queue.put(None)
+        """Tell of an event; who is too far behind is told of no more."""
+        if self._left_behind:
+            return
+        self._left_behind = self._queue.qsize() >= _BEHIND
+        self._queue.put(None if self._left_behind else event)
 
     def close(self) -> None:
         self._queue.put(None)
