@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import stat
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 #: seconds a device that was attached by mistake gets to go again
 UNDO_TIMEOUT = 5.0
+_ROOT_PORT = re.compile(r"rp([0-9]{1,3})")
 
 
 class Devices:
@@ -68,13 +70,13 @@ class Devices:
         self._ports.clear()
         buses = records(await self._monitor.execute("query-pci"), "query-pci")
         for bridge in (device for bus in buses for device in records(bus.get("devices", []), "query-pci")):
-            port = str(bridge.get("qdev_id", ""))
-            if not port.startswith("rp") or "pci_bridge" not in bridge:
+            port = _ROOT_PORT.fullmatch(str(bridge.get("qdev_id", "")))
+            if port is None or "pci_bridge" not in bridge:
                 continue
             behind = records(record(bridge["pci_bridge"], "query-pci").get("devices", []), "query-pci")
             for device in behind:
                 name = str(device.get("qdev_id"))
-                self._ports[name] = int(port.removeprefix("rp"))
+                self._ports[name] = int(port[1])
                 self._inherited.add(name)
         for daemon in virtiofsd.adopted(self._config.directory):
             self._watch(daemon)

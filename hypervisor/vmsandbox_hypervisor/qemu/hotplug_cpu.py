@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox_hypervisor.api import CpuState
 from vmsandbox_hypervisor.errors import DeviceError, NoSlotError
-from vmsandbox_hypervisor.qemu.monitor import CommandError, record, records
+from vmsandbox_hypervisor.qemu.monitor import CommandError, integer, record, records
 
 if TYPE_CHECKING:
     from vmsandbox_hypervisor.api import Event
@@ -98,7 +98,7 @@ class Cpus:
 
         def order(one: dict[str, Any]) -> list[int]:
             props = record(one.get("props"), "query-hotpluggable-cpus")
-            return [int(props.get(key, 0)) for key in keys]
+            return [integer(props, key) if key in props else 0 for key in keys]
 
         return sorted(answer, key=order)
 

@@ -54,11 +54,8 @@ class Hub(EventListener):
         self._failure: Exception | None = None
 
     async def put(self, event: Message) -> None:
-        stamp = event.get("timestamp")
         data = event.get("data")
-        time = 0.0
-        if isinstance(stamp, dict) and isinstance(stamp.get("seconds"), int):
-            time = stamp["seconds"] + stamp.get("microseconds", 0) / 1e6
+        time = moment(event.get("timestamp"))
         self.dispatch(Event(name=str(event.get("event")), data=data if isinstance(data, dict) else {}, time=time))
 
     def dispatch(self, event: Event) -> None:
@@ -208,6 +205,14 @@ def records(value: object, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise MonitorError(f"QEMU answered '{what}' with something unexpected")
     return [record(item, what) for item in value]
+
+
+def moment(stamp: object) -> float:
+    """What a time stamp of QEMU's says, in seconds; 0 if it says nothing."""
+    try:
+        return float(stamp["seconds"] + stamp["microseconds"] / 1e6)  # type: ignore[index]
+    except (TypeError, KeyError, ArithmeticError):
+        return 0.0
 
 
 def integer(value: Mapping[str, object], key: str) -> int:

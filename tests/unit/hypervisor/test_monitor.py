@@ -157,8 +157,11 @@ async def test_odd_events_are_harmless(tmp_path: Path) -> None:
         events = link.subscribe()
         for odd in ({"event": 7}, {"event": "A", "data": [1], "timestamp": "now"}, {"event": "B", "timestamp": {}}):
             server.send(odd)
-        names = [(await anext(events)).name for _ in range(3)]
-        assert names == ["7", "A", "B"]
+        for seconds, micros in ((1, "x"), (10**400, 0), (1, None)):
+            server.send({"event": "C", "timestamp": {"seconds": seconds, "microseconds": micros}})
+        told = [await anext(events) for _ in range(6)]
+        assert [event.name for event in told] == ["7", "A", "B", "C", "C", "C"]
+        assert {event.time for event in told} == {0.0}
         assert await link.execute("cont") == {}
 
 
@@ -226,6 +229,7 @@ CONFIG = VmConfig(
     memory=Memory(size_mib=256, hotplug_mib=512),
 )
 ODD: list[Any] = [7, "text", [1], {"a": 1}, [{"type": "virtio-mem"}], [{"type": "dimm", "data": {"size": "x"}}]]
+ODD += [[{"props": {"socket-id": "x"}}], [{"props": {"core-id": None}}]]
 
 
 @pytest.mark.parametrize("answer", ODD)
@@ -394,6 +398,19 @@ async def test_an_unplug_that_a_predecessor_asked_for_is_only_awaited(
         await found.detach("disk-a", timeout=1)
         assert found.addresses() == {}
     assert ("blockdev-del", {"node-name": "disk-a"}) in server.commands
+
+
+@pytest.mark.parametrize("name", ["rp", "rpx", "rp-1", "rp9999", 7])
+async def test_a_port_that_is_none_of_ours_has_nothing_of_ours(
+    tmp_path: Path, devices: Callable[[Monitor], Devices], name: object
+) -> None:
+    server = Server()
+    bridge = {"qdev_id": name, "pci_bridge": {"devices": [{"qdev_id": "disk-a"}]}}
+    server.answers["query-pci"] = [{"devices": [bridge]}]
+    async with linked(tmp_path, server) as link:
+        found = devices(link)
+        await found.load()
+        assert found.addresses() == {}
 
 
 async def test_a_guest_that_refuses_to_let_go_is_believed_at_once(
