@@ -139,6 +139,8 @@ def ground(data_root: Path, box: str) -> Iterator[Ground]:
         subprocess.run(["cp", "-a", "--sparse=always", data_root / "templates", data], check=True)
         cli = Cli(Path(run), Path(data))
         cli.prefix = host.prefix
+        # Else one is made in the background, beside the first rounds.
+        cli.ok("template", "build", timeout=PATIENCE)
         cli.ok("run", "-d", "--name", "other", box, "sleep", "100000")
         Path(source, "file").write_text("the host's\n")
         made = Ground(cli, host, box, Path(source), host.state())
