@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from vmsandbox.arguments import Parser
 from vmsandbox.config.load import load
 from vmsandbox.errors import InvalidArgumentError, SandboxError, one_line, printable
 from vmsandbox.resources.images.importer import Importer, Limits, RootfsOptions, megabytes
@@ -23,18 +24,12 @@ if TYPE_CHECKING:
     from vmsandbox.resources.images.store import Image
 
 FAILED = 1
-#: docker's code for a command line that it cannot make sense of
-USAGE = 125
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def main(argv: list[str], roots: Roots) -> int:
     """Run one verb (``argv`` begins with it) and return the exit code; raises `SandboxError`."""
-    try:
-        arguments = _parser().parse_args(argv)
-    except _UsageError as error:
-        print(f"vmsandbox: {error}", file=sys.stderr)
-        return USAGE
+    arguments = _parser().parse_args(argv)
     try:
         with _terminable():
             code: int = arguments.run(roots, arguments)
@@ -189,19 +184,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-class _UsageError(Exception):
-    """The command line makes no sense."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; see '{self.prog} --help'")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vmsandbox image", description="manage the images containers are made of")
+    parser = Parser(prog="vmsandbox image", description="manage the images containers are made of")
     verbs = parser.add_subparsers(required=True, metavar="import|ls|rm|inspect")
 
     add = verbs.add_parser(
