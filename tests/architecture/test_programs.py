@@ -99,6 +99,20 @@ def started(path: Path) -> set[str]:
     return found
 
 
+def given_to_engines(path: Path) -> set[str]:
+    """What a file starts beside engines, on the host, whatever guests have."""
+    tree = ast.parse(path.read_text())
+    given = [node for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    engines = {node.arg for node in given if ast.unparse(node.annotation or node) == "Engines"}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+            if isinstance(called, ast.Name) and called.id in engines:
+                found.add(str(node.args[0].value))
+    return found
+
+
 @pytest.mark.parametrize("tree", ["src", "hypervisor", "tests", "scripts"])
 def test_every_program_that_is_started_is_one_that_setup_installs(tree: str, by_chance: set[str]) -> None:
     others = by_chance - IN_GUESTS - COMPILING - WORDS
@@ -107,6 +121,13 @@ def test_every_program_that_is_started_is_one_that_setup_installs(tree: str, by_
         for path in (ROOT / tree).rglob("*.py")
         for program in started(path) & others
     }
+    assert not found, "name the packages that have them in scripts/setup"
+
+
+def test_every_program_beside_engines_is_one_that_setup_installs(by_chance: set[str]) -> None:
+    given = {path: given_to_engines(path) for path in (ROOT / "tests").rglob("*.py")}
+    assert {"podman", "docker", "ctr", "buildah"} <= set().union(*given.values())
+    found = {f"{program} in {path.relative_to(ROOT)}" for path, words in given.items() for program in words & by_chance}
     assert not found, "name the packages that have them in scripts/setup"
 
 

@@ -53,7 +53,7 @@ def test_a_kubelet_has_a_pod_of_two_containers(cri: Cri, containerd: Engines, ha
     # one network, one host name
     assert cri.execute(second, "sh", "-c", "hostname; echo err >&2; exit 3") == (3, f"pod-{handler}\n", "err\n")
     assert cri.execute(second, "wget", "-qO-", "http://127.0.0.1:8080/") == (0, "page\n", "")
-    assert containerd.ok("wget", "-qO-", f"http://{ip}:8080/") == "page\n"
+    assert containerd.ok("busybox", "wget", "-qO-", f"http://{ip}:8080/") == "page\n"
     assert "nameserver 10.0.0.10" in cri.execute(second, "cat", "/etc/resolv.conf")[1]
 
     # what takes too long, what is not there, what streams

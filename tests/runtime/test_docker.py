@@ -80,7 +80,7 @@ def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> N
     address = docker.ok("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "kept").strip()
     assert f"{address}/" in docker.ok("docker", "exec", "kept", "ip", "-o", "addr", "show", "eth0")
     for url in ("http://127.0.0.1:8080/", f"http://{address}/"):
-        assert docker.ok("wget", "-qO-", url) == "page\n"
+        assert docker.ok("busybox", "wget", "-qO-", url) == "page\n"
     usage = docker.ok("docker", "stats", "--no-stream", "--format", "{{.MemUsage}} {{.PIDs}}", "kept")
     assert not usage.startswith("0B"), usage
     assert len(docker.ok("docker", "top", "kept", "-eo", "pid,args").splitlines()) > 1
