@@ -85,6 +85,20 @@ class Runtime:
         (directory / "config.json").write_text(json.dumps(spec))
         return directory
 
+    def member(self, name: str, rootfs: Path, *args: str, pod: str, pid: int) -> Path:
+        """A bundle of another container for a pod, by the id and the pid of its first one."""
+        linux = copy.deepcopy(default_spec()["linux"])
+        for namespace in linux["namespaces"]:
+            if namespace["type"] in ("network", "ipc", "uts"):
+                kind = {"network": "net"}.get(namespace["type"], namespace["type"])
+                namespace["path"] = f"/proc/{pid}/ns/{kind}"
+        annotations = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": pod}
+        bundle = self.bundle(name, rootfs, *args, annotations=annotations, linux=linux)
+        document = json.loads((bundle / "config.json").read_text())
+        del document["hostname"]
+        (bundle / "config.json").write_text(json.dumps(document))
+        return bundle
+
     def create(
         self,
         container_id: str,
@@ -117,7 +131,7 @@ class Runtime:
         while True:
             (document,) = self.root.glob("s/*/sandbox.json")
             pid = json.loads(document.read_text())["supervisor"]["pid"]
-            if pid != other_than:
+            if pid != other_than and psutil.pid_exists(pid):
                 return psutil.Process(pid)
             assert time.monotonic() < deadline, "no supervisor takes the pod over"
             time.sleep(0.02)

@@ -268,18 +268,10 @@ def test_containers_of_a_pod_share_one_machine(runtime: Runtime, box_rootfs: Pat
     )
     pid = runtime.create("pause", sandbox)
     runtime.ok("start", "pause")
-    spec = json.loads((sandbox / "config.json").read_text())["linux"]
-    for namespace in spec["namespaces"]:
-        if namespace["type"] in ("network", "ipc", "uts"):
-            name = {"network": "net"}.get(namespace["type"], namespace["type"])
-            namespace["path"] = f"/proc/{pid}/ns/{name}"
-    member = {"annotations": {"io.kubernetes.cri.container-type": "container", **ids}, "linux": spec}
     said = []
     for name in ("first", "second"):
-        bundle = runtime.bundle(name, box_rootfs, "sh", "-c", "hostname; cat /proc/sys/kernel/random/boot_id", **member)
-        document = json.loads((bundle / "config.json").read_text())
-        del document["hostname"]
-        (bundle / "config.json").write_text(json.dumps(document))
+        script = "hostname; cat /proc/sys/kernel/random/boot_id"
+        bundle = runtime.member(name, box_rootfs, "sh", "-c", script, pod="pause", pid=pid)
         said.append(runtime.ok("run", "--bundle", str(bundle), name))
     assert said[0] == said[1]
     assert said[0].startswith("podname\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError, UnavailableError
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import composition, ending, execution, processors, slots, store, template
+from vmsandbox.supervisor import agreement, bundled, composition, ending, execution, processors, slots, store, template
 from vmsandbox.supervisor.imaged import ImageContainer
 
 if TYPE_CHECKING:
@@ -153,8 +154,9 @@ async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     container = service.container(request)
     if container.status == "stopped":
         try:
-            if container.starting:
-                raise InvalidStateError(str(container), state="being started", wanted="start")
+            if container.starting or container.document.get("kind") == bundled.KIND:
+                state = "being started" if container.starting else "stopped"
+                raise InvalidStateError(str(container), state=state, wanted="start")
             return await _start_again(service, container, request)
         except BaseException:
             service.unwanted.add(int((request.get("standin") or {}).get("pid") or 0))
@@ -168,10 +170,13 @@ async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:
 
 async def _start_created(service: Service, container: Container) -> None:
     async with container.lock:
-        container.require("start")
+        # Who takes a pod over learns only then whether it runs already.
         sandbox = await service.running_sandbox()
+        if container.status != "created":
+            raise InvalidStateError(str(container), state=container.status, wanted="start")
         await container.before_start(sandbox)
-        await sandbox.agent.start_container(container.id)
+        starting = functools.partial(sandbox.agent.start_container, container.id)
+        await agreement.changed(sandbox.agent, container, starting, into="started")
         container.document["started"] = time.time()
         if container.init.exit is None:
             container.advance("start")

@@ -145,6 +145,10 @@ async def delete(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         sandbox = await _machine_of(service, container)
         if sandbox is not None:
             await kill_and_wait(service, sandbox, container)
+    if service.wanted.done():
+        # While the machine is being taken over it is not known yet what the container has in it.
+        with contextlib.suppress(SandboxError):
+            await service.running_sandbox()
     async with container.lock:
         container.document["autoremove"] = True
         if service.implicit() or service.reason is not None or not service.sandbox.done():

@@ -6,13 +6,14 @@ Every verb takes the container, the pod and the request, and answers what its cl
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.oci import options
 from vmsandbox.oci.compose import CPU_PERIOD
-from vmsandbox.supervisor import processors
+from vmsandbox.supervisor import agreement, processors
 from vmsandbox.supervisor.sandbox import Demand
 from vmsandbox.supervisor.translation import translating
 
@@ -36,7 +37,8 @@ async def pause(container: Container, sandbox: Sandbox, _request: dict[str, Any]
     """Freeze every process of the container."""
     async with container.lock:
         container.require("pause")
-        await sandbox.agent.pause(container.id)
+        pausing = functools.partial(sandbox.agent.pause, container.id)
+        await agreement.changed(sandbox.agent, container, pausing, into="paused")
         container.advance("pause")
     return {}
 
@@ -45,7 +47,8 @@ async def resume(container: Container, sandbox: Sandbox, _request: dict[str, Any
     """Let a paused container go on."""
     async with container.lock:
         container.require("resume")
-        await sandbox.agent.resume(container.id)
+        resuming = functools.partial(sandbox.agent.resume, container.id)
+        await agreement.changed(sandbox.agent, container, resuming, into="running")
         container.advance("resume")
     return {}
 

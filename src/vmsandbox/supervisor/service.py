@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import lent, records
 from vmsandbox.errors import EndingError, InvalidArgumentError, NotFoundError, SandboxError, UnavailableError
-from vmsandbox.supervisor import bundled, bundles, copying, creation, ending, execution, podding, regulation, store
+from vmsandbox.supervisor import (
+    agreement,
+    bundled,
+    bundles,
+    copying,
+    creation,
+    ending,
+    execution,
+    podding,
+    regulation,
+    store,
+)
 from vmsandbox.supervisor.process import LOST_CODE, Exit, Process
 from vmsandbox.supervisor.streams import exit_of
 
@@ -186,6 +197,8 @@ class Service:
             if container.status == "creating" or (row is None and container.status != "stopped"):
                 await ending.remove(self, container)
                 continue
+            if row is not None:
+                agreement.take(container, row)
             for state in row.processes if row is not None else ():
                 process = container.init if not state.exec_id else container.execs.get(state.exec_id)
                 if process is None:

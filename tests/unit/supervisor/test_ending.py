@@ -65,6 +65,8 @@ class Service:
         self.pid = 1
         self.reason = None
         self.containers = {container.id: container}
+        self.wanted: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self.wanted.set_result(self)
         self.sandbox: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self.sandbox.set_result(self)
 
@@ -107,6 +109,48 @@ async def test_an_agent_that_is_gone_while_the_container_runs_is_an_error(monkey
     monkeypatch.setattr(ending, "KILL_TIMEOUT", 0.01)
     with pytest.raises(TimedOutError, match="ends its virtual machine"):
         await delete(Service(Container(), lambda: None))
+
+
+class TakingOver(Service):
+    """The machine of a container that has stopped is being taken over."""
+
+    def __init__(self) -> None:
+        container = Container()
+        container.end()
+        super().__init__(container, lambda: None)
+        self.sandbox = asyncio.get_running_loop().create_future()
+
+    async def running_sandbox(self) -> object:
+        return await asyncio.shield(self.sandbox)
+
+
+async def test_what_has_stopped_is_removed_once_its_machine_is_taken_over() -> None:
+    service = TakingOver()
+    removing = asyncio.create_task(delete(service))
+    await asyncio.sleep(0)
+    assert not removing.done()
+    service.sandbox.set_result(service)
+    await removing
+    assert service.containers == {}
+
+
+async def test_what_has_stopped_goes_with_its_machine_where_that_is_lost() -> None:
+    service = TakingOver()
+    removing = asyncio.create_task(delete(service))
+    await asyncio.sleep(0)
+    service.sandbox.set_exception(UnavailableError("the machine is gone"))
+    service.ending = lambda: True  # type: ignore[method-assign]
+    await removing
+    container = service.container({})
+    assert container.document["autoremove"]
+    assert container.init.delivered.is_set()
+
+
+async def test_what_has_stopped_is_no_reason_to_bring_a_machine_up() -> None:
+    service = TakingOver()
+    service.wanted = asyncio.get_running_loop().create_future()
+    await delete(service)
+    assert service.container({}).document["autoremove"]
 
 
 class Unfinished(Service):

@@ -14,6 +14,7 @@ from vmsandbox.errors import (
     CommandNotFoundError,
     InvalidArgumentError,
     InvalidBundleError,
+    InvalidStateError,
     NotFoundError,
     SandboxError,
     UnavailableError,
@@ -21,6 +22,7 @@ from vmsandbox.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from vmsandbox.paths import Roots, SandboxPaths
@@ -99,27 +101,65 @@ def state(container: records.Container, *, status: str = "", pid: int | None = N
     return told
 
 
-def ask(roots: Roots, container: records.Container, request: dict[str, Any], *, stopped: str) -> dict[str, Any]:
-    """Send a request about a container to its pod; `stopped` is what is said of one that has ended."""
+def ask(
+    roots: Roots,
+    container: records.Container,
+    request: dict[str, Any],
+    *,
+    stopped: str,
+    reached: Callable[[records.Container], bool] = lambda _: False,
+    ending: bool = False,
+) -> dict[str, Any]:
+    """Send a request about a container to its pod; `stopped` is what is said of one that has ended.
+
+    A supervisor that breaks off may have done what it was asked for.  It, or the one that follows, is asked again
+    unless the container has `reached` what was wanted, or with `ending` its end; the answer is empty then.
+    """
     from vmsandbox.cli import client, launch
 
-    if container.status() == "stopped":
-        raise StoppedError(stopped)
+    again = False
+
+    def attempt() -> dict[str, Any]:
+        nonlocal again, container
+        if again:
+            container = find(roots, container.id)
+            if reached(container) or (ending and container.status() == "stopped"):
+                return {}
+        if container.status() == "stopped":
+            raise StoppedError(stopped)
+        try:
+            sock = launch.connect_or_take_over(roots, container.sandbox)
+        except FileNotFoundError:
+            raise UnavailableError(stopped) from None
+        with sock:
+            repeated, again = again, True
+            try:
+                return client.request(sock, {**request, "container": container.id})
+            except (InvalidStateError, NotFoundError):
+                # The first request was under way still when this one came.
+                if repeated and (ending or reached(find(roots, container.id))):
+                    return {}
+                raise
+
+    return client.insisting(attempt)
+
+
+def machine_lives(sandbox: SandboxPaths) -> bool:
+    """Whether the pod's machine runs, and may still hold what was a container's."""
     try:
-        sock = launch.connect_or_take_over(roots, container.sandbox)
-    except FileNotFoundError:
-        raise UnavailableError(stopped) from None
-    with sock:
-        return client.request(sock, {**request, "container": container.id})
+        vm = part(records.read_document(sandbox.document_file), "vm")
+    except SandboxError:
+        return False
+    return records.is_alive(vm.get("pid"), vm.get("start_time"))
 
 
-def await_supervisor(sandbox: SandboxPaths) -> None:
-    """Wait until a supervisor that takes no requests any more has released everything."""
+def await_supervisor(sandbox: SandboxPaths) -> bool:
+    """Wait until a supervisor that takes no requests any more has released everything; says whether it has."""
     try:
         pid = int(part(records.read_document(sandbox.document_file), "supervisor").get("pid") or 0)
         handle = os.pidfd_open(pid)
     except (SandboxError, OSError, ValueError):
-        return
+        return True
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             ours = file.read().startswith(SUPERVISOR)
@@ -128,11 +168,12 @@ def await_supervisor(sandbox: SandboxPaths) -> None:
 
             poll = select.poll()
             poll.register(handle, select.POLLIN)
-            poll.poll(END_TIMEOUT * 1000)
+            return bool(poll.poll(END_TIMEOUT * 1000))
     except OSError:
-        return
+        pass
     finally:
         os.close(handle)
+    return True
 
 
 # ---------------------------------------------------------------- documents of engines

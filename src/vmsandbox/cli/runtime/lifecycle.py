@@ -14,11 +14,13 @@ from vmsandbox.cli.runtime.known import entries, part
 from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
 from vmsandbox.errors import (
     AlreadyExistsError,
+    EndingError,
     InvalidArgumentError,
     InvalidBundleError,
     InvalidStateError,
     NotFoundError,
     SandboxError,
+    TimedOutError,
     UnavailableError,
     UnsupportedError,
 )
@@ -272,15 +274,22 @@ def start(options: Options, roots: Roots, container: records.Container) -> None:
         raise UnavailableError("cannot start a container that has stopped")
     if status != "created":
         raise UnavailableError("cannot start an already running container")
+    stopped = "cannot start a container that has stopped"
     try:
-        known.ask(roots, container, {"verb": "start"}, stopped="cannot start a container that has stopped")
+        known.ask(roots, container, {"verb": "start"}, stopped=stopped, reached=_was_started)
     except InvalidStateError as error:
+        if known.find(roots, container.id).status() == "stopped":
+            raise UnavailableError(stopped) from error
         raise UnavailableError(f"cannot start an already running container: {error}") from error
     # Not when it is created: conmon, whose child it would be then, ends no earlier than its children.
     launch.found_nursery(roots)
     poststart = (container.document.get("hooks") or {}).get("poststart") or []
     for failed in hooks.run_all(poststart, "poststart", known.state(container, status="running")):
         report(options, str(failed), level="warning")
+
+
+def _was_started(container: records.Container) -> bool:
+    return container.status() in ("running", "paused") or "started" in container.document
 
 
 # ---------------------------------------------------------------- kill
@@ -304,6 +313,8 @@ def kill_verb(options: Options, argv: list[str]) -> int:
             container,
             {"verb": "kill", "signal": str(number), "all": everybody},
             stopped="container not running",
+            # Most likely by this signal.
+            ending=True,
         )
     except (InvalidStateError, NotFoundError):
         if not everybody:
@@ -375,22 +386,37 @@ def delete(options: Options, roots: Roots, container: records.Container, *, forc
 
 def _by_supervisor(roots: Roots, container: records.Container, *, force: bool) -> bool:
     """Have the pod's supervisor remove the container; False where none is left to do it."""
-    ended = container.document.get("status") == "stopped"
-    try:
-        sock = launch.connect(container.sandbox) if ended else launch.connect_or_take_over(roots, container.sandbox)
-    except (ConnectionRefusedError, FileNotFoundError):
-        known.await_supervisor(container.sandbox)
-        return False
-    with sock:
+
+    def attempt() -> bool:
         try:
-            # What the stand-in's end says may not have come there yet: it is stopped, whatever stops it.
-            force = force or container.status() == "stopped"
-            client.request(sock, {"verb": "delete", "container": container.id, "force": force})
+            now = known.find(roots, container.id)
         except NotFoundError:
-            known.await_supervisor(container.sandbox)
-            return not os.path.lexists(f"{roots.by_container_dir}/{container.id}")
-        except UnavailableError:
-            known.await_supervisor(container.sandbox)  # it has been ending with its pod
-            return not os.path.lexists(f"{roots.by_container_dir}/{container.id}")
-        client.wait_for_end(sock)
-    return True
+            return True  # removed, but the answer was lost
+        # Its pod may go on without it.
+        ended = now.document.get("status") == "stopped" and not known.machine_lives(now.sandbox)
+        try:
+            sock = launch.connect(now.sandbox) if ended else launch.connect_or_take_over(roots, now.sandbox)
+        except (ConnectionRefusedError, FileNotFoundError):
+            known.await_supervisor(now.sandbox)
+            return False
+        with sock:
+            try:
+                # What the stand-in's end says may not have come there yet: it is stopped, whatever stops it.
+                wanted = force or now.status() == "stopped"
+                client.request(sock, {"verb": "delete", "container": now.id, "force": wanted})
+            except NotFoundError:
+                known.await_supervisor(now.sandbox)
+                return not os.path.lexists(f"{roots.by_container_dir}/{now.id}")
+            except (EndingError, TimedOutError):
+                raise
+            except UnavailableError:
+                # It has been ending with its pod.
+                if not known.await_supervisor(now.sandbox):
+                    raise
+                return not os.path.lexists(f"{roots.by_container_dir}/{now.id}")
+            client.wait_for_end(sock)
+        if os.path.lexists(f"{roots.by_container_dir}/{now.id}"):
+            raise EndingError("the pod's supervisor ended before everything was given back")
+        return True
+
+    return client.insisting(attempt)

@@ -31,20 +31,20 @@ UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def pause_verb(options: Options, argv: list[str]) -> int:
-    return _change(options, argv, "pause")
+    return _change(options, argv, "pause", into="paused")
 
 
 def resume_verb(options: Options, argv: list[str]) -> int:
-    return _change(options, argv, "resume")
+    return _change(options, argv, "resume", into="running")
 
 
-def _change(options: Options, argv: list[str], verb: str) -> int:
+def _change(options: Options, argv: list[str], verb: str, *, into: str) -> int:
     given = parse(argv, {})
     roots = options.roots()
     container = known.find(roots, known.one(given.positional))
     wanted = {"pause": "container not running", "resume": "container not paused"}[verb]
     try:
-        known.ask(roots, container, {"verb": verb}, stopped=wanted)
+        known.ask(roots, container, {"verb": verb}, stopped=wanted, reached=lambda each: each.status() == into)
     except InvalidStateError:
         raise known.StoppedError(wanted) from None
     return 0
