@@ -41,7 +41,7 @@ def test_options_may_be_written_as_engines_write_them(argv: list[str]) -> None:
 
 
 def test_what_follows_the_command_is_its_own() -> None:
-    given = parse(["-e", "A=1", "--env", "B=2", "id", "--", "sh", "--force"], KNOWN, short={"e": "env"}, stop_after=1)
+    given = parse(["-e", "A=1", "--env", "B=2", "id", "--", "sh", "--force"], KNOWN, short={"e": "env"}, stop_after=2)
     assert given.texts("env") == ["A=1", "B=2"]
     assert given.positional == ["id", "sh", "--force"]
     assert not given.flag("force")

@@ -44,9 +44,8 @@ SHORT = {"p": "process", "e": "env", "t": "tty", "u": "user", "g": "additional-g
 
 def exec_verb(options: Options, argv: list[str]) -> int:
     """Run a process; in the foreground the exit code is its own."""
-    # With --process only the id is positional, and options may follow it.
-    has_process = any(word.lstrip("-").partition("=")[0] in ("process", "p") for word in argv if word[:1] == "-")
-    given = parse(argv, KNOWN, short=SHORT, stop_after=-1 if has_process else 1)
+    # Options may follow the id, but what follows the program is the program's.
+    given = parse(argv, KNOWN, short=SHORT, stop_after=2)
     if not given.positional:
         raise InvalidArgumentError("exec needs a container id")
     for name, why in REFUSED.items():

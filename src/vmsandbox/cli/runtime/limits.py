@@ -27,7 +27,7 @@ NUMBERS = {
 }
 TEXTS = {"cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems")}
 REFUSED = ("cpu-rt-period", "cpu-rt-runtime", "kernel-memory", "kernel-memory-tcp", "l3-cache-schema", "mem-bw-schema")
-UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 
 def pause_verb(options: Options, argv: list[str]) -> int:
@@ -53,31 +53,40 @@ def _change(options: Options, argv: list[str], verb: str, *, into: str) -> int:
 def update_verb(options: Options, argv: list[str]) -> int:
     names = {**dict.fromkeys((*NUMBERS, *REFUSED, *TEXTS), VALUE), "resources": VALUE}
     given = parse(argv, names, short={"r": "resources"})
-    roots = options.roots()
-    container = known.find(roots, known.one(given.positional))
     for name in REFUSED:
         if given.text(name) not in ("", "0"):
             raise UnsupportedError(f"'--{name}' is not supported: the guest's kernel cannot apply it")
+    roots = options.roots()
+    container = known.find(roots, known.one(given.positional))
     resources: dict[str, Any] = {}
-    if given.given("resources"):
+    if given.text("resources"):
+        # As with runc, other options mean nothing then.
         resources = known.read_document(given.text("resources"), what="resources")
-    for name, (part, member) in NUMBERS.items():
-        if given.text(name):
-            resources.setdefault(part, {})[member] = _number(name, given.text(name))
-    for name, (part, member) in TEXTS.items():
-        if given.text(name):
-            resources.setdefault(part, {})[member] = given.text(name)
-    if not resources:
-        raise InvalidArgumentError("nothing to update: give '--resources' or a limit")
+    else:
+        for name, (part, member) in NUMBERS.items():
+            if given.text(name):
+                resources.setdefault(part, {})[member] = _number(name, given.text(name))
+        for name, (part, member) in TEXTS.items():
+            if given.text(name):
+                resources.setdefault(part, {})[member] = given.text(name)
     known.ask(roots, container, {"verb": "update-resources", "resources": resources}, stopped="container not running")
     return 0
 
 
 def _number(option: str, text: str) -> int:
-    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
-    factor = 1
-    if option.startswith("memory") and digits[-1:].lower() in UNITS:
-        factor, digits = UNITS[digits[-1].lower()], digits[:-1]
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 18:
-        raise InvalidArgumentError(f"invalid value for {option}: '{text[:32]}'")
-    return sign * int(digits) * factor
+    """A whole number; one of bytes may have a unit and, with it, a fraction: ``1.5g``, ``64MiB``."""
+    wrong = InvalidArgumentError(f"invalid value for {option}: '{text[:32]}'")
+    if option.startswith("memory") and text != "-1":
+        digits = text.lower().removesuffix("b").removesuffix("i")
+        unit = digits[-1:] if digits[-1:] in UNITS else ""
+        whole, point, fraction = digits.removesuffix(unit).removesuffix(" ").partition(".")
+        if not _is_number(whole) or (point and not _is_number(fraction)):
+            raise wrong
+        return int(whole) * UNITS[unit] + int(fraction or "0") * UNITS[unit] // int("1" + "0" * len(fraction))
+    if not _is_number(text.removeprefix("-")):
+        raise wrong
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18

@@ -76,6 +76,8 @@ def ps_verb(options: Options, argv: list[str]) -> int:
     given = parse(argv, {"format": VALUE}, short={"f": "format"}, stop_after=1)
     kind = given.text("format", "table")
     words = list(given.positional)
+    if words[1:2] == ["--"]:
+        del words[1]
     while len(words) > 1 and words[1].partition("=")[0] in ("--format", "-f"):
         _, equals, value = words.pop(1).partition("=")
         kind = value if equals else words.pop(1) if len(words) > 1 else kind
@@ -161,12 +163,15 @@ def _print(event: dict[str, Any]) -> None:
 
 
 def _seconds(text: str) -> float:
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-    for unit, factor in units.items():
-        digits = text.removesuffix(unit)
-        if digits != text and digits.replace(".", "", 1).isdigit() and digits.isascii() and float(digits) > 0:
-            return float(digits) * factor
-    raise InvalidArgumentError(f"duration interval must be greater than 0 and like '5s', and it is '{text[:32]}'")
+    """A duration as Go writes it: ``5s``, ``1m30s``, ``1.5h``."""
+    import re
+
+    units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+    one = r"([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(ns|us|µs|ms|s|m|h)"
+    seconds = sum(float(digits) * units[unit] for digits, unit in re.findall(one, text))
+    if not re.fullmatch(f"\\+?(?:{one})+", text) or not seconds:
+        raise InvalidArgumentError(f"duration interval must be greater than 0 and like '5s', and it is '{text[:32]}'")
+    return seconds
 
 
 def _reading(roots: Roots, container: records.Container) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 
 from vmsandbox import __version__
 from vmsandbox.cli import output
+from vmsandbox.cli.runtime.options import HelpAsked, boolean
 from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
 from vmsandbox.paths import Roots
 
@@ -23,6 +24,8 @@ SPEC = "1.2.0"
 FAILED = 1
 #: what `exec` ends with when it fails itself, as runc does
 EXEC_FAILED = 255
+#: what runc's library for command lines ends with when it does not know a verb
+UNKNOWN_VERB = 3
 #: verb -> (module, one line of help)
 VERBS = {
     "create": ("lifecycle", "create a container from a bundle"),
@@ -86,7 +89,7 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
     while rest and rest[0].startswith("-"):
         name, equals, value = rest.pop(0).lstrip("-").partition("=")
         if name in FLAGS:
-            on = value not in ("false", "0")
+            on = boolean(name, value if equals else "true")
             if name in ("help", "h") and on:
                 return options, ["help"]
             if name in ("version", "v") and on:
@@ -95,7 +98,7 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
                 options.debug = on
             elif name == "systemd-cgroup" and on:
                 refused = "'--systemd-cgroup' is not supported: configure the engine for 'cgroupfs'"
-        elif name in VALUES or name == "rootless":
+        elif name in VALUES or name in ("rootless", "criu"):
             if not equals:
                 if not rest:
                     raise InvalidArgumentError(f"flag needs an argument: -{name}")
@@ -103,7 +106,7 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
             if name == "rootless":
                 if value not in ("auto", "false"):
                     refused = f"'--rootless {value}' is not supported: virtual machines need root"
-            else:
+            elif name != "criu":  # for checkpoints, which are refused
                 setattr(options, VALUES[name], value)
         else:
             raise InvalidArgumentError(f"flag provided but not defined: -{name}")
@@ -169,16 +172,23 @@ def main() -> int:
     options, verb = Options(), ""
     try:
         options, rest = parse(sys.argv[1:])
-        if not rest or rest[0] in ("help", "version"):
+        if rest[:1] in (["help"], ["h"]) and len(rest) > 1:
+            rest = [rest[1], "--help"]
+        if not rest or rest[0] in ("help", "h", "version"):
             print(version() if rest == ["version"] else usage())
             return 0
         verb = rest[0]
         if verb not in VERBS:
-            raise InvalidArgumentError(f"unknown command '{verb}': 'vmsandbox-runtime --help' lists them")
+            report(options, f"unknown command '{verb}': 'vmsandbox-runtime --help' lists them")
+            return UNKNOWN_VERB
         # Not by importlib, whose own import is a tenth of what `state` takes beyond Python's start.
         module = __import__(f"vmsandbox.cli.runtime.{VERBS[verb][0]}", fromlist=[verb])
         handler: Callable[[Options, list[str]], int] = getattr(module, f"{verb}_verb")
         return handler(options, rest[1:])
+    except HelpAsked as asked:
+        about = VERBS[verb][1] or "not supported"
+        print(f"usage: vmsandbox-runtime {verb} [OPTION...] ...\n\n{about}\n\n{asked.text}".rstrip())
+        return 0
     except SandboxError as error:
         if error.detail and options.debug:
             report(options, error.detail, level="debug")

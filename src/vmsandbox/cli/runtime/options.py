@@ -12,6 +12,18 @@ FLAG = 0
 VALUE = 1
 #: a value, as often as it is given
 VALUES = 2
+#: a flag's values as Go reads them
+TRUE = ("1", "t", "T", "true", "TRUE", "True")
+FALSE = ("0", "f", "F", "false", "FALSE", "False")
+
+
+class HelpAsked(Exception):
+    """``--help`` was given instead of anything to do; `text` lists the options that there are."""
+
+    def __init__(self, known: Mapping[str, int], short: Mapping[str, str]) -> None:
+        letters = {name: f", -{letter}" for letter, name in short.items()}
+        kinds = {FLAG: "", VALUE: " VALUE", VALUES: " VALUE (may be repeated)"}
+        self.text = "\n".join(f"   --{name}{letters.get(name, '')}{kinds[kind]}" for name, kind in known.items())
 
 
 class Parsed:
@@ -27,7 +39,7 @@ class Parsed:
         self._given.setdefault(name, []).append(value)
 
     def flag(self, name: str) -> bool:
-        return self.text(name) in ("true", "1")
+        return self.text(name) in TRUE
 
     def text(self, name: str, default: str = "") -> str:
         return self._given.get(name, [default])[-1]
@@ -45,7 +57,8 @@ def parse(
     """Take a command line apart.
 
     `known` maps names of options to `FLAG`, `VALUE` or `VALUES`, `short` one-letter names to long ones.  After
-    `stop_after` positionals (and after ``--``) everything else is positional too.  Raises InvalidArgumentError.
+    `stop_after` positionals (and after ``--``) everything else is positional too.  Raises InvalidArgumentError, and
+    `HelpAsked` where that is what was asked for.
     """
     parsed = Parsed()
     words = list(argv)
@@ -57,18 +70,17 @@ def parse(
         if not word.startswith("-") or word == "-":
             parsed.positional.append(word)
             if len(parsed.positional) == stop_after:
-                if words[:1] == ["--"]:
-                    words.pop(0)
                 parsed.positional += words
                 break
             continue
         name, equals, value = word.lstrip("-").partition("=")
         name = (short or {}).get(name, name)
+        if name not in known and name in ("help", "h"):
+            raise HelpAsked(known, short or {})
         if name not in known:
             raise InvalidArgumentError(f"flag provided but not defined: -{name}")
         if known[name] == FLAG:
-            if equals and value not in ("true", "false", "1", "0"):
-                raise InvalidArgumentError(f"option '--{name}' is a flag and cannot be '{value}'")
+            boolean(name, value if equals else "true")
             parsed.add(name, value if equals else "true")
         elif equals:
             parsed.add(name, value)
@@ -77,3 +89,10 @@ def parse(
         else:
             raise InvalidArgumentError(f"flag needs an argument: -{name}")
     return parsed
+
+
+def boolean(name: str, value: str) -> bool:
+    """What a flag was set to; InvalidArgumentError for what is neither true nor false."""
+    if value not in (*TRUE, *FALSE):
+        raise InvalidArgumentError(f'invalid boolean value "{value[:64]}" for -{name}')
+    return value in TRUE
