@@ -52,7 +52,7 @@ def load(directory: str | os.PathLike[str]) -> Bundle:
     """Read and check the bundle in `directory`.
 
     Raises InvalidBundleError for a missing or malformed config.json, and for what the specification forbids and the
-    document alone shows: no arguments, relative paths, a host name without a namespace of its own.
+    document alone shows: no arguments, a host name without a namespace of its own.
     """
     path = Path(os.path.abspath(directory))
     if not path.is_dir():
@@ -71,11 +71,6 @@ def check(spec: Spec, *, name: str = CONFIG) -> None:
     complaints = []
     if spec.process is not None and not spec.process.args:
         complaints.append("'process.args' is empty: there is no program to run")
-    complaints += [
-        f"'mounts[{index}].destination' is '{mount.destination}' but has to be an absolute path"
-        for index, mount in enumerate(spec.mounts)
-        if not mount.destination.startswith("/")
-    ]
     if spec.linux.namespace("mount") is None:
         complaints.append("'linux.namespaces' has no mount namespace: a container cannot share the machine's")
     for member, value in (("hostname", spec.hostname), ("domainname", spec.domainname)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vmsandbox.oci.document import AbsolutePath, Many, Part, Text, TextMap, Texts, UInt32, UInt64, unique
 from vmsandbox.oci.linux import IdMapping, Linux
@@ -120,10 +120,19 @@ class Root(Part):
     readonly: bool = False
 
 
-class Mount(Part):
-    """One mount, in the order in which they are made."""
+def _from_the_root(path: str) -> str:
+    return path if path.startswith("/") else f"/{path}"
 
-    destination: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+
+class Mount(Part):
+    """One mount, in the order in which they are made.
+
+    A relative destination, which the specification deprecates but demands, begins at the container's root.
+    """
+
+    destination: Annotated[
+        str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"), AfterValidator(_from_the_root)
+    ]
     type: Text = ""
     source: Text = ""
     options: Texts = ()

@@ -82,6 +82,18 @@ def test_bind_mounts_are_shared_and_put_where_they_are_in_the_guest(tmp_path: Pa
     }
 
 
+def test_a_relative_destination_begins_at_the_containers_root(tmp_path: Path) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec["mounts"].append({"destination": "s/t", "type": "tmpfs", "source": "tmpfs"})
+        spec["mounts"].append({"destination": "dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=7k"]})
+
+    mounts = made(tmp_path, change).document["mounts"]
+    assert mounts[-2]["destination"] == "/s/t"
+    # It is the same place, and the last one wins there.
+    (shm,) = (mount for mount in mounts if mount["destination"] == "/dev/shm")
+    assert "size=7k" in shm["options"]
+
+
 def test_the_last_shared_memory_wins_and_is_the_guests(tmp_path: Path) -> None:
     def change(spec: dict[str, Any]) -> None:
         spec["mounts"].append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind"]})
