@@ -76,6 +76,8 @@ def sorted_out(bundle: Bundle, *, in_pod: bool) -> Mounts:
             if index == last_shm:
                 made.entries.append(_shared_memory(entry, mount, in_pod=in_pod))
         elif is_bind(mount):
+            if not mount.source:
+                raise InvalidBundleError(f"'mounts[{index}].source' is empty: a bind mount is of a file or directory")
             _bind(made, index, mount, {**entry, "type": "bind"}, os.path.normpath(bundle.directory / mount.source))
         elif mount.type in MADE_IN_GUEST:
             made.entries.append(entry)

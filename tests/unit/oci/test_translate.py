@@ -82,6 +82,12 @@ def test_bind_mounts_are_shared_and_put_where_they_are_in_the_guest(tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize("members", [{"type": "bind"}, {"options": ["rbind"], "source": ""}])
+def test_a_bind_mount_of_nothing_is_not_one_of_the_bundle(tmp_path: Path, members: dict[str, Any]) -> None:
+    with pytest.raises(InvalidBundleError, match=r"^'mounts\[\d+\].source' is empty"):
+        made(tmp_path, _mount(**members))
+
+
 def test_a_relative_destination_begins_at_the_containers_root(tmp_path: Path) -> None:
     def change(spec: dict[str, Any]) -> None:
         spec["mounts"].append({"destination": "s/t", "type": "tmpfs", "source": "tmpfs"})
