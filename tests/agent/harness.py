@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.agent.served import Served
+from vmsandbox import cgroups
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guest.transport import Dial, Link, StreamLink
 from vmsandbox_protocol import agent_pb2 as pb
@@ -199,14 +201,12 @@ async def running(
 
 
 def remove_groups(group: str) -> None:
-    """Remove the control groups that killed containers left."""
-    for top in Path("/sys/fs/cgroup").glob(f"*{group}"):
-        _remove_tree(top)
-    for top in Path("/sys/fs/cgroup").glob(f"*/{group.lstrip('/')}"):
-        _remove_tree(top)
-
-
-def _remove_tree(top: Path) -> None:
-    for directory, _, _ in os.walk(top, topdown=False):
-        with suppress(OSError):
-            os.rmdir(directory)
+    """End what killed containers left in their control groups, and remove these."""
+    mounted = Path("/sys/fs/cgroup")
+    tops = [*mounted.glob(group.lstrip("/")), *mounted.glob(f"*{group}")]
+    places = [directory for top in tops for directory, _, _ in os.walk(top, topdown=False)]
+    for place in places:
+        for pid in Path(place, "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    cgroups.remove(places)
