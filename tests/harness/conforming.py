@@ -342,6 +342,17 @@ def prepare_rootfs(directory: Path) -> Path:
     return root
 
 
+def content(directory: Path) -> set[Path]:
+    """Everything below a directory."""
+    return set(directory.rglob("*"))
+
+
+def clear(directory: Path, *, but: set[Path]) -> None:
+    """Remove what has come to be below a directory: what one example finds must not depend on those before it."""
+    for path in sorted(content(directory) - but, reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def seen(output: str) -> dict[str, list[str]]:
     """What the probe printed, by name."""
     found: dict[str, list[str]] = {}

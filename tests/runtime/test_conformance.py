@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STRICTER = (
     # crun reads what it can of a member with another type, and leaves the rest out.
     r"' should be (a valid (string|integer|boolean|array)|an object|greater than or equal to|less than or equal to)",
-    r"' (should match pattern|should be '|has to be an absolute path|is missing)",
+    r"' (string )?(should match pattern|should have at (least|most)|should be '|has to be an absolute path|is missing)",
     # Documents that say too little: crun makes something up.
     r"'process.args' is empty",
     r"has no major or minor number",
@@ -45,6 +45,7 @@ LATER = (
     r"open executable|executable file",
     r"invalid mount type",
     r"^mount `.*` to `.*`: (No such device|Invalid argument)",
+    r"^invalid target `.*`: it must be mounted at the root",
 )
 LABELS = {
     "RLIMIT_NOFILE": "Max open files",
@@ -70,9 +71,11 @@ class Place:
         self.shared = conforming.prepare_shared(scratch / "shared")
         self.control = conforming.Control(scratch)
         self._numbers = itertools.count()
+        self._content = conforming.content(self.rootfs)
 
     def bundle(self, spec: dict[str, Any] | bytes) -> tuple[str, Path]:
-        """A new id, and a bundle that is always at the same place."""
+        """A new id, and a bundle that is always at the same place, with a root in which nothing was made yet."""
+        conforming.clear(self.rootfs, but=self._content)
         return f"x{next(self._numbers)}", conforming.written(self.scratch / "bundle", spec, self.rootfs)
 
 
