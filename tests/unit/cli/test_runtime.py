@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from vmsandbox.cli.runtime import known
+from vmsandbox.cli.runtime import known, lifecycle
 from vmsandbox.cli.runtime.lifecycle import signal_number
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
-from vmsandbox.errors import InvalidArgumentError, InvalidBundleError
+from vmsandbox.errors import EndingError, InvalidArgumentError, InvalidBundleError
 
 CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
 KNOWN = {"force": FLAG, "bundle": VALUE, "env": VALUES}
@@ -163,3 +165,45 @@ def test_the_command_that_is_installed_is_ours(command: str, option: str, answer
     argv = [sys.executable, str(script), option]
     said = subprocess.run(argv, capture_output=True, text=True, check=True, env={}, cwd="/").stdout
     assert said.startswith(answer)
+
+
+class Asked:
+    """A container that ends while the answer to the first request about it is lost."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, started: bool) -> None:
+        self.id = "one"
+        self.document: dict[str, object] = {}
+        self.stopped = False
+        self.requests = 0
+        self._started = started
+        monkeypatch.setattr(known, "find", lambda _roots, _id: self)
+        monkeypatch.setattr("vmsandbox.cli.launch.connect_or_take_over", lambda _roots, _sandbox: nullcontext())
+        monkeypatch.setattr("vmsandbox.cli.client.request", self._lost)
+        self.sandbox = None
+
+    def status(self) -> str:
+        return "stopped" if self.stopped else "created"
+
+    def _lost(self, _sock: object, _message: object) -> dict[str, object]:
+        self.requests += 1
+        self.stopped = True
+        if self._started:
+            self.document["started"] = 1.0
+        raise EndingError("the pod's supervisor ended without an answer")
+
+    def start(self) -> object:
+        nowhere, container, reached = cast("Any", None), cast("Any", self), lifecycle._was_started
+        return known.ask(nowhere, container, {"verb": "start"}, stopped="stopped", reached=reached)
+
+
+def test_who_is_left_without_an_answer_looks_before_it_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, started=True)
+    assert asked.start() == {}
+    assert asked.requests == 1
+
+
+def test_what_ended_before_it_was_started_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, started=False)
+    with pytest.raises(known.StoppedError):
+        asked.start()
+    assert asked.requests == 1
