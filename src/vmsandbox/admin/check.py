@@ -289,11 +289,10 @@ def _tun(machine: Machine) -> Finding:
 def _plugins(settings: Settings, machine: Machine) -> Finding:
     """The programs of the default network; without them pods run with another one, or with none."""
     without = "only '--network none' and 'ns:PATH' work"
-    try:
-        for name in PLUGINS:
-            cni.find(name, settings.network.plugins.split(":"))
-    except SandboxError as error:
-        detail = f"{str(error).partition(': ')[0]}: {without}"
+    places = settings.network.plugins.split(":")
+    missing = [name for name in PLUGINS if cni.located(name, places) is None]
+    if missing:
+        detail = f"network plugin '{missing[0]}' is not in {' or '.join(map(repr, places))}: {without}"
         return _absent("network", detail, ("containernetworking-plugins",), machine, status="warning")
     if not shutil.which("iptables", path=machine.search_path):
         detail = f"the network plugins need 'iptables': {without}"

@@ -105,10 +105,8 @@ async def _undo(attachment: Attachment, result: Mapping[str, Any]) -> None:
         return  # the error that matters is the one that made this necessary
 
 
-def find(name: str, directories: Sequence[str]) -> Path:
-    """The program of a plugin; raises UnsupportedError."""
-    if not name or "/" in name:
-        raise InvalidArgumentError(f"'{name}' is not a name of a network plugin")
+def located(name: str, directories: Sequence[str]) -> Path | None:
+    """Where the program of a plugin is, if it is anywhere."""
     for directory in directories:
         path = Path(directory, name)
         try:
@@ -117,6 +115,15 @@ def find(name: str, directories: Sequence[str]) -> Path:
             continue
         if stat.S_ISREG(mode) and mode & 0o111:
             return path
+    return None
+
+
+def find(name: str, directories: Sequence[str]) -> Path:
+    """The program of a plugin; raises UnsupportedError."""
+    if not name or "/" in name:
+        raise InvalidArgumentError(f"'{name}' is not a name of a network plugin")
+    if (path := located(name, directories)) is not None:
+        return path
     raise UnsupportedError(
         f"network plugin '{name}' is not in {' or '.join(repr(each) for each in directories)}: "
         "install 'containernetworking-plugins', or run with '--network none'"
