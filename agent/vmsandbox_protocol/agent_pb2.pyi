@@ -761,7 +761,7 @@ class CopyInRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
-    """First message: path and the tar stream's options; the following ones: data of a tar archive."""
+    """First message: the directory, in a container or ("") the guest; the following ones: data of a tar archive."""
     path: _builtins.str
     data: _builtins.bytes
     def __init__(
@@ -1312,7 +1312,7 @@ class Metrics(_message.Message):
     processes: _builtins.int
     @_builtins.property
     def cpu_ticks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Every vCPU second since boot by state, as /proc/stat counts them."""
+        """Since boot by state, of all vCPUs together, in the ticks of /proc/stat."""
 
     def __init__(
         self,
