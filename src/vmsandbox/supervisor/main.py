@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import cgroups, machines, records
 from vmsandbox import log as logs
-from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox.errors import EndingError, SandboxError, UnavailableError
 from vmsandbox.paths import Roots, SandboxPaths
 from vmsandbox.title import set_title
 
@@ -165,12 +165,16 @@ async def supervise(
 
 async def _hold_pod(around: Surroundings, service: Service, control: Control, *, start: Start) -> None:
     """Bring the pod up (or take it over) and hold it until it is told to end or its VM dies."""
+    adopt = start.known and not start.revive
     try:
         holding, adopt = await _pod(around, service, control, start=start)
         await _until_ended(holding, service, adopt=adopt)
     except* SandboxError as errors:
         first = _first(errors)
         log.warning("the pod ended: %s", first)
+        if adopt and not service.sandbox.done():
+            # There was nothing to take over: whoever asked meanwhile may ask another, which brings up a new machine.
+            first = EndingError(str(first), detail=first.detail)
         service.lost(first)
     except* Exception as errors:
         # A bug; whoever waits hears of it, because the log goes with the pod.

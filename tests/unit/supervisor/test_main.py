@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
 
-from vmsandbox.errors import SandboxError, UnavailableError, UnsupportedError
+from vmsandbox.errors import EndingError, SandboxError, UnavailableError, UnsupportedError
 from vmsandbox.supervisor import main, template
 from vmsandbox_hypervisor.errors import AccelError
+
+FOUNDING = main.Start()
 
 
 class Service:
@@ -16,18 +19,19 @@ class Service:
 
     def __init__(self) -> None:
         self.told: list[SandboxError] = []
+        self.sandbox: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
     def lost(self, error: SandboxError) -> None:
         self.told.append(error)
 
 
-async def held(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> SandboxError:
+async def held(monkeypatch: pytest.MonkeyPatch, error: BaseException, start: main.Start = FOUNDING) -> SandboxError:
     async def fails(*_: object, **__: object) -> None:
         raise error
 
     service = Service()
     monkeypatch.setattr(main, "_pod", fails)
-    await main._hold_pod(cast("Any", None), cast("Any", service), cast("Any", None), start=main.Start())
+    await main._hold_pod(cast("Any", None), cast("Any", service), cast("Any", None), start=start)
     (told,) = service.told
     return told
 
@@ -41,6 +45,15 @@ async def test_an_error_that_nobody_foresaw_reaches_whoever_waits(monkeypatch: p
 async def test_an_error_of_ours_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     error = UnavailableError("the machine is gone")
     assert await held(monkeypatch, ExceptionGroup("in a group", [error])) is error
+
+
+async def test_who_asks_a_supervisor_that_finds_nothing_to_take_over_may_ask_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = UnavailableError("the machine is gone", detail="its last words")
+    told = await held(monkeypatch, ExceptionGroup("in a group", [error]), main.Start(known=True))
+    assert isinstance(told, EndingError)
+    assert (str(told), told.detail) == (str(error), error.detail)
 
 
 async def test_kvm_that_does_not_work_is_an_error_of_ours_before_templates_are_looked_at() -> None:
