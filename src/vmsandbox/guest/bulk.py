@@ -75,8 +75,14 @@ class BulkPort:
 
     def session(self, digits: str) -> _Session | None:
         """The session with these digits if it is up."""
+        session = self.begun(digits)
+        return session if session is not None and session.greeted else None
+
+    def begun(self, digits: str) -> _Session | None:
+        """The session with these digits, whether the guest's greeting has come or is still under way."""
         session = self._session
-        return session if session is not None and session.greeted and session.digits == digits else None
+        begun = session is not None and session.digits == digits and session.transport is not None and not session.over
+        return session if begun else None
 
     def _is_up(self) -> bool:
         return self._session is not None and not self._session.over
@@ -124,8 +130,11 @@ class Lane:
         self._port.dial()
 
     def ack(self, stream: int, offset: int) -> None:
-        """Say that output below `offset` has been taken over; nothing where the session is over."""
-        session = self._port.session(self.digits)
+        """Say that output below `offset` has been taken over; nothing where the session is over.
+
+        The call may have told of a stream's move before the port brings the guest's greeting.
+        """
+        session = self._port.begun(self.digits)
         if session is not None:
             session.write(bulk.ack(stream, self.channel, offset))
 

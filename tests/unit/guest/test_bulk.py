@@ -133,6 +133,41 @@ async def test_a_move_to_a_port_that_has_ended_ends_the_attachment(directory: Pa
             await exhausted(attachment)
 
 
+async def test_what_is_acknowledged_after_a_move_reaches_the_guest_whose_greeting_is_still_under_way(
+    directory: Path,
+) -> None:
+    acknowledged = asyncio.get_running_loop().create_future()
+    wanted = bulk.ack(bulk.STDOUT, 1, OUTPUT_WINDOW)
+
+    async def answer(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        yield FIRST.SerializeToString()
+        yield WANTED.SerializeToString()
+        for at in range(0, OUTPUT_WINDOW, CHUNK):
+            chunk = pb.Chunk(stream=pb.STREAM_STDOUT, offset=at, data=bytes(CHUNK))
+            yield pb.AttachResponse(output=chunk).SerializeToString()
+        await heard.wait()
+        yield moved(OUTPUT_WINDOW).SerializeToString()
+        await asyncio.Event().wait()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(link.HELLO)
+        heard.set()
+        acknowledged.set_result(await reader.readexactly(len(wanted)))
+        writer.close()
+
+    heard = asyncio.Event()
+    server = await asyncio.start_unix_server(serve, str(directory / "bulk"))
+    async with agent(directory, answer, bulk_path=directory / "bulk") as client, client.attach("web", "") as attachment:
+        receiving = asyncio.create_task(exhausted(attachment))
+        while bulk.STDOUT not in attachment._moved:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await attachment.ack(bulk.STDOUT, OUTPUT_WINDOW)
+        assert await acknowledged == wanted
+        receiving.cancel()
+        await asyncio.wait([receiving])
+    server.close()
+
+
 CALLS: dict[str, list[pb.AttachResponse]] = {
     "a move of a stream that is input": [FIRST, moved(stream=pb.STREAM_STDIN)],
     "a move from elsewhere": [FIRST, moved(5)],
