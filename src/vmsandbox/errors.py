@@ -130,9 +130,9 @@ def _escaped(letter: str) -> str:
     return letter if letter.isprintable() else repr(letter)[1:-1]
 
 
-def one_line(error: SandboxError) -> str:
-    """The message as a user gets to see it; guests and archives choose some of the names in it."""
-    return printable(" ".join(str(error).split()))
+def one_line(message: object) -> str:
+    """A message as a user gets to see it; guests and archives choose some of the names in it."""
+    return printable(" ".join(str(message).split()))
 
 
 def evidence(error: SandboxError) -> str:

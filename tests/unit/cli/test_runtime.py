@@ -207,3 +207,10 @@ def test_what_ended_before_it_was_started_was_not(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(known.StoppedError):
         asked.start()
     assert asked.requests == 1
+
+
+def test_an_error_cannot_steer_the_terminal() -> None:
+    done = run("\x1b[2J\u009b31m")
+    assert done.returncode != 0
+    assert r"unknown command '\\x1b[2J\\x9b31m'" in done.stderr  # quoted, as engines' log lines are
+    assert done.stderr.rstrip("\n").isprintable()

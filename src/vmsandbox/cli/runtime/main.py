@@ -13,7 +13,7 @@ import time
 from vmsandbox import __version__
 from vmsandbox.cli import output
 from vmsandbox.cli.runtime.options import HelpAsked, boolean
-from vmsandbox.errors import InvalidArgumentError, SandboxError, refused
+from vmsandbox.errors import InvalidArgumentError, SandboxError, one_line, refused
 from vmsandbox.paths import Roots
 
 TYPE_CHECKING = False
@@ -147,7 +147,7 @@ def report(options: Options, message: str, *, level: str = "error") -> None:
     """Say what went wrong where the engine looks: in its log file, if it named one, and on stderr."""
     from vmsandbox import plainjson
 
-    message = " ".join(message.split())
+    message = one_line(message)
     quoted = plainjson.quoted(message)
     moment = stamp()[:19] + "Z"
     if options.log_format == "json":

@@ -11,7 +11,7 @@ import sys
 
 from vmsandbox import records
 from vmsandbox.cli import standin
-from vmsandbox.errors import InvalidArgumentError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, SandboxError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def check_console(*, terminal: bool, console_socket: str, detached: bool) -> Non
 def shown(args: object) -> str:
     """A program and its arguments on one line that a list of processes can show."""
     words = [str(word) for word in args] if isinstance(args, list) else []
-    return "".join(character if character.isprintable() else "?" for character in " ".join(words))[:SHOWN]
+    return printable(" ".join(words))[:SHOWN]
 
 
 def console_size(process: dict[str, Any]) -> tuple[int, int] | None:
