@@ -1,8 +1,10 @@
-"""Listening unix sockets that exist before the process that serves them does, so nobody polls for a path."""
+"""Unix sockets of machines: those that listen exist before whoever serves them, so that nobody polls for a path."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +34,15 @@ def listening(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         raise
     return listener
+
+
+async def hang_up(path: Path) -> None:
+    """Be at a port's socket once and go, for whoever was there before and may have gone while the guest was writing.
+
+    QEMU (7.2) finds out by a write that fails, which ends the connection, and then waits for room at what is no
+    connection any more: the port stands still for whoever comes next.  The end of another connection sets that right.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        with suppress(OSError):  # who comes next says why
+            await asyncio.get_running_loop().sock_connect(sock, str(path))

@@ -21,7 +21,7 @@ from vmsandbox_hypervisor.errors import BootError, ExitedError, MonitorError
 from vmsandbox_hypervisor.evidence import CONSOLE_LOG, STDERR_LOG, Evidence
 from vmsandbox_hypervisor.qemu import probe
 from vmsandbox_hypervisor.qemu.argv import CONSOLE_SOCKET, MONITOR_SOCKET, argv, descriptors, port_socket
-from vmsandbox_hypervisor.sockets import listening
+from vmsandbox_hypervisor.sockets import hang_up, listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -110,6 +110,8 @@ class QemuHypervisor:
             async with opened(
                 config, accel=None, child=child, evidence=evidence, stderr=stderr, started=launch.started, phases={}
             ) as vm:
+                for port in config.ports:
+                    await hang_up(vm.port_path(port.name))
                 try:
                     yield vm
                 finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmsandbox.errors import UnavailableError
 from vmsandbox.guest.replies import broken
+from vmsandbox_hypervisor.sockets import hang_up
 from vmsandbox_protocol import bulk, link
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: seconds for the guest to answer; until then, and without it, output keeps to the calls unless it was quicker
+_PATIENCE = 5.0
 _BUFFER = 512 * 1024
 #: unsent bytes towards the guest before whoever sends has to wait
 _HIGH_WATER = 512 * 1024
@@ -89,8 +92,11 @@ class BulkPort:
 
     async def _dial(self) -> None:
         digits, self._next = self._next, _digits()
-        session = self._session = _Session(self, digits)
+        again, session = self._session is not None, _Session(self, digits)
+        self._session = session
         try:
+            if again:
+                await hang_up(self._path)
             await asyncio.get_running_loop().create_unix_connection(lambda: session, str(self._path))
         except OSError as error:
             session.over = True
@@ -161,6 +167,7 @@ class _Session(asyncio.BufferedProtocol):
         self._port = port
         self._view = memoryview(bytearray(_BUFFER))
         self._unframer = bulk.Unframer()
+        self._giving_up: asyncio.TimerHandle | None = None
         #: the end of what came before the guest answered
         self._stale = b""
 
@@ -175,6 +182,7 @@ class _Session(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self._giving_up = asyncio.get_running_loop().call_later(_PATIENCE, self._unanswered)
         transport.set_write_buffer_limits(high=_HIGH_WATER)
         transport.write(link.MARK + self.digits.encode())
 
@@ -203,6 +211,7 @@ class _Session(asyncio.BufferedProtocol):
             self._stale = text[-len(wanted) :]
             return data[:0]
         self.greeted = True
+        self._cancel_giving_up()
         self._stale = b""
         return memoryview(text)[at + len(wanted) :]
 
@@ -215,9 +224,18 @@ class _Session(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._end(UnavailableError("the port for bulk was closed"))
 
+    def _unanswered(self) -> None:
+        self._end(UnavailableError(f"the guest has not answered at the port for bulk within {_PATIENCE:g} s"))
+        self.close()
+
+    def _cancel_giving_up(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+
     def _end(self, error: UnavailableError) -> None:
         if not self.over:
             self.over = True
+            self._cancel_giving_up()
             self.greeted = False
             self.writable.set()
             self._port.ended(error)

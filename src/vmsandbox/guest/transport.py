@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.paths import SOCKET_PATH_MAX
 from vmsandbox_hypervisor.aio import readable
+from vmsandbox_hypervisor.sockets import hang_up
 from vmsandbox_protocol import link
 
 if TYPE_CHECKING:
@@ -95,9 +96,14 @@ async def relayed(dial: Dial, *, directory: Path) -> AsyncIterator[Relay]:
 
 def through_port(path: Path) -> Dial:
     """Dial a virtio-serial port, which the VMM offers as a unix socket at `path`."""
+    before = False
 
     @asynccontextmanager
     async def dial() -> AsyncIterator[Link]:
+        nonlocal before
+        if before:
+            await hang_up(path)
+        before = True
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, str(path))

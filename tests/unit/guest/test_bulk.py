@@ -11,6 +11,7 @@ import pytest
 from tests.agent.hearing import hear
 from tests.unit.guest.hostile import agent, saying
 from vmsandbox.errors import UnavailableError
+from vmsandbox.guest import bulk as port
 from vmsandbox.guest.attachment import OUTPUT_WINDOW
 from vmsandbox_protocol import agent_pb2 as pb
 from vmsandbox_protocol import bulk, link
@@ -166,6 +167,32 @@ async def test_what_is_acknowledged_after_a_move_reaches_the_guest_whose_greetin
         receiving.cancel()
         await asyncio.wait([receiving])
     server.close()
+
+
+async def test_a_port_that_stands_still_ends_the_session_and_is_hung_up_before_the_next(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port, "_PATIENCE", 0.05)
+    visits: list[bytes] = []
+    third = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visits.append(await reader.read())
+        writer.close()
+        if len(visits) == 3:
+            third.set()
+
+    server = await asyncio.start_unix_server(serve, str(directory / "bulk"))
+    answer = saying(FIRST, WANTED, moved())
+    async with agent(directory, answer, bulk_path=directory / "bulk") as client:
+        for _ in range(2):
+            async with client.attach("web", "") as attachment:
+                with pytest.raises(UnavailableError, match="has not answered"):
+                    await exhausted(attachment)
+        await third.wait()
+    server.close()
+    hello = len(link.MARK) + link.NONCE_DIGITS
+    assert [len(visit) for visit in visits] == [hello, 0, hello]
 
 
 CALLS: dict[str, list[pb.AttachResponse]] = {
