@@ -155,8 +155,18 @@ def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int
     finally:
         for fd in moved:
             os.close(fd)
+    return watched(name, pid)
+
+
+def watched(name: str, pid: int) -> Child:
+    """A child of this process that has just been started; one that cannot be watched is ended, and `OSError` raised."""
     # An unreaped child keeps its pid, so nothing here can name another process.
-    return Child(name, pid, read_start_time(pid), os.pidfd_open(pid))
+    try:
+        return Child(name, pid, read_start_time(pid), os.pidfd_open(pid))
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _inheritable() -> list[int]:

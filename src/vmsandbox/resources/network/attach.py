@@ -22,7 +22,7 @@ from vmsandbox.resources.network import namespaces
 from vmsandbox.resources.network.helper import LIMIT, REQUEST_FD, main
 from vmsandbox.resources.network.model import Endpoint
 from vmsandbox_hypervisor.aio import finish
-from vmsandbox_hypervisor.children import Child, read_start_time, spawn
+from vmsandbox_hypervisor.children import Child, spawn, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -185,11 +185,17 @@ class Helper:
     """
 
     def __init__(self, *, loading: bool = True) -> None:
-        ours, theirs = socket.socketpair()
-        self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
-        self._sock = ours
+        try:
+            self._start(loading=loading)
+        except OSError as error:
+            raise UnavailableError(f"cannot start the network's helper: {error.strerror or error}") from error
+
+    def _start(self, *, loading: bool) -> None:
+        self._sock, theirs = socket.socketpair()
+        self._messages = -1
         try:
             with theirs:
+                self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
                 if "grpc" in sys.modules:  # whose threads no fork survives
                     fds = {REQUEST_FD: theirs.fileno()}
                     self._child = spawn("network helper", _argv(loading), fds=fds, stderr=self._messages)
@@ -256,7 +262,7 @@ def _forked(request: int, messages: int, *, loading: bool) -> Child:
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(status)
-    return Child.adopted("network helper", pid, read_start_time(pid))
+    return watched("network helper", pid)
 
 
 async def _ask(request: dict[str, Any], given: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
