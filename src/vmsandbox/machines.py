@@ -49,7 +49,9 @@ def end(pid: int) -> None:
         return
     try:
         signal.pidfd_send_signal(fd, _SIGKILL)
-        select.select([fd], [], [], PATIENCE)
+        poll = select.poll()  # select() takes no descriptor beyond 1023
+        poll.register(fd, select.POLLIN)
+        poll.poll(PATIENCE * 1000)
     except ProcessLookupError:
         return
     finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -68,3 +71,24 @@ def test_what_has_ended_is_no_error(sandbox: SandboxPaths) -> None:
         machine.wait(10)
     machines.end(machine.pid)
     assert machines.end_all(sandbox.dir) == []
+
+
+def test_a_process_is_ended_by_one_that_has_many_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    opened = os.pidfd_open
+
+    def high(pid: int) -> int:
+        low = opened(pid)
+        try:
+            return fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 2000)
+        finally:
+            os.close(low)
+
+    monkeypatch.setattr(os, "pidfd_open", high)
+    try:
+        with running("qemu-system-x86_64") as machine:
+            machines.end(machine.pid)
+            assert machine.wait(10) == -9
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
