@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-import select
 import socket
 import threading
 from contextlib import ExitStack, contextmanager, suppress
@@ -214,9 +213,11 @@ class Console:
 
     def receive(self) -> int:
         """The master's descriptor."""
-        if not select.select([self._listener], [], [], _CONSOLE_TIMEOUT)[0]:
-            raise AgentError("crun has not sent the terminal")
-        connection, _ = self._listener.accept()
+        self._listener.settimeout(_CONSOLE_TIMEOUT)
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            raise AgentError("crun has not sent the terminal") from None
         with connection:
             connection.settimeout(_CONSOLE_TIMEOUT)
             size = array.array("i").itemsize
