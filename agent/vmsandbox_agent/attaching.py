@@ -8,55 +8,45 @@ from typing import TYPE_CHECKING
 
 from vmsandbox_agent import errors, stdio
 from vmsandbox_agent.bulk import Bulk, Lane
-from vmsandbox_agent.rpc import rpc, streaming
+from vmsandbox_agent.http2 import StreamOver
 from vmsandbox_protocol import agent_pb2 as pb
-from vmsandbox_protocol import agent_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import grpc
-
+    from vmsandbox_agent.http2 import Stream
     from vmsandbox_agent.process import Ending
     from vmsandbox_agent.sandbox import Sandbox
 
 
-class ProcessService(pb_grpc.ProcessServicer):
+class ProcessService:
     """Processes and their streams."""
 
     def __init__(self, sandbox: Sandbox, bulk: Bulk | None = None) -> None:
         self._sandbox = sandbox
         self._bulk = bulk
 
-    @rpc
-    def Exec(self, request: pb.ExecRequest, context: grpc.ServicerContext) -> pb.ExecResponse:
+    def Exec(self, request: pb.ExecRequest, stream: Stream) -> pb.ExecResponse:
         process = self._sandbox.exec(request)
         return pb.ExecResponse(guest_pid=process.child.pid)
 
-    @rpc
-    def Signal(self, request: pb.SignalRequest, context: grpc.ServicerContext) -> pb.SignalResponse:
+    def Signal(self, request: pb.SignalRequest, stream: Stream) -> pb.SignalResponse:
         container = self._sandbox.container(request.container_id)
         container.signal(request.exec_id, request.signal, everybody=request.all)
         return pb.SignalResponse()
 
-    @rpc
-    def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.ExitStatus:
+    def Wait(self, request: pb.WaitRequest, stream: Stream) -> pb.ExitStatus:
         return exit_status(self._sandbox.processes.get(request.container_id, request.exec_id).wait())
 
-    @rpc
-    def Acknowledge(self, request: pb.AcknowledgeRequest, context: grpc.ServicerContext) -> pb.AcknowledgeResponse:
+    def Acknowledge(self, request: pb.AcknowledgeRequest, stream: Stream) -> pb.AcknowledgeResponse:
         self._sandbox.acknowledge(request.container_id, request.exec_id)
         return pb.AcknowledgeResponse()
 
-    @rpc
-    def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeResponse:
+    def Resize(self, request: pb.ResizeRequest, stream: Stream) -> pb.ResizeResponse:
         self._resize(request)
         return pb.ResizeResponse()
 
-    @streaming
-    def Attach(
-        self, requests: Iterator[pb.AttachRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AttachResponse]:
+    def Attach(self, requests: Iterator[pb.AttachRequest], stream: Stream) -> Iterator[pb.AttachResponse]:
         first = next(requests, None)
         if first is None or first.WhichOneof("what") != "start":
             raise errors.InvalidArgumentError("the first message of an attachment is its start")
@@ -68,12 +58,12 @@ class ProcessService(pb_grpc.ProcessServicer):
             left.set()
             table.look_again()
 
-        if not context.add_callback(gone):
+        if not stream.when_over(gone):
             return
         process = table.when_made(start.container_id, start.exec_id, left.is_set)
         lane = self._lane(start)
         session = process.stdio.attach(start.stdout_offset, start.stderr_offset, lane)
-        if not context.add_callback(session.leave):
+        if not stream.when_over(session.leave):
             return
         failures: list[errors.AgentError] = []
         reader = threading.Thread(
@@ -123,7 +113,7 @@ class ProcessService(pb_grpc.ProcessServicer):
         except errors.AgentError as error:
             failures.append(error)
             session.leave()
-        except Exception:  # gRPC raises a bare one when the call is over
+        except StreamOver:
             session.leave()
         else:
             session.finish()

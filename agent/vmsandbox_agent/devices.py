@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BlockDevice:
+    """A disk or a partition."""
+
     node: str
     major: int
     minor: int

@@ -18,6 +18,8 @@ _BEHIND = 4096
 
 @dataclass(frozen=True)
 class Exited:
+    """A process of a container has ended."""
+
     container_id: str
     exec_id: str
     ending: Ending
@@ -25,6 +27,8 @@ class Exited:
 
 @dataclass(frozen=True)
 class OomKilled:
+    """The kernel killed something in a container for want of memory."""
+
     container_id: str
     count: int
 

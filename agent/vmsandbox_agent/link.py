@@ -1,22 +1,19 @@
-"""The guest's end of the byte pipe to the host, relayed to the socket that gRPC serves.
+"""The guest's end of the byte pipe to the host.
 
-`Port` is any virtio-serial port on which hosts come and go, `PortRelay` the one that carries gRPC.  That has two
-threads: one takes what the host sends, looks for hellos and passes payload on, the other sends what gRPC answers.  A
+`Port` is any virtio-serial port on which hosts come and go, `ServedPort` the one that carries RPCs.  That has two
+threads: one takes what the host sends, looks for hellos and hands on the payload, the other sends the answers.  A
 port is opened once and non-blocking, and waited for with edge-triggered epoll: while no host is connected it reports
 a hang-up all the time, and a level-triggered wait would spin.
 
-`vmsandbox_protocol.link` says what crosses the port.  A vsock connection needs none of that: the kernel begins and
-ends it, so bytes are passed through as they are.
+`vmsandbox_protocol.link` says what crosses the port.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import socket
 import threading
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from vmsandbox_protocol import link
@@ -25,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from vmsandbox_agent.http2 import Connection
+
 #: A port's buffers are pages; one vector takes many of them in one call.
 _PAGE = 4096
 _PAGES = 64
 _SEND = 128 * 1024
-#: seconds that gRPC may take to accept input before the session is given up
-_STALLED = 60
 
 
 class Session(Protocol):
@@ -107,84 +104,77 @@ class Port:
             self._session = None
 
 
-class PortRelay(Port):
-    """Relays one port to one unix socket."""
+class ServedPort(Port):
+    """Serves the hosts that come on one port."""
 
-    def __init__(self, port: int, target: Path) -> None:
-        super().__init__(port, partial(_Relayed, str(target)))
+    def __init__(self, port: int, connect: Callable[[], Connection]) -> None:
+        """`connect` makes what serves a host that has come."""
+        super().__init__(port, lambda fd, digits: _Served(fd, digits, connect()))
 
     @classmethod
-    def opened(cls, port: Path, target: Path) -> PortRelay:
-        return cls(opened(port), target)
+    def opened(cls, port: Path, connect: Callable[[], Connection]) -> ServedPort:
+        return cls(opened(port), connect)
 
     def drain(self, timeout: float) -> None:
-        """Wait until what gRPC answered last has been handed to the port."""
+        """Wait until what was answered last has been handed to the port, then end the session."""
         session = self._session
-        if isinstance(session, _Relayed):
-            session.thread.join(timeout)
+        if isinstance(session, _Served):
+            session.drain(timeout)
 
 
 def opened(port: Path) -> int:
     return os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
 
 
-class _Relayed:
-    """A session of gRPC's bytes; its thread sends, whoever calls `receive` is the other direction."""
+class _Served:
+    """A session that carries RPCs; its thread sends, whoever calls `receive` is the other direction."""
 
-    def __init__(self, target: str, port: int, digits: bytes) -> None:
+    def __init__(self, port: int, digits: bytes, connection: Connection) -> None:
         self._port = port
         self._over = False
         self._unframer = link.Unframer()
+        self._connection = connection
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_STALLED))
-        try:
-            self._socket.connect(target)
-        except OSError:
-            self._socket.close()
-            os.close(self._wakeup)
-            raise
-        self.thread = threading.Thread(target=self._send_answers, args=(digits,), name="port-out", daemon=True)
-        self.thread.start()
+        self._thread = threading.Thread(target=self._send_answers, args=(digits,), name="port-out", daemon=True)
+        self._thread.start()
 
     def receive(self, data: memoryview) -> bool:
-        """Pass the payload in `data` on; False if the session is over."""
+        """Serve the payload in `data`; False if the session is over."""
         if self._over:
             return False
         try:
             for piece in self._unframer.feed(data):
-                self._socket.sendall(piece)
-        except (OSError, link.LinkError):
+                if not self._connection.receive(bytes(piece)):
+                    return False
+        except link.LinkError:
             return False
         return not self._unframer.ended
+
+    def drain(self, timeout: float) -> None:
+        self._connection.drain(timeout)
+        self._connection.end()
+        self._thread.join(timeout)
 
     def end(self) -> None:
         """Stop sending, even within a frame, and close everything."""
         self._over = True
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._connection.end()
         os.eventfd_write(self._wakeup, 1)
-        self.thread.join()
-        self._socket.close()
+        self._thread.join()
         os.close(self._wakeup)
 
     def _send_answers(self, digits: bytes) -> None:
-        """Echo the hello, then send what gRPC answers until it closes or the session ends."""
-        buffer = bytearray(link.HEAD + _SEND)
-        view = memoryview(buffer)
-        try:
-            with select.epoll() as epoll:
-                epoll.register(self._port, select.EPOLLOUT | select.EPOLLET)
-                epoll.register(self._wakeup, select.EPOLLIN)
+        """Echo the hello, then send what there is to say until the connection or the session ends."""
+        with select.epoll() as epoll:
+            epoll.register(self._port, select.EPOLLOUT | select.EPOLLET)
+            epoll.register(self._wakeup, select.EPOLLIN)
+            with suppress(OSError):
                 self._write(memoryview(link.ECHO + digits), epoll)
                 while not self._over:
-                    count = self._socket.recv_into(view[link.HEAD :])
-                    buffer[: link.HEAD] = link.head(count)  # nothing more to come is the end frame
-                    self._write(view[: link.HEAD + count], epoll)
-                    if count == 0:
+                    data = self._connection.take(_SEND)
+                    self._write(memoryview(link.head(len(data)) + data), epoll)
+                    if not data:  # which has sent the end frame
                         return
-        except OSError:
-            return
 
     def _write(self, data: memoryview, epoll: select.epoll) -> None:
         while len(data) and not self._over:
@@ -192,83 +182,3 @@ class _Relayed:
                 data = data[os.write(self._port, data) :]
             except BlockingIOError:
                 epoll.poll()
-
-
-class VsockRelay:
-    """Accepts connections from the host and relays each to the unix socket."""
-
-    def __init__(self, listener: socket.socket, target: Path) -> None:
-        self._listener = listener
-        self._target = str(target)
-        self._thread = threading.Thread(target=self._serve, name="vsock", daemon=True)
-
-    @classmethod
-    def listening(cls, port: int, target: Path) -> VsockRelay:
-        listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind((socket.VMADDR_CID_ANY, port))
-            listener.listen(4)
-        except OSError:
-            listener.close()
-            raise
-        return cls(listener, target)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def drain(self, timeout: float) -> None:
-        """Nothing: the kernel sends what was written before a connection was closed."""
-
-    def stop(self) -> None:
-        """Accept no more."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            target = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            try:
-                target.connect(self._target)
-            except OSError:
-                connection.close()
-                target.close()
-                continue
-            pair = _Pair(connection, target)
-            threading.Thread(target=pair.copy, args=(connection, target), name="vsock-in", daemon=True).start()
-            threading.Thread(target=pair.copy, args=(target, connection), name="vsock-out", daemon=True).start()
-
-
-class _Pair:
-    """Two connected sockets, closed when both directions are done."""
-
-    def __init__(self, *sockets: socket.socket) -> None:
-        self._sockets = sockets
-        self._lock = threading.Lock()
-        self._running = len(sockets)
-
-    def copy(self, source: socket.socket, target: socket.socket) -> None:
-        buffer = bytearray(_SEND)
-        view = memoryview(buffer)
-        try:
-            while count := source.recv_into(buffer):
-                target.sendall(view[:count])
-        except OSError:
-            pass
-        finally:
-            for each in self._sockets:
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-            with self._lock:
-                self._running -= 1
-                if self._running == 0:
-                    for each in self._sockets:
-                        each.close()
-
-
-def _timeval(seconds: int) -> bytes:
-    return seconds.to_bytes(8, "little") + bytes(8)

@@ -40,7 +40,7 @@ class Settings:
     layout: Layout
     calls: SystemCalls
     parent_group: str
-    socket: Path
+    socket: Path | None = None
     #: an open port, -1 for none
     port: int = -1
     port_name: str = ""
@@ -100,7 +100,6 @@ def _be_init(began_us: int) -> int:
                 layout=layout,
                 calls=calls,
                 parent_group="/containers",
-                socket=GUEST_BASE / "agent.sock",
                 port_name=PORT_NAME,
                 bulk_name=BULK_NAME,
                 vsock_port=int(parameters.get("vsock", "0")),
@@ -151,37 +150,40 @@ def _serve(settings: Settings) -> int:
 
     from vmsandbox_agent import link, server, service
     from vmsandbox_agent.bulk import Bulk
+    from vmsandbox_agent.rpc import Methods
 
     finished = threading.Event()
-    grpc_server = server.made()
+    methods = Methods()
     service.register(
-        grpc_server,
+        methods,
         sandbox,
         the_machine,
         lambda power_off: finished.set() if power_off else None,
         Bulk(lambda: _bulk_port(settings)),
     )
-    server.serve(grpc_server, settings.socket)
-    relays: list[server.Relay] = []
+    endpoints: list[server.Endpoint] = []
+    if settings.socket is not None:
+        endpoints.append(server.ServedSocket.at_path(settings.socket, methods.connection))
     if settings.port_name:
         found = devices.wait_for(
             lambda: devices.port_named(settings.port_name), f"port '{settings.port_name}'", timeout=_PORT_TIMEOUT
         )
-        relays.append(link.PortRelay.opened(found, settings.socket))
+        endpoints.append(link.ServedPort.opened(found, methods.connection))
     if settings.port >= 0:
         os.set_blocking(settings.port, False)
         os.set_inheritable(settings.port, False)
-        relays.append(link.PortRelay(settings.port, settings.socket))
+        endpoints.append(link.ServedPort(settings.port, methods.connection))
     if settings.vsock_port:
-        relays.append(link.VsockRelay.listening(settings.vsock_port, settings.socket))
+        endpoints.append(server.ServedSocket.at_vsock(settings.vsock_port, methods.connection))
     the_machine.phases_us["serving"] = machine.since_boot_us()
-    for relay in relays:
-        relay.start()
+    for endpoint in endpoints:
+        endpoint.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: finished.set())
     print("vmsandbox-agent: serving", file=sys.stderr, flush=True)
     finished.wait()
-    server.stop(grpc_server, relays)
+    for endpoint in endpoints:
+        endpoint.drain(server.GRACE)
     return 0
 
 

@@ -5,7 +5,7 @@ is then free for reuse.  A thread blocks in waitid(2) for any child and hands ea
 pid.  A container's init is not started here but inherited when crun ends; it may be dead before its pid is known.
 Between `expecting` and `claim` the statuses of unknown pids are therefore kept.
 
-Children are started with posix_spawn only: a fork of a process with gRPC's threads is not safe.
+Children are started with posix_spawn only: a fork of a process with many threads is not safe.
 """
 
 from __future__ import annotations

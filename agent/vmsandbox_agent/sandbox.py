@@ -7,8 +7,8 @@ created, because clones of a template would otherwise share it.
 from __future__ import annotations
 
 import os
-import random
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -136,9 +136,10 @@ class Sandbox:
         return self._network
 
     def reseed(self, entropy: bytes) -> None:
-        """Renew the kernel's generator and Python's own."""
+        """Renew the kernel's generator, and Python's own if anything has loaded it."""
         self._calls.add_entropy(entropy)
-        random.seed(entropy + os.urandom(16))
+        if generator := sys.modules.get("random"):
+            generator.seed(entropy + os.urandom(16))
 
     def set_time(self, time_ns: int, shift_ns: int) -> None:
         """Set the clock and shift it; 0 leaves it as it is."""

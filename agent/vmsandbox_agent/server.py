@@ -1,30 +1,25 @@
-"""The gRPC server on a unix socket, and the relays that bring the host's bytes to it."""
+"""Where hosts come from: ports, and sockets whose connections the kernel begins and ends."""
 
 from __future__ import annotations
 
-import os
+import socket
 import threading
-from concurrent import futures
 from contextlib import suppress
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import grpc
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
-#: Each attachment, wait and watcher holds a thread; threads are made as they are needed.
-_THREADS = 512
-_STACK = 512 * 1024
-#: Larger than any honest message of the host.
-_MESSAGE_LIMIT = 64 * 1024 * 1024
-#: seconds for answers to leave before the server closes
+    from vmsandbox_agent.http2 import Connection
+
+_PIECE = 128 * 1024
+#: seconds for answers to leave before everything is closed
 GRACE = 2.0
-#: nanoseconds by which gRPC's own threads may look late for what to do, and what everything else has
-_RELAXED_SLACK = 200_000_000
-_USUAL_SLACK = 50_000
 
 
-class Relay(Protocol):
-    """Something that brings the host to the server's socket."""
+class Endpoint(Protocol):
+    """A place at which hosts are served."""
 
     def start(self) -> None: ...
 
@@ -32,52 +27,67 @@ class Relay(Protocol):
         """Wait until the last answers are on their way."""
 
 
-def made() -> grpc.Server:
-    """A server without services."""
-    threading.stack_size(_STACK)
-    return grpc.server(
-        futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="rpc", initializer=_be_punctual),
-        options=[
-            ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
-            ("grpc.max_send_message_length", _MESSAGE_LIMIT),
-            ("grpc.so_reuseport", 0),
-            ("grpc.http2.lookahead_bytes", 1 << 20),
-            ("grpc.http2.max_frame_size", 256 * 1024),
-            ("grpc.http2.bdp_probe", 0),
-        ],
-    )
+class ServedSocket:
+    """Serves the connections that a listening socket accepts."""
+
+    def __init__(self, listener: socket.socket, connect: Callable[[], Connection]) -> None:
+        """`connect` makes what serves a host that has come."""
+        self._listener = listener
+        self._connect = connect
+        self._served: set[Connection] = set()
+        self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
+
+    @classmethod
+    def at_path(cls, path: Path, connect: Callable[[], Connection]) -> ServedSocket:
+        """At a unix socket; raises OSError."""
+        path.unlink(missing_ok=True)
+        return cls(_listening(socket.AF_UNIX, str(path)), connect)
+
+    @classmethod
+    def at_vsock(cls, port: int, connect: Callable[[], Connection]) -> ServedSocket:
+        """At a port of vsock; raises OSError."""
+        return cls(_listening(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, port)), connect)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self, timeout: float) -> None:
+        """Wait until what was answered last has been handed to the kernel, which sends it."""
+        for connection in [*self._served]:
+            connection.drain(timeout)
+
+    def _accept(self) -> None:
+        while True:
+            with suppress(OSError):  # a host that has left already
+                peer, _ = self._listener.accept()
+                connection = self._connect()
+                self._served.add(connection)
+                for target in (self._receive, self._send):
+                    threading.Thread(target=target, args=(peer, connection), name="socket", daemon=True).start()
+
+    def _receive(self, peer: socket.socket, connection: Connection) -> None:
+        with suppress(OSError):
+            while (data := peer.recv(_PIECE)) and connection.receive(data):
+                pass
+        self._served.discard(connection)
+        connection.end()
+
+    def _send(self, peer: socket.socket, connection: Connection) -> None:
+        with peer:
+            with suppress(OSError):
+                while data := connection.take(_PIECE):
+                    peer.sendall(data)
+            connection.end()
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
 
 
-def serve(server: grpc.Server, path: Path) -> None:
-    """Begin to serve at a unix socket; raises OSError."""
-    path.unlink(missing_ok=True)
-    if not server.add_insecure_port(f"unix:{path}"):
-        raise OSError(f"cannot listen at '{path}'")
-    server.start()
-    _relax_others()
-
-
-def _be_punctual() -> None:
-    """What a thread starts has its timers' precision, and containers are to have the usual one."""
-    _set_slack(threading.get_native_id(), _USUAL_SLACK)
-
-
-def _relax_others() -> None:
-    """Let the kernel put the timeouts of gRPC's threads together, which come round many times a second for nothing.
-
-    An idle machine pays for each time; what arrives wakes them as before.
-    """
-    for thread in {int(name) for name in os.listdir("/proc/self/task")} - {threading.get_native_id()}:
-        _set_slack(thread, _RELAXED_SLACK)
-
-
-def _set_slack(thread: int, nanoseconds: int) -> None:
-    with suppress(OSError):  # it has ended, or we may not
-        Path(f"/proc/{thread}/timerslack_ns").write_text(str(nanoseconds))
-
-
-def stop(server: grpc.Server, relays: list[Relay]) -> None:
-    """Let the answers under way leave, then close everything."""
-    server.stop(GRACE).wait()
-    for relay in relays:
-        relay.drain(GRACE)
+def _listening(family: int, address: object) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(address)  # type: ignore[arg-type]
+        listener.listen(8)
+    except OSError:
+        listener.close()
+        raise
+    return listener

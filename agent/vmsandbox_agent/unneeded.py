@@ -1,8 +1,8 @@
 """Keeps the agent's start from importing what it never uses.
 
-gRPC imports its asyncio half, and with it asyncio, and protobuf its implementation in Python, whoever uses them or
-not: together half of the time that the agent needs to start, which under emulation is more than a second.  In
-their places stand modules that become the real ones as soon as somebody uses anything in them.
+protobuf imports its implementation in Python, whoever uses it or not, dataclasses what describes classes without a
+docstring, and tracebacks what reads source code: under emulation that is a third of a second.  In their places stand
+modules that become the real ones as soon as somebody uses anything in them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("asyncio", "grpc.aio", "google.protobuf.internal.python_message")
+MODULES = ("calendar", "google.protobuf.internal.python_message", "inspect", "textwrap", "tokenize")
 
 
 class _Postponed(ModuleType):

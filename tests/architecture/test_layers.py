@@ -66,16 +66,9 @@ ONLY: dict[str, set[str]] = {
 #: Third-party package -> the modules (or parts, with a trailing dot) that may import it.
 HOMES: dict[str, tuple[str, ...]] = {
     "qemu": ("vmsandbox_hypervisor.qemu.monitor",),
-    "grpc": (
-        "vmsandbox.guest.",
-        "vmsandbox_agent.attaching",
-        "vmsandbox_agent.main",
-        "vmsandbox_agent.rpc",
-        "vmsandbox_agent.server",
-        "vmsandbox_agent.service",
-        "vmsandbox_protocol.",
-    ),
-    "google": ("vmsandbox.guest.", "vmsandbox_protocol."),
+    "grpc": ("vmsandbox.guest.", "vmsandbox_protocol."),
+    "h2": ("vmsandbox_agent.http2",),
+    "google": ("vmsandbox.guest.", "vmsandbox_agent.rpc", "vmsandbox_protocol."),
     "pyroute2": ("vmsandbox.resources.network.rtnl",),
     "pydantic": ("vmsandbox.oci.", "vmsandbox.config."),
     "psutil": (),  # for tests and benchmarks

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmsandbox.errors import NotFoundError
 from vmsandbox.guestbuild import elf, initramfs, placeholder
+from vmsandbox.guestbuild.steps import BuildError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from vmsandbox.guestbuild.steps import Steps
 
 #: where everything in the image comes from, with what these depend on
-PACKAGES: Final = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", "crun", "busybox-static")
+PACKAGES: Final = ("python3.11-minimal", "libpython3.11-stdlib", "crun", "busybox-static")
 #: by their names in the lock file
-WHEELS: Final = ("grpcio", "protobuf", "typing-extensions")
+WHEELS: Final = ("h2", "hpack", "hyperframe", "protobuf")
 
 AGENT_DIRECTORY: Final = "usr/lib/vmsandbox"
 COMMAND: Final = (
@@ -52,10 +53,12 @@ _LINKS: Final = {
     "usr/sbin/modprobe": "../bin/busybox",
     **{f"etc/{name}": f"/run/vmsandbox/etc/{name}" for name in ("hostname", "hosts", "resolv.conf", "machine-id")},
 }
-#: libraries of which no function is ever called -> the program that was linked with them.  crun asks systemd for
-#: control groups where it is told to, which the agent does not do; with the five libraries that it needs, it is half of
-#: what is loaded for each call of crun
+#: libraries of which no function is ever called -> what was linked with them.  crun asks systemd for control groups
+#: where it is told to, which the agent does not do; with the five libraries that it needs, it is half of what is loaded
+#: for each call of crun
 _PLACEHOLDERS: Final = {"libsystemd.so.0": "usr/bin/crun"}
+#: libraries that are only named by what was linked with them: protobuf's C is, with the library of C++
+_UNUSED: Final = {"libstdc++.so.6": f"{AGENT_DIRECTORY}/google/_upb/_message.abi3.so"}
 #: mount points, and what programs expect to be there
 _DIRECTORIES: Final = ("dev", "etc", "proc", "run", "sys", "tmp", "root", "usr/sbin", "var")
 _FILES: Final = {
@@ -95,8 +98,10 @@ def base(packages: Path, wheels: Path, directory: Path, steps: Steps) -> None:
     init.chmod(0o755)
     _copy_python(packages / _STDLIB, directory / _STDLIB, left_out=_LEFT_OUT)
     _copy_python(wheels, directory / AGENT_DIRECTORY)
-    for name, program in _PLACEHOLDERS.items():
+    for name, program in (*_PLACEHOLDERS.items(), *_UNUSED.items()):
         functions = elf.functions_of((directory / program).read_bytes(), name)
+        if functions and name in _UNUSED:
+            raise BuildError(f"'{program}' uses '{name}' after all ({', '.join(functions)}): it has to be in the image")
         (directory / _LIBRARIES).mkdir(parents=True, exist_ok=True)
         (directory / _LIBRARIES / name).write_bytes(placeholder.library(name, functions))
     _copy_libraries(packages, directory)

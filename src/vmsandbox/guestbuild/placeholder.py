@@ -101,10 +101,10 @@ def _hash_table(names: list[str]) -> bytes:
     bloom = [0] * _BLOOM_WORDS
     for value in hashes:
         bloom[value // 64 % _BLOOM_WORDS] |= 1 << value % 64 | 1 << (value >> _BLOOM_SHIFT) % 64
-    chain = [value & ~1 for value in hashes]
-    chain[-1] |= 1
+    chain = [*(value & ~1 for value in hashes[:-1]), *(value | 1 for value in hashes[-1:])]
+    # Without any name the bucket is empty, which zero says.
     words = struct.pack("<IIII", 1, 1, _BLOOM_WORDS, _BLOOM_SHIFT) + struct.pack(f"<{_BLOOM_WORDS}Q", *bloom)
-    return words + struct.pack(f"<I{len(chain)}I", 1, *chain)
+    return words + struct.pack(f"<I{len(chain)}I", bool(names), *chain)
 
 
 def _gnu_hash(name: str) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import socket
+import threading
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,12 @@ import pytest
 from tests.agent.fake_port import FakePort
 from vmsandbox.errors import InvalidArgumentError
 from vmsandbox.guest import transport
-from vmsandbox_agent.link import PortRelay, VsockRelay
+from vmsandbox_agent.link import ServedPort
+from vmsandbox_agent.server import ServedSocket
 from vmsandbox_protocol import link
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from vmsandbox.guest.transport import Link
@@ -28,35 +31,52 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("t")
 
 
+class Echo:
+    """Stands for what answers in the guest: every session gets its own bytes back."""
+
+    def __init__(self) -> None:
+        self._said = bytearray()
+        self._over = False
+        self._changed = threading.Condition()
+
+    def receive(self, data: bytes) -> bool:
+        with self._changed:
+            self._said += data
+            self._changed.notify_all()
+            return not self._over
+
+    def take(self, most: int) -> bytes:
+        with self._changed:
+            self._changed.wait_for(lambda: self._said or self._over)
+            data = bytes(self._said[:most])
+            del self._said[:most]
+            return data
+
+    def end(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def drain(self, timeout: float) -> None:
+        """Nothing is asked here that would be worth waiting for."""
+
+
 @asynccontextmanager
-async def echoing(path: Path) -> AsyncIterator[None]:
-    """Stands for gRPC in the guest: every connection gets its own bytes back."""
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_unix_server(echo, str(path))
+async def serving(port: FakePort, connect: Callable[[], Echo] = Echo) -> AsyncIterator[None]:
+    """The agent's end of a port."""
+    served = ServedPort(port.guest_fd, connect)
+    served.start()
     try:
         yield
     finally:
-        server.close()
-        await server.wait_closed()
+        await asyncio.to_thread(served.stop)
 
 
 @asynccontextmanager
 async def guest(directory: Path, seed: int | None = None) -> AsyncIterator[FakePort]:
-    """A port with the agent's end of the relay on it."""
-    async with echoing(directory / "echo"), FakePort.opened(directory / "port", seed=seed) as port:
-        relay = PortRelay(port.guest_fd, directory / "echo")
-        relay.start()
-        try:
-            yield port
-        finally:
-            await asyncio.to_thread(relay.stop)
+    """A port with the agent's end of it."""
+    async with FakePort.opened(directory / "port", seed=seed) as port, serving(port):
+        yield port
 
 
 async def converse(path: Path, data: bytes, cut_after: int | None = None) -> bytes:
@@ -164,21 +184,21 @@ async def test_the_relay_waits_for_a_vmm_and_a_guest_that_are_not_there_yet(dire
             await relay.ready()
 
 
-async def test_a_guest_whose_server_is_not_there_is_silent_and_answers_the_next_host(directory: Path) -> None:
-    async with FakePort.opened(directory / "port") as port:
-        guest_side = PortRelay(port.guest_fd, directory / "echo")
-        guest_side.start()
-        try:
-            async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(relay.ready(), 0.3)
-            async with (
-                echoing(directory / "echo"),
-                transport.relayed(transport.through_port(port.path), directory=directory) as relay,
-            ):
-                assert await converse(relay.path, b"hello") == b"hello"
-        finally:
-            await asyncio.to_thread(guest_side.stop)
+async def test_a_guest_that_cannot_serve_is_silent_and_answers_the_next_host(directory: Path) -> None:
+    able = False
+
+    def connect() -> Echo:
+        if not able:
+            raise OSError(errno.EMFILE, "too many")
+        return Echo()
+
+    async with FakePort.opened(directory / "port") as port, serving(port, connect):
+        async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(relay.ready(), 0.3)
+        able = True
+        async with transport.relayed(transport.through_port(port.path), directory=directory) as relay:
+            assert await converse(relay.path, b"hello") == b"hello"
 
 
 async def test_a_socket_is_removed_and_a_long_directory_refused(directory: Path) -> None:
@@ -195,9 +215,7 @@ async def test_a_connection_that_the_kernel_keeps_needs_no_hello(directory: Path
     """The vsock variant, over a unix socket in place of AF_VSOCK, which not every kernel can loop back."""
     data = random.Random(2).randbytes(1_000_000)
     path = directory / "vsock"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen(4)
+    ServedSocket.at_path(path, Echo).start()
 
     @asynccontextmanager
     async def dial() -> AsyncIterator[Link]:
@@ -206,15 +224,9 @@ async def test_a_connection_that_the_kernel_keeps_needs_no_hello(directory: Path
             await asyncio.get_running_loop().sock_connect(sock, str(path))
             yield transport.StreamLink(sock)
 
-    async with echoing(directory / "echo"):
-        guest_side = VsockRelay(listener, directory / "echo")
-        guest_side.start()
-        try:
-            async with transport.relayed(dial, directory=directory) as relay:
-                for _ in range(3):
-                    assert await converse(relay.path, data) == data
-        finally:
-            await asyncio.to_thread(guest_side.stop)
+    async with transport.relayed(dial, directory=directory) as relay:
+        for _ in range(3):
+            assert await converse(relay.path, data) == data
 
 
 async def test_an_agent_that_sends_nonsense_ends_the_session(directory: Path) -> None:

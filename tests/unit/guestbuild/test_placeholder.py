@@ -64,6 +64,12 @@ def test_a_program_that_asks_for_one_function_more_does_not_start(tmp_path: Path
     assert "sd_notify" in done.stderr
 
 
+def test_a_library_of_which_nothing_is_used_has_nothing(tmp_path: Path) -> None:
+    (tmp_path / "libempty.so").write_bytes(placeholder.library("libempty.so", {}))
+    empty = ctypes.CDLL(str(tmp_path / "libempty.so"))
+    assert not hasattr(empty, "first")
+
+
 def test_what_a_file_takes_from_a_library_that_it_does_not_need_is_nothing() -> None:
     with open(CRUN, "rb") as stream:
         assert elf.functions_of(stream.read(), "libnothing.so.1") == {}
