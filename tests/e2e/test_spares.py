@@ -13,6 +13,7 @@ import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
 from tests.harness.spares import SETTINGS, end_nursery, keeping_ready, machines, offers
+from vmsandbox.supervisor import spares
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,6 +132,16 @@ def age(path: Path) -> None:
     """Make a directory older than what gc takes for unfinished."""
     if path.exists():
         os.utime(path, (1, 1))
+
+
+def test_one_whose_taker_dies_before_it_asks_for_a_pod_ends_soon(ready: Cli, box: str) -> None:
+    offer = first(ready, box)
+    (supervisor,) = machines(ready)
+    end_nursery(ready)
+    (ready.run_root / "r" / offer).unlink()
+    # Well before it would have ended if nobody had taken it.
+    supervisor.wait(timeout=spares.LINGER / 2)
+    assert ready.leftovers() == []
 
 
 def test_one_that_is_told_to_end_leaves_nothing(ready: Cli, box: str) -> None:

@@ -17,7 +17,6 @@ process may fork that has.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import os
@@ -33,6 +32,7 @@ from vmsandbox import cgroups, records, surroundings, wire
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
+from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, MOVED_ITSELF, Watch
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ PRELOADED = (
     "vmsandbox_hypervisor.qemu.vm",
     "vmsandbox_protocol.agent_pb2",
 )
-_IN_MOVED_FROM, _IN_DELETE, _IN_MOVE_SELF, _IN_CLOEXEC = 0x40, 0x200, 0x800, 0o2000000
-_EVENTS = 64 * 1024
-#: watch, mask, cookie, length of the name
-_EVENT = struct.Struct("iIII")
 
 
 def nurse() -> None:
@@ -145,8 +141,8 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
     here, group = surroundings.of(os.getpid(), grouped=False), surroundings.cgroups_of(os.getpid())
     waiting = select.poll()
     waiting.register(listener, select.POLLIN)
-    watch = _Watch()
-    watch.add(run_root, _IN_MOVED_FROM | _IN_DELETE | _IN_MOVE_SELF)
+    watch = Watch()
+    watch.add(run_root, MOVED_FROM | DELETED | MOVED_ITSELF)
     waiting.register(watch.fd, select.POLLIN)
     #: somebody came, so that machines may have to be made ready for whoever comes next
     due = True
@@ -178,7 +174,7 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
         return
 
 
-def _make_ready(origin: Origin, watch: _Watch) -> None:
+def _make_ready(origin: Origin, watch: Watch) -> None:
     """Have as many machines made ready as are wanted; each comes back here for its supervisor."""
     from vmsandbox.config.load import load
 
@@ -192,7 +188,7 @@ def _make_ready(origin: Origin, watch: _Watch) -> None:
         return
     os.makedirs(roots.spares_dir, mode=0o700, exist_ok=True)
     # Who takes one does not come here.
-    watch.add(roots.spares_dir, _IN_DELETE, names=True)
+    watch.add(roots.spares_dir, DELETED, names=True)
 
     def become() -> None:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -257,35 +253,3 @@ def _sources() -> list[tuple[str, int]]:
     """The files whose code is loaded and when they were changed: what is newer is not what a client expects."""
     files = (getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if "vmsandbox" in name)
     return [(file, os.stat(file).st_mtime_ns) for file in files if file]
-
-
-class _Watch:
-    """A descriptor that is readable when something in a directory goes, or the directory moves.
-
-    Of the directory's own removal nobody is told while our socket is in it.
-    """
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self.fd: int = self._libc.inotify_init1(_IN_CLOEXEC)
-        self._named: set[int] = set()
-        if self.fd < 0:
-            raise OSError(ctypes.get_errno(), "nothing can be watched")
-
-    def add(self, directory: str, mask: int, *, names: bool = False) -> None:
-        """Watch a directory too; it must exist now.  `gone` tells the `names` of what goes."""
-        number = self._libc.inotify_add_watch(self.fd, os.fsencode(directory), mask)
-        if number < 0:
-            raise OSError(ctypes.get_errno(), f"'{directory}' cannot be watched")
-        if names:
-            self._named.add(number)
-
-    def gone(self) -> list[str]:
-        """What is gone since the last call."""
-        data, found = os.read(self.fd, _EVENTS), []
-        while data:
-            number, _, _, length = _EVENT.unpack_from(data)
-            if number in self._named:
-                found.append(os.fsdecode(data[_EVENT.size : _EVENT.size + length].rstrip(b"\0")))
-            data = data[_EVENT.size + length :]
-        return found

@@ -33,6 +33,8 @@ from vmsandbox.supervisor import bringup, slots, template, warming
 from vmsandbox.supervisor.network import connected
 from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec
 from vmsandbox.supervisor.translation import translated, translating
+from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, Watch
+from vmsandbox_hypervisor.aio import readable
 from vmsandbox_hypervisor.api import Disk
 
 if TYPE_CHECKING:
@@ -200,16 +202,27 @@ async def _prepared(around: Surroundings, pod_id: str) -> Spare | None:
 async def _offered(spare: Spare, asked: asyncio.Future[SandboxSpec], ending: asyncio.Future[None]) -> None:
     """Wait until somebody asks for a spare, or it is not to be had any more."""
     claim = Path(spare.around.roots.spares_dir, spare.id)
-    dying = asyncio.create_task(spare.ended(), name="watch-vm of what is ready")
+    tasks = [asyncio.create_task(spare.ended(), name="watch-vm of what is ready")]
     try:
         await asyncio.to_thread(_offer, spare.around, claim)
-        await _first_of(asked, dying, ending, timeout=LINGER)
-        if not _withdrawn(claim):  # somebody has just taken it
+        tasks.append(asyncio.create_task(_gone(claim), name="watch-offer"))
+        await _first_of(asked, ending, *tasks, timeout=LINGER)
+        if not _withdrawn(claim):  # somebody has just taken it, and may have died since
             await asyncio.wait({asked}, timeout=PATIENCE)
     finally:
         _withdrawn(claim)
-        dying.cancel()
-        await asyncio.gather(dying, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gone(claim: Path) -> None:
+    """Wait until an offer is not there any more."""
+    with Watch() as watch:
+        watch.add(str(claim.parent), DELETED | MOVED_FROM)
+        while claim.exists():
+            await readable(watch.fd)
+            watch.gone()
 
 
 def _withdrawn(claim: Path) -> bool:
