@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,7 +25,7 @@ import psutil
 from tests.harness import hosts
 from tests.harness.cli import Cli, awaited
 from tests.harness.nurseries import is_nursery
-from tests.harness.spares import end_all, keeping_ready, offers
+from tests.harness.spares import keeping_ready, offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,15 +168,21 @@ class _Play:
         self.said = ""
 
     def play(self) -> None:
-        if self.about.prepared == "spare":
-            with keeping_ready(self.cli, self.ground.source):
-                self._play()
-        else:
-            self._play()
-
-    def _play(self) -> None:
         others = {process.pid for process in self._processes()}
         left = self._left()
+        # Only until all was looked at: what removes something may have a machine made ready as well.
+        with keeping_ready(self.cli, self.ground.source) if self.about.prepared == "spare" else nullcontext():
+            self._operate(others)
+        self._remove(others)
+        rows, pods = self.cli.ps(), self.cli.pods()
+        assert [row["name"] for row in rows] == ["other"], f"a container is left: {rows}"
+        assert pods == [], f"a pod is left: {pods}"
+        now = self._left()
+        assert now == left, f"something is left, or gone: {sorted(set(now) ^ set(left))}"
+        self._assert_host_is_as_it_was()
+
+    def _operate(self, others: set[int]) -> None:
+        """Do what the round is about, kill, and look at what came of it."""
         self._prepare()
         client = self.cli.popen(*self._words(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         printed: list[tuple[bytes, bytes]] = []
@@ -192,15 +198,6 @@ class _Play:
             raise AssertionError("the client hangs")
         self.code, self.printed, self.said = client.returncode, *(part.decode() for part in printed[0])
         self._check()
-        if self.about.prepared == "spare":
-            end_all(self.cli)
-        self._remove(others)
-        rows, pods = self.cli.ps(), self.cli.pods()
-        assert [row["name"] for row in rows] == ["other"], f"a container is left: {rows}"
-        assert pods == [], f"a pod is left: {pods}"
-        now = self._left()
-        assert now == left, f"something is left, or gone: {sorted(set(now) ^ set(left))}"
-        self._assert_host_is_as_it_was()
 
     def _processes(self) -> list[psutil.Process]:
         """All that run on the host, whosever they are, but for the nursery, which ends by itself."""
