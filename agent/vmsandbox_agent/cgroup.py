@@ -11,12 +11,12 @@ import os
 import select
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 MOUNT = Path("/sys/fs/cgroup")
 #: processes and threads that containers leave to the agent and the kernel
@@ -27,8 +27,7 @@ _V1_UNLIMITED = 1 << 62
 _ROUNDS = 1000
 
 
-@dataclass
-class Stats:
+class Stats(NamedTuple):
     """One reading; bytes, microseconds and counts.  A limit of 0 is none."""
 
     cpu_usage_us: int = 0
@@ -45,7 +44,7 @@ class Stats:
     io_read_bytes: int = 0
     io_write_bytes: int = 0
     oom_kills: int = 0
-    memory_stat: dict[str, int] = field(default_factory=dict)
+    memory_stat: Mapping[str, int] = MappingProxyType({})
 
 
 class Cgroups(Protocol):

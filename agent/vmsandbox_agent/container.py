@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -75,7 +74,7 @@ class Container:
         """Create the container, and start it if asked; on failure nothing of it is left."""
         with self._lock, ExitStack() as undo:
             self.bundle.mkdir(parents=True)
-            undo.callback(shutil.rmtree, self.bundle, ignore_errors=True)
+            undo.callback(_remove_flat, self.bundle)
             root_path = str((self._spec.get("root") or {}).get("path") or "")
             try:
                 self._root = os.open(root_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -155,7 +154,7 @@ class Container:
             self._delete()
             self._close_root()
             self._close_clocks()
-            shutil.rmtree(self.bundle, ignore_errors=True)
+            _remove_flat(self.bundle)
 
     def kill_all(self) -> None:
         """SIGKILL to every process, and wait until they are gone."""
@@ -408,3 +407,11 @@ def _object(text: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidArgumentError(f"{what} is not a JSON object")
     return value
+
+
+def _remove_flat(directory: Path) -> None:
+    """Remove a directory that has no others in it, as far as it can be."""
+    with suppress(OSError):
+        for name in os.listdir(directory):
+            (directory / name).unlink()
+        directory.rmdir()

@@ -13,9 +13,8 @@ import select
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vmsandbox_agent.errors import InvalidArgumentError, TimedOutError
 
@@ -34,8 +33,7 @@ _BLOCK_DEPTH = 6
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class BlockDevice:
+class BlockDevice(NamedTuple):
     """A disk or a partition."""
 
     node: str

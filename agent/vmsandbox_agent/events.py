@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
 _BEHIND = 4096
 
 
-@dataclass(frozen=True)
-class Exited:
+class Exited(NamedTuple):
     """A process of a container has ended."""
 
     container_id: str
@@ -25,12 +23,11 @@ class Exited:
     ending: Ending
 
 
-@dataclass(frozen=True)
-class OomKilled:
+class OomKilled(NamedTuple):
     """The kernel killed something in a container for want of memory."""
 
     container_id: str
-    count: int
+    kills: int
 
 
 Event = Exited | OomKilled

@@ -11,14 +11,16 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from h2 import events
-from h2.config import H2Configuration
-from h2.connection import H2Connection
-from h2.errors import ErrorCodes
-from h2.exceptions import ProtocolError, StreamClosedError
-from h2.settings import SettingCodes, Settings
-
+from vmsandbox_agent import unneeded
 from vmsandbox_agent.errors import ExhaustedError, InvalidArgumentError
+
+with unneeded.lightly():
+    from h2 import events
+    from h2.config import H2Configuration
+    from h2.connection import H2Connection
+    from h2.errors import ErrorCodes
+    from h2.exceptions import ProtocolError, StreamClosedError
+    from h2.settings import SettingCodes, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmsandbox_agent.errors import InvalidArgumentError
 
@@ -12,8 +12,7 @@ GUEST_BASE = Path("/run/vmsandbox")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The directories below `base`."""
 
     base: Path

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_agent import users
 
@@ -22,8 +21,7 @@ _COMMAND_LIMIT = 4096
 _PTS_MAJORS = range(136, 144)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One process; times in the unit of their names, `pid` in the container's namespace."""
 
     pid: int

@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmsandbox_agent import init
 from vmsandbox_agent.layout import GUEST_BASE, Layout
@@ -33,8 +33,7 @@ _AGENT_GROUP = "/agent"
 _AGENT_MEMORY = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How to run."""
 
     layout: Layout

@@ -12,8 +12,7 @@ import os
 import socket
 import threading
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_agent import pipes
 from vmsandbox_agent.errors import (
@@ -38,8 +37,7 @@ _CONSOLE_TIMEOUT = 30.0
 Key = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """How a process ended, and whether the kernel killed it for want of memory."""
 
     exit: Exit

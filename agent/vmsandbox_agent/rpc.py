@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
 from google.protobuf.message import DecodeError
@@ -51,8 +50,7 @@ _MESSAGE_LIMIT: Final = 4096
 _STACK: Final = 512 * 1024
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """What serves one RPC: ``handle(request, stream)``, or with `takes_many` an iterator of requests.
 
     With `gives_many` it answers with an iterator, which is closed when the host has lost interest.

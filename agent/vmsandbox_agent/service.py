@@ -159,11 +159,11 @@ class ContainerService:
 
     def StatsContainer(self, request: pb.StatsContainerRequest, stream: Stream) -> pb.ContainerStats:
         stats = self._sandbox.container(request.container_id).stats()
-        return pb.ContainerStats(**vars(stats), time_ns=machine.now_ns())
+        return pb.ContainerStats(**stats._asdict(), time_ns=machine.now_ns())
 
     def ListProcesses(self, request: pb.ListProcessesRequest, stream: Stream) -> pb.ListProcessesResponse:
         rows = self._sandbox.list_processes(request.container_id)
-        return pb.ListProcessesResponse(processes=[pb.ProcessRow(**vars(row)) for row in rows])
+        return pb.ListProcessesResponse(processes=[pb.ProcessRow(**row._asdict()) for row in rows])
 
     def ListContainers(self, request: pb.ListContainersRequest, stream: Stream) -> pb.ListContainersResponse:
         rows = []
@@ -195,7 +195,7 @@ class ContainerService:
 def _event(event: Event) -> pb.Event:
     if isinstance(event, Exited):
         return pb.Event(container_id=event.container_id, exec_id=event.exec_id, exited=exit_status(event.ending))
-    return pb.Event(container_id=event.container_id, oom=pb.OomKill(count=event.count))
+    return pb.Event(container_id=event.container_id, oom=pb.OomKill(count=event.kills))
 
 
 def register(

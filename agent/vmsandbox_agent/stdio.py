@@ -20,8 +20,7 @@ import struct
 import termios
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_agent.errors import AgentError, InvalidArgumentError, UnavailableError
 from vmsandbox_agent.pipes import CHUNK, STDERR, STDOUT, Input, Output
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from vmsandbox_agent.bulk import Lane
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """Output at an offset; with `eof` nothing follows."""
 
     stream: int
@@ -43,38 +41,32 @@ class Data:
     eof: bool
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """Input below `offset` reached the process' pipe."""
 
     offset: int
 
 
-@dataclass(frozen=True)
-class InputClosed:
+class InputClosed(NamedTuple):
     """Nobody reads the process' input any more."""
 
 
-@dataclass(frozen=True)
-class BulkWanted:
+class BulkWanted(NamedTuple):
     """An output is worth the port for bulk, if the host began a session there."""
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """Output from this offset on takes the port for bulk."""
 
     stream: int
     offset: int
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """The process ended and all of its output was given."""
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Output for the port for bulk, where it is kept."""
 
     stream: int

@@ -11,8 +11,7 @@ import os
 import stat
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_agent import devices
 from vmsandbox_agent import syscalls as sc
@@ -57,8 +56,7 @@ _PROPAGATION = {
 _UNKNOWN_SHARE = {"virtiofs": errno.EINVAL, "9p": errno.ENOENT}
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """mount(8) options taken apart."""
 
     flags: int
@@ -66,12 +64,12 @@ class Options:
     data: list[str]
 
 
-@dataclass
 class _Mounted:
-    references: int
-    is_mount: bool
-    address: BlockDevice | None
-    made: bool
+    def __init__(self, references: int, *, is_mount: bool, address: BlockDevice | None, made: bool) -> None:
+        self.references = references
+        self.is_mount = is_mount
+        self.address = address
+        self.made = made
 
 
 def parse_options(options: Iterable[str]) -> Options:
@@ -192,7 +190,7 @@ class Storages:
         if storage.driver == BLOCK_DEVICE:
             assert address is not None
             self._make_node(storage, point, address)
-            return _Mounted(1, False, address, True)
+            return _Mounted(1, is_mount=False, address=address, made=True)
         if storage.driver == BLOCK:
             fstype = fstype or "ext4"
         elif storage.driver == VIRTIOFS:
@@ -224,7 +222,7 @@ class Storages:
                     f"cannot mount '{source}' as {fstype or 'bind'} at '{point}': {error.strerror}"
                 ) from error
             raise
-        return _Mounted(1, True, address, made)
+        return _Mounted(1, is_mount=True, address=address, made=made)
 
     def _mount_when_there(self, source: str, point: str, fstype: str, flags: int, data: str) -> None:
         """Mount; a share that the guest has not heard of yet is waited for, since the host plugs it in meanwhile."""

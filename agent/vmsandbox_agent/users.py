@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmsandbox_agent.errors import InvalidArgumentError
 from vmsandbox_agent.syscalls import open_in_root
@@ -18,8 +18,7 @@ _LIMIT = 4 * 1024 * 1024
 _ID_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """Who a process runs as; `home` is "" without an entry in /etc/passwd."""
 
     uid: int

@@ -11,7 +11,7 @@ def test_a_watcher_hears_what_was_before_and_then_each_event_in_order() -> None:
     for count in (2, 3):
         events.publish(OomKilled("web", count))
     watcher.close()
-    assert [event.count for event in watcher if isinstance(event, OomKilled)] == [1, 2, 3]
+    assert [event.kills for event in watcher if isinstance(event, OomKilled)] == [1, 2, 3]
 
 
 def test_a_watcher_that_is_too_far_behind_ends_and_costs_no_more() -> None:

@@ -22,7 +22,8 @@ def test_the_server_starts_without_what_it_does_not_use() -> None:
     code = "from vmsandbox_agent import rpc, server, service; import sys; print(*sys.modules)"
     imported = set(printed(code).split())
     assert {"h2.connection", "google._upb._message"} <= imported
-    assert not {"grpc", "asyncio", "ast", "dis", "locale", "google.protobuf.internal.decoder"} & imported
+    unneeded = {"grpc", "asyncio", "ast", "dis", "locale", "logging", "shutil", "google.protobuf.internal.decoder"}
+    assert not unneeded & imported
 
 
 def test_what_was_postponed_is_the_real_thing_for_who_uses_it() -> None:
@@ -36,6 +37,16 @@ print(inspect.signature(lambda x: x), sys.modules['inspect'].signature is inspec
 def test_submodules_of_what_was_postponed_can_be_imported() -> None:
     code = "sys.modules['json'] = unneeded._Postponed('json'); from json import decoder; import json.encoder; "
     assert printed(f"import sys; {code}print(decoder is json.decoder, json.loads('3'))") == "True 3"
+
+
+def test_only_what_is_imported_lightly_is_light() -> None:
+    code = """
+from vmsandbox_agent import http2
+import dataclasses, logging, h2.events
+plain = dataclasses.make_dataclass('Plain', ['a'])
+print(logging.getLogger('x').name, plain(1) == plain(1), h2.events.PriorityUpdated() == h2.events.PriorityUpdated())
+"""
+    assert printed("exec('''" + code + "''')").split() == ["x", "True", "False"]
 
 
 def test_a_missing_attribute_is_missing() -> None:
