@@ -7,10 +7,10 @@ then looks, then sleeps until the next uevent and looks again.
 
 from __future__ import annotations
 
+import _socket as socket
 import os
 import re
 import select
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _socket as socket
 import re
-import socket
 
 from vmsandbox_agent.errors import InvalidArgumentError
 

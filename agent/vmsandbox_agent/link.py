@@ -40,6 +40,15 @@ class Session(Protocol):
         """Stop sending, even within a frame, and close everything."""
 
 
+class Endpoint(Protocol):
+    """A place at which hosts are served."""
+
+    def start(self) -> None: ...
+
+    def drain(self, timeout: float) -> None:
+        """Wait until the last answers are on their way."""
+
+
 class Port:
     """Reads one port; a session per hello."""
 

@@ -28,6 +28,8 @@ PORT_NAME = "vmsandbox.agent"
 BULK_NAME = "vmsandbox.bulk"
 #: seconds for the host's port to appear
 _PORT_TIMEOUT = 60.0
+#: seconds for the last answers to leave
+_GRACE = 2.0
 _AGENT_GROUP = "/agent"
 #: memory that containers cannot take away from the agent
 _AGENT_MEMORY = 64 * 1024 * 1024
@@ -147,7 +149,7 @@ def _serve(settings: Settings) -> int:
     the_machine = machine.Machine(crun_version=crun.version)
     the_machine.phases_us = {"kernel": settings.began_us or started_us, "agent": started_us}
 
-    from vmsandbox_agent import link, server, service
+    from vmsandbox_agent import link, service
     from vmsandbox_agent.bulk import Bulk
     from vmsandbox_agent.rpc import Methods
 
@@ -160,9 +162,11 @@ def _serve(settings: Settings) -> int:
         lambda power_off: finished.set() if power_off else None,
         Bulk(lambda: _bulk_port(settings)),
     )
-    endpoints: list[server.Endpoint] = []
+    endpoints: list[link.Endpoint] = []
     if settings.socket is not None:
-        endpoints.append(server.ServedSocket.at_path(settings.socket, methods.connection))
+        from vmsandbox_agent.server import ServedSocket
+
+        endpoints.append(ServedSocket.at_path(settings.socket, methods.connection))
     if settings.port_name:
         found = devices.wait_for(
             lambda: devices.port_named(settings.port_name), f"port '{settings.port_name}'", timeout=_PORT_TIMEOUT
@@ -173,7 +177,9 @@ def _serve(settings: Settings) -> int:
         os.set_inheritable(settings.port, False)
         endpoints.append(link.ServedPort(settings.port, methods.connection))
     if settings.vsock_port:
-        endpoints.append(server.ServedSocket.at_vsock(settings.vsock_port, methods.connection))
+        from vmsandbox_agent.server import ServedSocket
+
+        endpoints.append(ServedSocket.at_vsock(settings.vsock_port, methods.connection))
     the_machine.phases_us["serving"] = machine.since_boot_us()
     for endpoint in endpoints:
         endpoint.start()
@@ -182,7 +188,7 @@ def _serve(settings: Settings) -> int:
     print("vmsandbox-agent: serving", file=sys.stderr, flush=True)
     finished.wait()
     for endpoint in endpoints:
-        endpoint.drain(server.GRACE)
+        endpoint.drain(_GRACE)
     return 0
 
 

@@ -7,10 +7,10 @@ of what routes an address brings along is only taken where the host left the rou
 
 from __future__ import annotations
 
+import _socket as socket
 import errno
 import os
 import re
-import socket
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple

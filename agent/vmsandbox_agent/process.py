@@ -6,12 +6,12 @@ come before the process does; `Processes.when_made` is where it waits.
 
 from __future__ import annotations
 
+import _socket as socket
 import array
 import fcntl
 import os
-import socket
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_agent import pipes
@@ -203,7 +203,8 @@ class Console:
     def listening(cls, path: Path) -> Iterator[Console]:
         path.unlink(missing_ok=True)
         with ExitStack() as cleanup:
-            listener = cleanup.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            cleanup.callback(listener.close)
             listener.bind(str(path))
             cleanup.callback(path.unlink, missing_ok=True)
             listener.listen(1)
@@ -213,10 +214,10 @@ class Console:
         """The master's descriptor."""
         self._listener.settimeout(_CONSOLE_TIMEOUT)
         try:
-            connection, _ = self._listener.accept()
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
         except TimeoutError:
             raise AgentError("crun has not sent the terminal") from None
-        with connection:
+        with closing(socket.socket(fileno=fd)) as connection:
             connection.settimeout(_CONSOLE_TIMEOUT)
             size = array.array("i").itemsize
             _, ancillary, _, _ = connection.recvmsg(4096, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _socket as socket
 import errno
-import socket
 import struct
 from typing import TYPE_CHECKING, TypeAlias
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import quote
 
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
@@ -129,11 +128,15 @@ def _trailers(error: Exception) -> Headers:
         traceback.print_exc()
         code = "internal"
         message = f"{type(error).__name__}: {error}"
-    trailers = [("grpc-status", str(_STATUS.get(code, _INTERNAL))), ("grpc-message", quote(_printable(message), " "))]
+    trailers = [("grpc-status", str(_STATUS.get(code, _INTERNAL))), ("grpc-message", _percent_encoded(message))]
     trailers.append((CODE_KEY, code))
     if isinstance(error, errors.InvalidStateError):
         trailers += [(SUBJECT_KEY, error.subject), (STATE_KEY, error.state), (WANTED_KEY, error.wanted)]
     return [(key, _printable(value)) for key, value in trailers]
+
+
+def _percent_encoded(text: str) -> str:
+    return "".join(char if " " <= char <= "~" and char != "%" else f"%{ord(char):02X}" for char in _printable(text))
 
 
 def _printable(text: str) -> str:

@@ -6,9 +6,9 @@ back as their head's bytes and a table of attributes.
 
 from __future__ import annotations
 
+import _socket as socket
 import errno
 import os
-import socket
 import struct
 from typing import TYPE_CHECKING, TypeAlias
 

@@ -1,11 +1,11 @@
-"""Where hosts come from: ports, and sockets whose connections the kernel begins and ends."""
+"""Serving hosts at sockets, whose connections the kernel begins and ends."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from vmsandbox_agent.http2 import Connection
 
 _PIECE = 128 * 1024
-#: seconds for answers to leave before everything is closed
-GRACE = 2.0
-
-
-class Endpoint(Protocol):
-    """A place at which hosts are served."""
-
-    def start(self) -> None: ...
-
-    def drain(self, timeout: float) -> None:
-        """Wait until the last answers are on their way."""
 
 
 class ServedSocket:

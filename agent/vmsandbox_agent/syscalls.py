@@ -7,11 +7,11 @@ somebody else, `SharedMachineCalls` mounts but leaves clock, name, entropy and p
 
 from __future__ import annotations
 
+import _socket as socket
 import ctypes
 import errno
 import fcntl
 import os
-import socket
 import struct
 import time
 from typing import Protocol

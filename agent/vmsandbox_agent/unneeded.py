@@ -3,7 +3,8 @@
 protobuf imports its implementation in Python, whoever uses it or not, dataclasses what describes classes without a
 docstring, and tracebacks what reads source code.  In their places stand modules that become the real ones as soon as
 somebody uses anything in them.  h2 and what it builds on tell what they do to a log that nobody keeps here, and could
-compare and print everything that happens.
+compare and print everything that happens.  Python's own module for sockets makes enumerations of the constants of the
+one in C, `_socket`, which therefore is what the agent uses.
 """
 
 from __future__ import annotations

@@ -153,9 +153,10 @@ async def test_processes_are_listed_with_their_user_and_exec(directory: Path) ->
             container_id="web", exec_id="one", process_json=b'{"args": ["sleep", "2000"]}', inherit=True, user="web"
         )
         await agent.client.exec(request, timeout=10)
-        # crun answers before the process that it made has become the program.
-        while "sleep 2000" not in (rows := {row.command: row for row in await agent.client.processes("web")}):
-            continue
+        # crun answers before the processes that it made have become the programs.
+        rows: dict[str, pb.ProcessRow] = {}
+        while not {"sleep 1000", "sleep 2000"} <= rows.keys():
+            rows = {row.command: row for row in await agent.client.processes("web")}
         init, extra = rows["sleep 1000"], rows["sleep 2000"]
         assert (init.pid, init.exec_id, init.user, init.uid) == (1, "", "root", 0)
         assert (extra.exec_id, extra.user, extra.uid) == ("one", "web", 1000)

@@ -43,6 +43,8 @@ def agent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return
     with Loop() as loop, loop.entered(harness.running(tmp_path_factory.mktemp("s"))) as served:
         served.loop = loop
+        # Until it answers, its processes are not all there: the rest would look as if the first test had left it.
+        loop.run(served.client.details(timeout=SLOW))
         yield served
 
 
