@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vmsandbox_agent.http2 import Connection
-
 #: A port's buffers are pages; one vector takes many of them in one call.
 _PAGE = 4096
 _PAGES = 64
@@ -38,6 +36,22 @@ class Session(Protocol):
 
     def end(self) -> None:
         """Stop sending, even within a frame, and close everything."""
+
+
+class Answering(Protocol):
+    """What a host talks to; `receive` and `take` are called by one thread each."""
+
+    def receive(self, data: bytes) -> bool:
+        """Take what the host sent, without waiting for anybody; False if there is nothing more to say."""
+
+    def take(self, most: int) -> bytes:
+        """Wait for an answer, and take at most so many bytes of it; nothing once all is said."""
+
+    def end(self) -> None:
+        """Say nothing more than what can be taken."""
+
+    def drain(self, timeout: float) -> None:
+        """Wait until what was asked is answered and taken."""
 
 
 class Endpoint(Protocol):
@@ -116,12 +130,12 @@ class Port:
 class ServedPort(Port):
     """Serves the hosts that come on one port."""
 
-    def __init__(self, port: int, connect: Callable[[], Connection]) -> None:
+    def __init__(self, port: int, connect: Callable[[], Answering]) -> None:
         """`connect` makes what serves a host that has come."""
         super().__init__(port, lambda fd, digits: _Served(fd, digits, connect()))
 
     @classmethod
-    def opened(cls, port: Path, connect: Callable[[], Connection]) -> ServedPort:
+    def opened(cls, port: Path, connect: Callable[[], Answering]) -> ServedPort:
         return cls(opened(port), connect)
 
     def drain(self, timeout: float) -> None:
@@ -138,7 +152,7 @@ def opened(port: Path) -> int:
 class _Served:
     """A session that carries RPCs; its thread sends, whoever calls `receive` is the other direction."""
 
-    def __init__(self, port: int, digits: bytes, connection: Connection) -> None:
+    def __init__(self, port: int, digits: bytes, connection: Answering) -> None:
         self._port = port
         self._over = False
         self._unframer = link.Unframer()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vmsandbox_agent.http2 import Connection
+    from vmsandbox_agent.link import Answering
 
 _PIECE = 128 * 1024
 
@@ -19,21 +19,21 @@ _PIECE = 128 * 1024
 class ServedSocket:
     """Serves the connections that a listening socket accepts."""
 
-    def __init__(self, listener: socket.socket, connect: Callable[[], Connection]) -> None:
+    def __init__(self, listener: socket.socket, connect: Callable[[], Answering]) -> None:
         """`connect` makes what serves a host that has come."""
         self._listener = listener
         self._connect = connect
-        self._served: set[Connection] = set()
+        self._served: set[Answering] = set()
         self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
 
     @classmethod
-    def at_path(cls, path: Path, connect: Callable[[], Connection]) -> ServedSocket:
+    def at_path(cls, path: Path, connect: Callable[[], Answering]) -> ServedSocket:
         """At a unix socket; raises OSError."""
         path.unlink(missing_ok=True)
         return cls(_listening(socket.AF_UNIX, str(path)), connect)
 
     @classmethod
-    def at_vsock(cls, port: int, connect: Callable[[], Connection]) -> ServedSocket:
+    def at_vsock(cls, port: int, connect: Callable[[], Answering]) -> ServedSocket:
         """At a port of vsock; raises OSError."""
         return cls(_listening(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, port)), connect)
 
@@ -54,14 +54,14 @@ class ServedSocket:
                 for target in (self._receive, self._send):
                     threading.Thread(target=target, args=(peer, connection), name="socket", daemon=True).start()
 
-    def _receive(self, peer: socket.socket, connection: Connection) -> None:
+    def _receive(self, peer: socket.socket, connection: Answering) -> None:
         with suppress(OSError):
             while (data := peer.recv(_PIECE)) and connection.receive(data):
                 pass
         self._served.discard(connection)
         connection.end()
 
-    def _send(self, peer: socket.socket, connection: Connection) -> None:
+    def _send(self, peer: socket.socket, connection: Answering) -> None:
         with peer:
             with suppress(OSError):
                 while data := connection.take(_PIECE):
