@@ -56,6 +56,7 @@ class AgentClient:
         from vmsandbox_protocol import agent_pb2_grpc
 
         self._relay = relay
+        self._channel = channel
         self._bulk = bulk
         self._sandbox: Any = agent_pb2_grpc.SandboxStub(channel)  # type: ignore[no-untyped-call]
         self._container: Any = agent_pb2_grpc.ContainerStub(channel)  # type: ignore[no-untyped-call]
@@ -113,6 +114,16 @@ class AgentClient:
                 await channel.close()
 
     # ------------------------------------------------------------ sandbox
+
+    async def reached(self, *, timeout: float) -> None:
+        """Wait until the agent listens, so that what is asked next is on its way at once."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._relay.ready()
+                with translating():
+                    await self._channel.channel_ready()
+        except TimeoutError:
+            raise TimedOutError(f"the agent has not answered within {timeout:g} s") from None
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest, *, timeout: float) -> pb.GuestDetails:
         """Give the guest its identity; AlreadyExistsError if it has one."""

@@ -286,6 +286,8 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
             timeout = RPC_TIMEOUT
         else:
             await plugging
+    # A time that waits for the connection would be too old to be believed without another look at the clock.
+    await sandbox.agent.reached(timeout=timeout)
     sandbox.network.describe(request)
     request.time_ns = time.time_ns()
     details = await sandbox.agent.create_sandbox(request, timeout=timeout)

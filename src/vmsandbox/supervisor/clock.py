@@ -74,6 +74,7 @@ def after_setting(guest: int) -> Ahead:
 async def settle(agent: AgentClient, known: Ahead) -> None:
     """Have a guest's clock that was set just now, of which so much is `known`, show the host's time."""
     ahead = await _narrowed(agent, known)
+    log.debug("the guest's clock may be %.1f ms off, known before to %.1f ms", ahead.most / 1e6, known.doubt / 1e6)
     if ahead.most > PRECISION_NS:
         await _shift(agent, -ahead.middle)
 
