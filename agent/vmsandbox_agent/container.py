@@ -22,6 +22,7 @@ from vmsandbox_agent.errors import (
     InvalidArgumentError,
     InvalidStateError,
 )
+from vmsandbox_agent.layout import put
 from vmsandbox_agent.process import Ending, Process, Processes
 from vmsandbox_agent.syscalls import open_in_root
 
@@ -86,7 +87,7 @@ class Container:
             self._clocks = clock_offsets.take(self._spec.get("linux") or {})
             if self._clocks >= 0:
                 self._crun.clocks[self.bundle] = f"/proc/{os.getpid()}/fd/{self._clocks}"
-            (self.bundle / "config.json").write_text(json.dumps(self._spec))
+            put(self.bundle / "config.json", json.dumps(self._spec))
             begun = time.monotonic_ns()
             undo.callback(self._delete)
             hugepages.allow((self._spec.get("linux") or {}).get("resources") or {})
@@ -214,7 +215,7 @@ class Container:
             self._check_program(self.init.child.pid, document)
             name = f"exec-{request.exec_id}"
             path = self.bundle / f"{name}.json"
-            path.write_text(json.dumps(document))
+            put(path, json.dumps(document))
             was_paused = self._paused
             if was_paused:  # crun runs nothing in a frozen group
                 self._crun.resume(self.id, self.bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -47,3 +48,14 @@ def checked_id(text: str, what: str) -> str:
     if not _ID.fullmatch(text):
         raise InvalidArgumentError(f"{what} id '{text[:130]}' is not made of letters, digits and '_.+-'")
     return text
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file anew.  Python's own files take an emulated guest several times as long to open."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        data = memoryview(text.encode())
+        while len(data):
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)

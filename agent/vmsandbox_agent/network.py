@@ -81,16 +81,17 @@ class Network:
         neighbours: Iterable[pb.Neighbour],
     ) -> None:
         """Everything at once, as a pod starts; one without interfaces has the loopback only."""
-        described = list(interfaces)
+        described, wanted, known = list(interfaces), list(paths), list(neighbours)
         if not described:
             self._put_away()
-        with Rtnetlink() as kernel:
-            for interface in described:
-                self._set_up(kernel, interface, TIMEOUT)
-            wanted = list(paths)
-            if wanted:
-                routes.update(kernel, wanted, self._indices(kernel))
-        self.add_neighbours(neighbours)
+        if described or wanted:
+            with Rtnetlink() as kernel:
+                for interface in described:
+                    self._set_up(kernel, interface, TIMEOUT)
+                if wanted:
+                    routes.update(kernel, wanted, self._indices(kernel))
+        if known:
+            self.add_neighbours(known)
 
     def _put_away(self) -> None:
         """Have the driver let go of the cards that the machine has had from its start: nothing is seen of them."""

@@ -27,7 +27,7 @@ from vmsandbox_agent.errors import (
     UnsupportedError,
 )
 from vmsandbox_agent.events import Event, Events, Exited, OomKilled, Watcher
-from vmsandbox_agent.layout import Layout, checked_id
+from vmsandbox_agent.layout import Layout, checked_id, put
 from vmsandbox_agent.pidns import start_holder
 from vmsandbox_agent.process import Process, Processes
 from vmsandbox_agent.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, SystemCalls
@@ -103,23 +103,23 @@ class Sandbox:
         self.identified = True
 
     def _renew(self, request: pb.CreateSandboxRequest) -> None:
+        if request.time_ns:  # first: it grows old
+            self._calls.set_time(request.time_ns)
         if request.entropy:
             self.reseed(request.entropy)
-        if request.time_ns:
-            self._calls.set_time(request.time_ns)
         etc = self.layout.etc
         if request.machine_id:
             if len(request.machine_id) != 32 or not set(request.machine_id) <= set("0123456789abcdef"):
                 raise InvalidArgumentError(f"machine id '{request.machine_id[:40]}' is not 32 lower-case hex digits")
-            (etc / "machine-id").write_text(request.machine_id + "\n")
+            put(etc / "machine-id", request.machine_id + "\n")
         if request.hostname:
             self._calls.set_hostname(request.hostname)
-            (etc / "hostname").write_text(request.hostname + "\n")
+            put(etc / "hostname", request.hostname + "\n")
             own = f"127.0.1.1\t{request.hostname}\n"
-            (etc / "hosts").write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + own)
+            put(etc / "hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + own)
         if request.hosts:
             self.write_etc("hosts", request.hosts)
-        (etc / "resolv.conf").write_text(_resolv_conf(request.dns))
+        put(etc / "resolv.conf", _resolv_conf(request.dns))
         for path, content in request.files.items():
             self._write_file(path, content)
         if self._network is not None or request.interfaces or request.routes or request.neighbours:

@@ -65,7 +65,7 @@ def test_entropy_and_clock_come_before_everything_else(sandbox: Sandbox, calls: 
             ],
         )
     )
-    assert [entry.split()[0] for entry in calls.journal] == ["entropy", "time", "hostname", "mount", "mount"]
+    assert [entry.split()[0] for entry in calls.journal] == ["time", "entropy", "hostname", "mount", "mount"]
     assert (calls.entropy, calls.time_ns, calls.hostname) == (b"e" * 32, 123, "pod")
     assert "size=4096" in calls.journal[3]
     assert sandbox.identified
