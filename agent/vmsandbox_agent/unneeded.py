@@ -1,10 +1,10 @@
 """Keeps the agent's start from loading and making what it never uses, which under emulation is half a second.
 
 protobuf imports its implementation in Python, whoever uses it or not, dataclasses what describes classes without a
-docstring, and tracebacks what reads source code.  In their places stand modules that become the real ones as soon as
-somebody uses anything in them.  h2 and what it builds on tell what they do to a log that nobody keeps here, and could
-compare and print everything that happens.  Python's own module for sockets makes enumerations of the constants of the
-one in C, `_socket`, which therefore is what the agent uses.
+docstring, paths what quotes addresses, and tracebacks what reads source code.  In their places stand modules that
+become the real ones as soon as somebody uses anything in them.  h2 and what it builds on tell what they do to a log
+that nobody keeps here, and could compare and print everything that happens.  Python's own module for sockets makes
+enumerations of the constants of the one in C, `_socket`, which therefore is what the agent uses.
 """
 
 from __future__ import annotations
@@ -16,24 +16,50 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-MODULES = ("calendar", "google.protobuf.internal.python_message", "inspect", "textwrap", "tokenize")
+#: modules, and functions that are taken from them long before they are called
+MODULES = {
+    "calendar": (),
+    "google.protobuf.internal.python_message": (),
+    "inspect": (),
+    "textwrap": (),
+    "tokenize": (),
+    "urllib.parse": ("quote_from_bytes",),
+}
 
 
 class _Postponed(ModuleType):
-    """A module that is imported when one of its attributes, or a submodule, is first asked for."""
+    """A module, but no package, that is imported when one of its attributes is first asked for.
+
+    Of its `functions` that is when they are called.
+    """
+
+    def __init__(self, name: str, *functions: str) -> None:
+        super().__init__(name)
+        for function in functions:
+            self.__dict__[function] = self._called_later(function)
 
     def __getattr__(self, name: str) -> object:
         # The import system itself looks at other names with underscores; they mean no use.
-        if name.startswith("__") and name != "__path__":
+        if name.startswith("__"):
             raise AttributeError(name)
+        found: object = getattr(self._real(), name)
+        return found
+
+    def _real(self) -> ModuleType:
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         real = import_module(self.__name__)
         self.__dict__.update(real.__dict__)
-        found: object = getattr(real, name)
-        return found
+        return real
+
+    def _called_later(self, function: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            found: object = getattr(self._real(), function)(*arguments)
+            return found
+
+        return call
 
 
 class _Silent:
@@ -45,8 +71,8 @@ class _Silent:
 
 def postpone() -> None:
     """Put stand-ins where nothing has been imported yet."""
-    for name in MODULES:
-        sys.modules.setdefault(name, _Postponed(name))
+    for name, functions in MODULES.items():
+        sys.modules.setdefault(name, _Postponed(name, *functions))
 
 
 @contextmanager

@@ -124,7 +124,19 @@ def compile_python(directory: Path, places: Iterable[str], steps: Steps) -> None
     interpreter: list[str | Path] = [directory / _LOADER, "--library-path", directory / _LIBRARIES, directory / _PYTHON]
     options: list[str | Path] = ["-q", "-b", "--invalidation-mode", "unchecked-hash", "-s", directory, "-p", "/"]
     steps.run(
-        [*interpreter, "-s", "-S", "-P", "-B", "-m", "compileall", *options, *(directory / place for place in listed)],
+        [
+            *interpreter,
+            "-s",
+            "-S",
+            "-P",
+            "-B",
+            "-X",
+            "no_debug_ranges",
+            "-m",
+            "compileall",
+            *options,
+            *(directory / place for place in listed),
+        ],
         # What byte code looks like must not depend on the order of sets.
         environment={"PYTHONHASHSEED": "0"},
     )
