@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.cli import Cli, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, wait_until_gone
 from vmsandbox import records
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ def test_a_pod_remains_without_containers_is_stopped_and_starts_with_what_was_in
     assert (cli.pods()[0]["status"], cli.pods()[0]["running"]) == ("running", 2)
     assert described(cli, "p")["vm"]["pid"] != machine
     assert inside(cli, "a", "cat /count") == "started\nstarted"
-    assert cli.ok("logs", "a") == "started\nstarted\nstarted\n"
+    # What it says and what is seen in it come by different ways.
+    awaited(lambda: cli.ok("logs", "a") == "started\nstarted\nstarted\n")
     cli.ok("pod", "rm", "-f", "p")
     assert cli.leftovers() == []
 
