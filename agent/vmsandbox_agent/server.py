@@ -47,12 +47,16 @@ class ServedSocket:
 
     def _accept(self) -> None:
         while True:
-            with suppress(OSError):  # a host that has left already
+            try:
                 peer, _ = self._listener.accept()
-                connection = self._connect()
-                self._served.add(connection)
-                for target in (self._receive, self._send):
-                    threading.Thread(target=target, args=(peer, connection), name="socket", daemon=True).start()
+            except ConnectionAbortedError:
+                continue  # a host that has left already
+            except OSError:
+                return  # tried again at once, it would fail again at once
+            connection = self._connect()
+            self._served.add(connection)
+            for target in (self._receive, self._send):
+                threading.Thread(target=target, args=(peer, connection), name="socket", daemon=True).start()
 
     def _receive(self, peer: socket.socket, connection: Answering) -> None:
         with suppress(OSError):

@@ -117,13 +117,10 @@ class AgentClient:
 
     async def reached(self, *, timeout: float) -> None:
         """Wait until the agent listens, so that what is asked next is on its way at once."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._relay.ready()
-                with translating():
-                    await self._channel.channel_ready()
-        except TimeoutError:
-            raise TimedOutError(f"the agent has not answered within {timeout:g} s") from None
+        async with _within(timeout):
+            await self._relay.ready()
+            with translating():
+                await self._channel.channel_ready()
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest, *, timeout: float) -> pb.GuestDetails:
         """Give the guest its identity; AlreadyExistsError if it has one."""
@@ -377,13 +374,10 @@ class AgentClient:
     # ------------------------------------------------------------ calling
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        try:
-            async with asyncio.timeout(timeout):
-                await self._relay.ready()
-                with translating():
-                    answer = await method(request, timeout=timeout, wait_for_ready=True)
-        except TimeoutError:
-            raise TimedOutError(f"the agent has not answered within {timeout:g} s") from None
+        async with _within(timeout):
+            await self._relay.ready()
+            with translating():
+                answer = await method(request, timeout=timeout, wait_for_ready=True)
         check_bounds(answer)
         return answer
 
@@ -397,3 +391,13 @@ class AgentClient:
                     yield answer
             finally:
                 call.cancel()
+
+
+@asynccontextmanager
+async def _within(timeout: float | None) -> AsyncIterator[None]:
+    """The agent has so many seconds for the block."""
+    try:
+        async with asyncio.timeout(timeout):
+            yield
+    except TimeoutError:
+        raise TimedOutError(f"the agent has not answered within {timeout:g} s") from None
