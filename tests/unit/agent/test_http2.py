@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from h2.connection import H2Connection
 
+from tests.harness.cli import awaited
 from vmsandbox_agent import errors
 from vmsandbox_agent.http2 import MESSAGE_LIMIT, MOST_STREAMS, Connection, Stream
 from vmsandbox_agent.rpc import Methods
@@ -96,11 +97,10 @@ def stub(served: str) -> Iterator[agent_pb2_grpc.SandboxStub]:
         yield agent_pb2_grpc.SandboxStub(channel)  # type: ignore[no-untyped-call]
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def exchange_much(stub: Any) -> None:
+    """Ask and be answered over the same connection, so often that whatever can be sent beside it has been."""
+    for _ in range(100):
+        stub.SetTime(pb.SetTimeRequest(), timeout=PATIENCE)
 
 
 def test_one_connection_serves_many_calls_one_after_the_other(stub: Any) -> None:
@@ -111,7 +111,7 @@ def test_one_connection_serves_many_calls_one_after_the_other(stub: Any) -> None
 def test_calls_do_not_wait_for_each_other(stub: Any, sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(60) as pool:
         waiting = [pool.submit(stub.GetMetrics, pb.GetMetricsRequest(), timeout=PATIENCE) for _ in range(50)]
-        until(lambda: sandbox.running == 50)
+        awaited(lambda: sandbox.running == 50)
         stub.SetTime(pb.SetTimeRequest(), timeout=PATIENCE)
         sandbox.going_on.set()
         assert [each.result() for each in waiting] == [pb.Metrics()] * 50
@@ -119,7 +119,7 @@ def test_calls_do_not_wait_for_each_other(stub: Any, sandbox: Sandbox) -> None:
 
 def test_more_calls_than_it_serves_at_once_wait_their_turn(stub: Any, sandbox: Sandbox) -> None:
     calls = [stub.GetMetrics.future(pb.GetMetricsRequest(), timeout=PATIENCE) for _ in range(MOST_STREAMS + 20)]
-    until(lambda: sandbox.running == MOST_STREAMS)
+    awaited(lambda: sandbox.running == MOST_STREAMS)
     sandbox.going_on.set()
     assert all(call.result() == pb.Metrics() for call in calls)
 
@@ -146,11 +146,8 @@ def test_a_sender_waits_for_who_does_not_take(stub: Any, sandbox: Sandbox) -> No
             sent += 1
 
     call = stub.CopyIn.future(pieces(), timeout=PATIENCE)
-    until(lambda: sent > 10)
-    settled = -1
-    while settled != sent:
-        settled = sent
-        time.sleep(0.3)
+    awaited(lambda: sent > 10)
+    exchange_much(stub)
     assert sent < 100
     sandbox.going_on.set()
     assert call.result().bytes == 40 * MIB
@@ -159,11 +156,8 @@ def test_a_sender_waits_for_who_does_not_take(stub: Any, sandbox: Sandbox) -> No
 def test_much_is_given_and_not_faster_than_it_is_taken(stub: Any, sandbox: Sandbox) -> None:
     answers = stub.CopyOut(pb.CopyOutRequest(path="60"), timeout=PATIENCE)
     next(answers)
-    given = -1
-    while given != sandbox.given:
-        given = sandbox.given
-        time.sleep(0.3)
-    assert given < 30 * MIB
+    exchange_much(stub)
+    assert sandbox.given < 30 * MIB
     assert 1 + sum(1 for _ in answers) == 60
     assert sandbox.closed.is_set()
 
@@ -260,3 +254,16 @@ def test_what_is_no_http_ends_the_connection_and_says_so() -> None:
     assert not connection.receive(b"anything")
     assert connection.take(MIB)
     assert connection.take(MIB) == b""
+
+
+def test_a_call_behind_the_end_of_a_connection_does_not_begin() -> None:
+    begun: list[Stream] = []
+    connection = Connection(lambda stream, headers: begun.append(stream))
+    host, another = H2Connection(), H2Connection()
+    host.initiate_connection()
+    another.initiate_connection()
+    another.clear_outbound_data_buffer()
+    host.close_connection()
+    another.send_headers(1, [(":method", "POST"), (":path", "/"), (":scheme", "http"), (":authority", "")])
+    assert not connection.receive(host.data_to_send() + another.data_to_send())
+    assert begun == []
