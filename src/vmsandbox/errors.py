@@ -100,6 +100,12 @@ class EndingError(UnavailableError):
     code = "ending"
 
 
+class UnheardError(EndingError):
+    """The supervisor was gone before it had read the request: even what must not be done twice can be asked again."""
+
+    code = "unheard"
+
+
 class TimedOutError(UnavailableError):
     """Something did not happen within its deadline."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +57,20 @@ def test_what_is_under_way_when_supervisors_die_is_neither_lost_nor_repeated(cli
 def feed(pipe: IO[bytes], data: bytes) -> None:
     with pipe:
         pipe.write(data)
+
+
+def test_what_a_dying_supervisor_has_not_read_is_asked_of_the_next(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "100000")
+    supervisor = supervisor_of(cli, "web")
+    os.kill(supervisor, signal.SIGSTOP)  # it still takes connections, as one that is being killed does
+    with cli.popen("exec", "web", "echo", "here", stdout=subprocess.PIPE) as client:
+        try:
+            awaited(psutil.Process(client.pid).children)  # the stand-in: its client has asked, or is about to
+        finally:
+            kill(supervisor)
+        assert client.communicate() == (b"here\n", None)
+    assert client.returncode == 0
+    assert supervisor_of(cli, "web") != supervisor
 
 
 def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:

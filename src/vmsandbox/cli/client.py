@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from vmsandbox import wire
-from vmsandbox.errors import EndingError, SandboxError, from_code
+from vmsandbox.cli import launch
+from vmsandbox.errors import EndingError, SandboxError, UnheardError, from_code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from vmsandbox.paths import Roots, SandboxPaths
     from vmsandbox.plainsocket import Socket
 
     T = TypeVar("T")
@@ -22,13 +24,16 @@ def send(sock: Socket, request: dict[str, Any]) -> None:
     try:
         sock.sendall(wire.encode_message(request))
     except OSError as error:
-        raise EndingError(f"the pod's supervisor is gone: {error.strerror}") from error
+        raise UnheardError(f"the pod's supervisor is gone: {error.strerror}") from error
 
 
 def answer(sock: Socket) -> dict[str, Any]:
     """Wait for the reply; an error reply is raised as the class it was over there."""
     try:
         frame = wire.receive(sock)
+    except ConnectionResetError as error:
+        # What the kernel says of a Unix socket that was closed with something in it that nobody had read.
+        raise UnheardError(f"the pod's supervisor ended before it was asked: {error.strerror}") from error
     except (OSError, wire.WireError) as error:
         raise EndingError(f"the pod's supervisor broke off: {error}") from error
     if frame is None:
@@ -49,7 +54,24 @@ def request(sock: Socket, message: dict[str, Any]) -> dict[str, Any]:
     return answer(sock)
 
 
-def insisting(attempt: Callable[[], T]) -> T:
+def request_once(roots: Roots, sandbox: SandboxPaths, sock: Socket, message: dict[str, Any]) -> dict[str, Any]:
+    """Send one request that must not be carried out twice: again, to the next supervisor, only if it was not read."""
+
+    def again() -> dict[str, Any]:
+        try:
+            another = launch.connect_or_take_over(roots, sandbox)
+        except FileNotFoundError:
+            raise EndingError("the pod has ended") from None
+        with another:
+            return request(another, message)
+
+    try:
+        return request(sock, message)
+    except UnheardError:
+        return insisting(again, after=UnheardError)
+
+
+def insisting(attempt: Callable[[], T], *, after: type[EndingError] = EndingError) -> T:
     """Do what asks a supervisor; again, from the documents on, when it was just ending.
 
     `attempt` looks up what it needs itself each time: what was a pod may be a stopped container by then.
@@ -57,7 +79,7 @@ def insisting(attempt: Callable[[], T]) -> T:
     for _ in range(ATTEMPTS - 1):
         try:
             return attempt()
-        except EndingError:
+        except after:
             continue
     return attempt()
 

@@ -93,7 +93,7 @@ def exec_verb(options: Options, argv: list[str]) -> int:
         )
         request["standin"] = standing.document()
         try:
-            client.request(sock, request)
+            client.request_once(roots, container.sandbox, sock, request)
             standing.announce(given.text("pid-file"))
         except SandboxError as error:
             standing.end()

@@ -79,7 +79,7 @@ def main(options: Options, argv: list[str]) -> int:
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
         with terminal.forwarding(pid):
             try:
-                client.request(sock, request)
+                client.request_once(roots, container.sandbox, sock, request)
             except EndingError:
                 # Not tried again, since nobody knows how far it came.
                 end_standin(pid)
