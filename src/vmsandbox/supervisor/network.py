@@ -10,10 +10,10 @@ import asyncio
 import logging
 import os
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import SandboxError
+from vmsandbox.errors import NotFoundError, SandboxError
 from vmsandbox.resources.network import attach, names, pod
 from vmsandbox.resources.network.bridge import Bridge
 from vmsandbox.resources.network.options import NetworkOptions
@@ -158,7 +158,8 @@ class Connection:
         known = {each.name: each for each in (*network.endpoints, *network.plugged())}
         names = {name: cards.FIRST if name == self._first else f"if{each.index}" for name, each in known.items()}
         self.plugged = {name: device for name, device in names.items() if f"nic-{device}" in devices}
-        self._looks = {name: _look(known[name]) for name in self.plugged}
+        coming = network.coming()  # to be plugged in once more: nobody knows what the guest was told
+        self._looks = {name: () if name in coming else _look(known[name]) for name in self.plugged}
         self._unattended = True
 
     async def settle(self) -> None:
@@ -266,6 +267,8 @@ class Connection:
         taps = await attach.attach(network.namespace, names=names, source_check=check, owner=self.spec.id, early=early)
         try:
             await self.card.close()
+            first = next((tap.endpoint.name for tap in taps if tap.early), self._first)
+            network.remember_plugged(first, coming=[tap.endpoint for tap in taps])
             for tap in taps:
                 with translating():
                     pci_path = await self._attach(vm, tap)
@@ -280,7 +283,8 @@ class Connection:
         if device == cards.FIRST:
             self._first = ""
         try:
-            await agent.remove_interface(name)
+            with suppress(NotFoundError):  # who plugged it in was killed before it told the guest
+                await agent.remove_interface(name)
             with translating():
                 await vm.detach_nic(device)
         except SandboxError as error:

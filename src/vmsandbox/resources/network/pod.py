@@ -91,14 +91,22 @@ class PodNetwork:
         os.makedirs(os.path.dirname(self.place.file), mode=0o700, exist_ok=True)
         records.write_document(self.place.file, self._document)
 
-    def remember_plugged(self, first: str) -> None:
-        """Write down what the machine was given of a namespace that others change, and which is its `first` one."""
+    def remember_plugged(self, first: str, coming: Sequence[Endpoint] = ()) -> None:
+        """Write down what the machine was given of a namespace that others change, and which is its `first` one.
+
+        Those that are `coming` it may have or not, and its guest may not have been told of them.
+        """
         if self.options.kind == "namespace":
-            self.remember(plugged=[each.document() for each in self.endpoints], first=first)
+            plugged = {each.name: each.document() for each in (*self.endpoints, *coming)}
+            self.remember(plugged=[*plugged.values()], coming=[each.name for each in coming], first=first)
 
     def plugged(self) -> list[Endpoint]:
         """What `remember_plugged` wrote down."""
         return [Endpoint.of(document) for document in self._document.get("plugged") or ()]
+
+    def coming(self) -> list[str]:
+        """Names of those that were on their way when it was written down."""
+        return [str(name) for name in self._document.get("coming") or ()]
 
     @property
     def first(self) -> str:
