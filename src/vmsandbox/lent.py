@@ -18,7 +18,7 @@ import os
 import stat
 import time
 
-from vmsandbox import records
+from vmsandbox import documents, remains
 from vmsandbox.errors import SandboxError
 
 TYPE_CHECKING = False
@@ -144,7 +144,7 @@ def take(root: dict[str, Any], record: str) -> None:
         return
     os.makedirs(os.path.dirname(record), mode=0o700, exist_ok=True)
     root["autoclear"] = _clear_itself(root["device"], wanted=None)
-    records.write_document(record, root)
+    documents.write(record, root)
     _clear_itself(root["device"], wanted=False)
     try:
         _unmount(root["path"])
@@ -175,7 +175,7 @@ def give_back(record: str) -> None:
         # A supervisor that ends and whoever cleans up after it may both be here.
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            root = records.read_document(record)
+            root = documents.read(record)
         except SandboxError:
             return
         _give_back(root, record)
@@ -230,7 +230,7 @@ def give_back_all(sandbox: SandboxPaths) -> list[str]:
             give_back(f"{directory}/{name}")
         except SandboxError as error:
             complaints.append(str(error))
-    records.remove_tree(directory)
+    remains.remove_tree(directory)
     return complaints
 
 

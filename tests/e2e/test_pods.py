@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
-from vmsandbox import records
+from vmsandbox import remains
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ def test_a7_a_root_is_on_disks_with_ids_derived_from_what_they_are_for_and_noted
 def served(cli: Cli) -> list[str]:
     """What the pod has of the host's: the names of the mounts that virtiofsd serves, and virtiofsd itself."""
     shared = f"{described(cli, 'shop')['run_directory']}/shared"
-    places = [place for place in records.mounts_below(shared) if place != shared]
+    places = [place for place in remains.mounts_below(shared) if place != shared]
     return [place.rpartition("-")[2] for place in sorted(places)] + [
         process.name() for process in cli.processes() if process.name() == "virtiofsd" and not process.children()
     ]

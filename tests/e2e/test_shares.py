@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.harness.cli import Cli, kill, wait_until_gone
-from vmsandbox import records
+from vmsandbox import remains
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ def check_read_only(cli: Cli, source: Path) -> None:
     script = "for f in /ro/x /ro/file /ro/mounted/x /ro-file; do echo x > $f || echo refused; done 2>/dev/null"
     assert inside(cli, script) == "refused\n" * 4
     (pod,) = (cli.run_root / "s").iterdir()
-    binds = [place for place in records.mounts_below(str(pod / "shared")) if place != str(pod / "shared")]
+    binds = [place for place in remains.mounts_below(str(pod / "shared")) if place != str(pod / "shared")]
     written = []
     for place in binds:
         try:
@@ -312,7 +312,7 @@ def test_gc_unmounts_what_killed_processes_left(cli: Cli, box: str, source: Path
         if psutil.pid_exists(found[part].pid):
             kill(found[part].pid)
             wait_until_gone(found[part].pid)
-    assert any(line for line in records.mounts_below(str(cli.run_root)))
+    assert any(line for line in remains.mounts_below(str(cli.run_root)))
     cli("gc", "-q")
     assert cli.leftovers() == []
     assert (source / "file").read_text() == "from the host\n"

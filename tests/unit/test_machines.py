@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox import machines, records
+from vmsandbox import machines, remains
 from vmsandbox.paths import Roots, SandboxPaths
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def test_the_machine_ends_with_its_pods_directory(sandbox: SandboxPaths, on_purp
     roots = Roots(str(sandbox.vm.parents[2]), "")
     with running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{ID},debug-threads=on") as machine:
         if on_purpose:
-            records.forget_pod(roots, sandbox)
+            remains.forget_pod(roots, sandbox)
         else:
-            assert records.forget_sandbox_if_empty(sandbox)
+            assert remains.forget_sandbox_if_empty(sandbox)
         assert machine.wait(10) == -9
     assert not sandbox.vm.exists()
 

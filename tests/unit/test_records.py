@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import errno
-import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from vmsandbox import records
+from vmsandbox import documents, records, remains
 from vmsandbox.cli import launch
 from vmsandbox.errors import AlreadyExistsError, AmbiguousError, InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import Roots
@@ -26,35 +24,9 @@ def add(roots: Roots, container_id: str, **document: object) -> str:
     sandbox = roots.sandbox(container_id)
     os.makedirs(sandbox.containers_dir)
     path = sandbox.container_file(container_id)
-    records.write_document(path, {"id": container_id, "status": "stopped", **document})
+    documents.write(path, {"id": container_id, "status": "stopped", **document})
     os.symlink(os.path.relpath(sandbox.dir, roots.by_container_dir), f"{roots.by_container_dir}/{container_id}")
     return path
-
-
-def test_a_document_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    path = str(tmp_path / "x.json")
-    records.write_document(path, {"id": "a", "n": [1, 2]})
-    assert records.read_document(path) == {"version": records.VERSION, "id": "a", "n": [1, 2]}
-    assert os.listdir(tmp_path) == ["x.json"]
-    assert os.stat(path).st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("step", ["fsync", "rename"])
-def test_b5_a_document_that_cannot_be_written_leaves_the_one_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = str(tmp_path / "x.json")
-    records.write_document(path, {"id": "old"})
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, step, full)
-        with pytest.raises(OSError, match="No space left"):
-            records.write_document(path, {"id": "new"})
-    assert records.read_document(path)["id"] == "old"
-    assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_b6_one_process_at_a_time_has_a_pods_lock(tmp_path: Path) -> None:
@@ -64,25 +36,6 @@ def test_b6_one_process_at_a_time_has_a_pods_lock(tmp_path: Path) -> None:
     with launch.locked(sandbox):
         assert subprocess.run(other, check=False).returncode == 1
     assert subprocess.run(other, check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"[]", b"{}", b'{"version": "1"}', b"\xff\xfe", b"[" * 100_000],
-    ids=["empty", "truncated", "no-object", "no-version", "foreign-version", "binary", "deep"],
-)
-def test_a_damaged_document_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(records.DamagedDocumentError, match=str(path)):
-        records.read_document(str(path))
-
-
-def test_a_document_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"version": records.VERSION + 1}))
-    with pytest.raises(records.DamagedDocumentError, match="newer"):
-        records.read_document(str(path))
 
 
 @pytest.mark.parametrize(
@@ -106,22 +59,22 @@ def test_a_document_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 def test_a_value_of_a_foreign_type_is_damage_that_is_named(roots: Roots, key: str, value: object) -> None:
     outer, _, inner = key.partition(".")
     path = add(roots, "aa" * 32, **{outer: {inner: value} if inner else value})
-    with pytest.raises(records.DamagedDocumentError, match=f"'{path}' is damaged: '{key}' is of the wrong type"):
+    with pytest.raises(documents.DamagedDocumentError, match=f"'{path}' is damaged: '{key}' is of the wrong type"):
         records.load(roots, "aa" * 32)
 
 
 def test_a_pods_value_of_a_foreign_type_is_damage_that_is_named(roots: Roots) -> None:
     for key, value in (("vm", [1]), ("created", "x"), ("name", 1), ("supervisor", 5)):
         path = add_pod(roots, os.urandom(32).hex(), **{key: value})
-        with pytest.raises(records.DamagedDocumentError, match=f"'{path}' is damaged: '{key}'"):
-            records.load_pod(roots, records.read_document(path)["id"])
+        with pytest.raises(documents.DamagedDocumentError, match=f"'{path}' is damaged: '{key}'"):
+            records.load_pod(roots, documents.read(path)["id"])
 
 
 def test_b8_a_damaged_container_does_not_spoil_the_others(roots: Roots) -> None:
     add(roots, "aa" * 32)
     Path(add(roots, "bb" * 32)).write_text("{")
     found = list(records.containers(roots))
-    assert [type(item) for item in found] == [records.Container, records.DamagedDocumentError]
+    assert [type(item) for item in found] == [records.Container, documents.DamagedDocumentError]
 
 
 def test_a3_a_pid_is_trusted_only_with_its_start_time(roots: Roots) -> None:
@@ -174,9 +127,9 @@ def test_b7_forgetting_a_container_leaves_nothing_of_it(roots: Roots) -> None:
     data = Path(roots.container_data_dir, container_id)
     data.mkdir(parents=True)
     (data / "scratch.img").write_text("x")
-    records.forget_container(roots, container_id, name="web", image_id="")
-    records.forget_container(roots, container_id, name="web", image_id="")
-    assert records.forget_sandbox_if_empty(roots.sandbox(container_id))
+    remains.forget_container(roots, container_id, name="web", image_id="")
+    remains.forget_container(roots, container_id, name="web", image_id="")
+    assert remains.forget_sandbox_if_empty(roots.sandbox(container_id))
     assert [path for path in [*roots.run.rglob("*"), *roots.data.rglob("*")] if not path.is_dir()] == []
     assert records.container_ids(roots) == []
 
@@ -188,7 +141,7 @@ def test_removing_a_tree_does_not_follow_links(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "link").symlink_to(outside)
-    records.remove_tree(str(tree))
+    remains.remove_tree(str(tree))
     assert (outside / "kept").exists()
     assert not tree.exists()
 
@@ -196,7 +149,7 @@ def test_removing_a_tree_does_not_follow_links(tmp_path: Path) -> None:
 def add_pod(roots: Roots, pod_id: str, **document: object) -> str:
     sandbox = roots.sandbox(pod_id)
     os.makedirs(sandbox.containers_dir)
-    records.write_document(sandbox.document_file, {"id": pod_id, "implicit": False, **document})
+    documents.write(sandbox.document_file, {"id": pod_id, "implicit": False, **document})
     os.symlink(os.path.relpath(sandbox.dir, roots.by_pod_dir), f"{roots.by_pod_dir}/{pod_id}")
     return sandbox.document_file
 
@@ -223,9 +176,9 @@ def test_b7_a_pod_stays_without_containers_until_it_is_forgotten(roots: Roots) -
     add_pod(roots, pod_id, name="shop")
     records.reserve_name(roots, "shop", pod_id)
     records.reserve_name(roots, "other", "cd" * 32)
-    assert not records.forget_sandbox_if_empty(roots.sandbox(pod_id))
-    records.forget_pod(roots, roots.sandbox(pod_id))
-    records.forget_pod(roots, roots.sandbox(pod_id))
+    assert not remains.forget_sandbox_if_empty(roots.sandbox(pod_id))
+    remains.forget_pod(roots, roots.sandbox(pod_id))
+    remains.forget_pod(roots, roots.sandbox(pod_id))
     assert list(records.pods(roots)) == []
     assert os.listdir(roots.names_dir) == ["other"]
     assert not os.path.exists(roots.sandbox(pod_id).dir)
@@ -244,7 +197,7 @@ def test_a_damaged_pod_does_not_spoil_the_others(roots: Roots) -> None:
     add_pod(roots, "aa" * 32)
     Path(add_pod(roots, "bb" * 32)).write_text("{")
     found = list(records.pods(roots))
-    assert [type(item) for item in found] == [records.Pod, records.DamagedDocumentError]
+    assert [type(item) for item in found] == [records.Pod, documents.DamagedDocumentError]
     assert "bbbbbbbbbbbb" in str(found[1])
 
 
@@ -253,8 +206,8 @@ def test_a_damaged_container_is_named_beside_the_others_of_its_pod(roots: Roots)
     add_pod(roots, pod_id)
     sandbox = roots.sandbox(pod_id)
     for container_id in (whole, broken):
-        records.write_document(sandbox.container_file(container_id), {"id": container_id, "status": "stopped"})
+        documents.write(sandbox.container_file(container_id), {"id": container_id, "status": "stopped"})
         os.symlink(os.path.relpath(sandbox.dir, roots.by_container_dir), f"{roots.by_container_dir}/{container_id}")
     Path(sandbox.container_file(broken)).write_text("[]")
     found = records.load_pod(roots, pod_id).containers(roots)
-    assert [type(item) for item in found] == [records.Container, records.DamagedDocumentError]
+    assert [type(item) for item in found] == [records.Container, documents.DamagedDocumentError]

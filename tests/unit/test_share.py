@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox import records
+from vmsandbox import documents, remains
 from vmsandbox.admin import gc
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
 from vmsandbox.oci.texts import Volume
@@ -31,7 +31,7 @@ def place() -> Iterator[Path]:
         try:
             yield Path(scratch)
         finally:
-            records.unmount_below(scratch)
+            remains.unmount_below(scratch)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_unbinding_leaves_the_mounts_of_the_source_alone(directory: str, source:
     share.bind(directory, "one", str(source), read_only=False)
     share.unbind(directory, "one")
     assert os.listdir(directory) == []
-    assert records.mounts_below(directory) == [directory]
+    assert remains.mounts_below(directory) == [directory]
     assert (source / "sub" / "deep").read_text() == "deep"
     share.unbind(directory, "one")
 
@@ -117,7 +117,7 @@ def test_a_process_in_a_namespace_of_its_own_sees_later_mounts_come_and_go(direc
 
 def test_opening_the_directory_twice_mounts_it_once(directory: str) -> None:
     share.open_directory(directory)
-    assert records.mounts_below(directory) == [directory]
+    assert remains.mounts_below(directory) == [directory]
 
 
 def test_a_missing_source_is_made_where_that_was_asked_for(directory: str, place: Path) -> None:
@@ -136,7 +136,7 @@ def test_all_sources_are_mounted_or_none(directory: str, source: Path, place: Pa
     with pytest.raises(NotFoundError):
         share.bind_all(directory, wanted)
     assert os.listdir(directory) == []
-    assert records.mounts_below(directory) == [directory]
+    assert remains.mounts_below(directory) == [directory]
 
 
 def test_a_socket_cannot_cross(directory: str, place: Path) -> None:
@@ -171,7 +171,7 @@ def test_a6_a_name_tells_container_and_source_and_is_never_the_same() -> None:
 def test_removing_a_tree_refuses_while_something_is_mounted_in_it(directory: str, source: Path, place: Path) -> None:
     share.bind(directory, "one", str(source), read_only=False)
     with pytest.raises(SandboxError, match="is still mounted"):
-        records.remove_tree(str(place / "shared"))
+        remains.remove_tree(str(place / "shared"))
     assert (source / "file").read_text() == "text"
 
 
@@ -179,7 +179,7 @@ def test_forgetting_a_pod_unmounts_and_spares_the_sources(place: Path, source: P
     pod = Roots(place / "run", place / "data").sandbox("0" * 64)
     os.makedirs(pod.containers_dir)
     share.bind_all(pod.shared_dir, [("one", str(source), False, False), ("two", str(source / "file"), True, False)])
-    assert records.forget_sandbox_if_empty(pod)
+    assert remains.forget_sandbox_if_empty(pod)
     assert not os.path.exists(pod.dir)
     assert sorted(path.name for path in source.rglob("*")) == ["deep", "file", "sub"]
 
@@ -190,12 +190,12 @@ def test_gc_unmounts_what_a_dead_pod_left_though_its_container_stays_listed(plac
     os.makedirs(pod.containers_dir)
     Path(pod.lock_file).touch()
     container = {"id": "box", "status": "stopped", "autoremove": False}
-    records.write_document(pod.container_file("box"), container)
+    documents.write(pod.container_file("box"), container)
     share.bind_all(pod.shared_dir, [("one", str(source), False, False)])
     said: list[str] = []
     gc.collect_sandbox(roots, pod, said.append)
     assert said == ["unmounted what pod '000000000000' had shared"]
-    assert records.mounts_below(pod.dir) == []
+    assert remains.mounts_below(pod.dir) == []
     assert not os.path.exists(pod.shared_dir)
     assert (source / "sub" / "deep").read_text() == "deep"
     assert os.path.exists(pod.container_file("box"))

@@ -12,7 +12,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from vmsandbox import lent, machines, records
+from vmsandbox import documents, lent, machines, records, remains
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -63,17 +63,17 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            found = list(documents(sandbox))
+            found = list(containers_of(sandbox))
             if is_held(sandbox, found):
                 return
-        except records.ForeignDocumentError as error:
+        except documents.ForeignDocumentError as error:
             say(f"left pod '{os.path.basename(sandbox.dir)}' alone: {error}")
             return
         for pid in machine_of(sandbox):
             machines.end(pid)
             say(f"ended virtual machine {pid} of pod '{os.path.basename(sandbox.dir)}'")
-        records.remove_tree(f"{sandbox.dir}/vm")
-        if records.close_shared(sandbox):
+        remains.remove_tree(f"{sandbox.dir}/vm")
+        if remains.close_shared(sandbox):
             say(f"unmounted what pod '{os.path.basename(sandbox.dir)}' had shared")
         for complaint in lent.give_back_all(sandbox):
             say(complaint)
@@ -81,7 +81,7 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
             settle_container(roots, container, say)
         if records.pod_id_of(sandbox):
             settle_pod(roots, sandbox, say)
-        elif records.forget_sandbox_if_empty(sandbox):
+        elif remains.forget_sandbox_if_empty(sandbox):
             say(f"removed pod '{os.path.basename(sandbox.dir)}'")
 
 
@@ -91,13 +91,13 @@ def is_held(sandbox: SandboxPaths, found: list[records.Container]) -> bool:
     A pod that was made on purpose keeps its machine without a container and without a supervisor: the next verb
     takes it over.
     """
-    if records.is_served(sandbox) or any(container.status() in ("created", "running", "paused") for container in found):
+    if remains.is_served(sandbox) or any(container.status() in ("created", "running", "paused") for container in found):
         return True
     if not records.pod_id_of(sandbox):
         return False
     try:
-        vm = records.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
-    except records.ForeignDocumentError:
+        vm = documents.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
+    except documents.ForeignDocumentError:
         raise
     except SandboxError:
         return False
@@ -108,17 +108,17 @@ def settle_pod(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], None]) 
     """Mark a pod stopped whose machine is gone, or forget one that was never finished or is damaged."""
     name = os.path.basename(sandbox.dir)
     try:
-        document = records.read_shaped(sandbox.document_file, records.POD_SHAPE)
+        document = documents.read_shaped(sandbox.document_file, records.POD_SHAPE)
     except SandboxError:
-        records.forget_pod(roots, sandbox)
+        remains.forget_pod(roots, sandbox)
         say(f"removed pod '{name}'")
         return
     if not document.get("established"):
-        records.forget_pod(roots, sandbox)
+        remains.forget_pod(roots, sandbox)
         say(f"removed pod '{name}', which was not finished")
     elif document.pop("vm", None) is not None or document.get("status") != "stopped":
         document.update(status="stopped", reason="its virtual machine is gone")
-        records.write_document(sandbox.document_file, document)
+        documents.write(sandbox.document_file, document)
         say(f"pod '{document.get('name') or name}' has stopped")
 
 
@@ -139,9 +139,9 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                if is_held(sandbox, list(documents(sandbox))):
+                if is_held(sandbox, list(containers_of(sandbox))):
                     continue
-            except records.ForeignDocumentError:
+            except documents.ForeignDocumentError:
                 continue
             if asyncio.run(pod.release(place)):
                 say(f"removed the network of pod '{os.path.basename(sandbox.dir)}'")
@@ -154,7 +154,7 @@ def collect_builder(directory: str, say: Callable[[str], None]) -> None:
         return
     for pid in machines.end_all(directory):
         say(f"ended virtual machine {pid} of a template that was not finished")
-    records.remove_tree(directory)
+    remains.remove_tree(directory)
 
 
 def background_makers(roots: Roots) -> Iterator[int]:
@@ -177,7 +177,7 @@ def collect_unfinished_templates(roots: Roots, say: Callable[[str], None]) -> No
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            records.remove_tree(str(roots.templates / name))
+            remains.remove_tree(str(roots.templates / name))
             say("removed a template that was not finished")
 
 
@@ -194,7 +194,7 @@ def is_young(path: str, *, follow: bool = True) -> bool:
         return True
 
 
-def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
+def containers_of(sandbox: SandboxPaths) -> Iterator[records.Container]:
     """The pod's containers; a damaged document is one whose container has stopped and is forgotten.
 
     Raises `ForeignDocumentError` for one that nobody here may judge.
@@ -206,8 +206,8 @@ def documents(sandbox: SandboxPaths) -> Iterator[records.Container]:
             os.unlink(path)
             continue
         try:
-            document = records.read_shaped(path, records.CONTAINER_SHAPE)
-        except records.ForeignDocumentError:
+            document = documents.read_shaped(path, records.CONTAINER_SHAPE)
+        except documents.ForeignDocumentError:
             raise
         except SandboxError:
             document = {"id": container_id, "status": "stopped", "autoremove": True}
@@ -219,14 +219,14 @@ def settle_container(roots: Roots, container: records.Container, say: Callable[[
     document = container.document
     if document.get("autoremove") or document.get("status") == "creating":
         image = str((document.get("image") or {}).get("id") or "")
-        records.forget_container(roots, container.id, name=container.name, image_id=image)
-        records.remove_tree(container.sandbox.container_file(container.id))
+        remains.forget_container(roots, container.id, name=container.name, image_id=image)
+        remains.remove_tree(container.sandbox.container_file(container.id))
         say(f"removed container '{container.name or container.id[: records.SHOWN_ID]}'")
     elif document.get("status") != "stopped":
         exit_status = {"code": 137, "signal": 9, "time_ns": time.time_ns(), "reason": "its virtual machine is gone"}
         document.update(status="stopped", finished=time.time())
         document.setdefault("exit", exit_status)
-        records.write_document(container.sandbox.container_file(container.id), document)
+        documents.write(container.sandbox.container_file(container.id), document)
         say(f"container '{container.name or container.id[: records.SHOWN_ID]}' has stopped")
 
 
@@ -234,7 +234,7 @@ def machine_of(sandbox: SandboxPaths) -> list[int]:
     """Processes of a pod's machine: the one that its document tells of, and what command lines name."""
     found = {*machines.processes(sandbox.dir)}
     try:
-        vm = records.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
+        vm = documents.read_shaped(sandbox.document_file, records.POD_SHAPE).get("vm") or {}
         if records.is_alive(vm.get("pid"), vm.get("start_time")):
             found.add(int(vm["pid"]))
     except SandboxError:
@@ -246,16 +246,16 @@ def collect_spares(roots: Roots, say: Callable[[str], None]) -> None:
     """Remove what is left of machines that were kept ready and that nobody serves any more."""
     for name in entries(roots.spares_dir):
         path = f"{roots.spares_dir}/{name}"
-        if not records.is_served(roots.sandbox(name.partition(".")[0])) and not is_young(path):
+        if not remains.is_served(roots.sandbox(name.partition(".")[0])) and not is_young(path):
             os.unlink(path)
     for pod_id in entries(str(roots.spare_data)):
         directory = f"{roots.spare_data}/{pod_id}"
         if (
             owner(directory) == roots.run_dir
-            and not records.is_served(roots.sandbox(pod_id))
+            and not remains.is_served(roots.sandbox(pod_id))
             and not is_young(directory)
         ):
-            records.remove_tree(directory)
+            remains.remove_tree(directory)
             say(f"removed data of machine '{pod_id[: records.SHOWN_ID]}', which was kept ready")
 
 
@@ -280,7 +280,7 @@ def collect_containers(roots: Roots, say: Callable[[str], None]) -> None:
     for container_id in entries(roots.container_data_dir):
         directory = f"{roots.container_data_dir}/{container_id}"
         if container_id not in known and owner(directory) == roots.run_dir and not is_young(directory):
-            records.forget_container(roots, container_id, name="", image_id="")
+            remains.forget_container(roots, container_id, name="", image_id="")
             say(f"removed data of container '{container_id[: records.SHOWN_ID]}'")
     from vmsandbox.resources.images.store import ImageStore
 

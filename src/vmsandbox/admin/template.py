@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import documents, remains
 from vmsandbox.arguments import Parser
 from vmsandbox.config.load import load
 from vmsandbox.errors import AmbiguousError, NotFoundError, SandboxError
@@ -49,7 +49,7 @@ def main(argv: list[str], roots: Roots) -> int:
             # Renamed first: what is half removed is never used.
             gone = directory.with_name(f"{template.STAGING}{directory.name}-removed")
             os.rename(directory, gone)
-            records.remove_tree(str(gone))
+            remains.remove_tree(str(gone))
             print(directory.name)
         return 0
     if arguments.verb == "inspect":
@@ -109,7 +109,7 @@ def find(roots: Roots, key: str) -> Path:
 def described(directory: Path) -> dict[str, Any]:
     """What is known of a template; a damaged one says so."""
     try:
-        document = records.read_document(str(directory / template.DOCUMENT))
+        document = documents.read(str(directory / template.DOCUMENT))
     except SandboxError as error:
         return {"key": directory.name, "size_mib": 0, "disk_mib": 0, "made": 0, "error": str(error)}
     disk = sum(path.stat().st_blocks * 512 for path in directory.glob("*") if path.is_file())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmsandbox import records
+from vmsandbox import records, remains
 from vmsandbox.cli import launch
 
 TYPE_CHECKING = False
@@ -21,7 +21,7 @@ def remove_from_disk(roots: Roots, container: records.Container) -> None:
         with launch.locked(container.sandbox):
             lent.give_back(lent.record_of(container.sandbox, container.id))
             image = str((document.get("image") or {}).get("id") or "")
-            records.forget_container(roots, container.id, name=container.name, image_id=image)
-            records.forget_sandbox_if_empty(container.sandbox)
+            remains.forget_container(roots, container.id, name=container.name, image_id=image)
+            remains.forget_sandbox_if_empty(container.sandbox)
     else:
-        records.forget_container(roots, container.id, name=container.name, image_id="")
+        remains.forget_container(roots, container.id, name=container.name, image_id="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmsandbox import records, surroundings
+from vmsandbox import documents, remains, surroundings
 from vmsandbox.cli import launch
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
@@ -30,7 +30,7 @@ def taken(roots: Roots, arguments: Sequence[str]) -> tuple[str, UnixSocket] | No
     for name in names:
         path = f"{roots.spares_dir}/{name}"
         try:
-            if "." in name or not _suits(records.read_document(path), own):
+            if "." in name or not _suits(documents.read(path), own):
                 continue
             os.unlink(path)
             return name, launch.connect(roots.sandbox(name))
@@ -68,7 +68,7 @@ def prepare() -> None:
     coming = f"{roots.spares_dir}/{pod_id}.new"
     try:
         os.makedirs(roots.spares_dir, mode=0o700, exist_ok=True)
-        records.write_document(coming, _own_facts(roots, arguments))
+        documents.write(coming, _own_facts(roots, arguments))
         with launch.locked(sandbox), launch.listen(sandbox) as listener:
             launch.spawn_supervisor(roots, sandbox, listener, arguments=("--spare", pod_id, *arguments), nursed=True)
     except BaseException:
@@ -76,5 +76,5 @@ def prepare() -> None:
             os.unlink(coming)
         except FileNotFoundError:
             pass
-        records.remove_tree(sandbox.dir)
+        remains.remove_tree(sandbox.dir)
         raise

@@ -7,7 +7,7 @@ A source is cloned as a detached tree, made private and (if asked) read-only wit
 attached.  Its propagation groups are therefore its own: unmounting it can never reach the mounts it was cloned
 from, at whatever point this process was killed, and there is no moment in which a read-only source can be written.
 
-The kernel's list of mounts is the record of what has to be undone: `records.close_shared` needs nothing else.
+The kernel's list of mounts is the record of what has to be undone: `remains.close_shared` needs nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from vmsandbox import records
+from vmsandbox import remains
 from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def open_directory(directory: str) -> None:
     """
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        if os.path.realpath(directory) in records.mounts_below(directory):
+        if os.path.realpath(directory) in remains.mounts_below(directory):
             return
         tree = _tree(directory)
         try:
@@ -180,7 +180,7 @@ def bind(directory: str, name: str, source: str, *, read_only: bool, create: boo
 def unbind(directory: str, name: str) -> None:
     """Undo `bind`, even while something still holds the mount; what is not mounted is fine.  Blocks."""
     target = f"{directory}/{name}"
-    records.unmount_below(target)
+    remains.unmount_below(target)
     try:
         # Never recursive: whatever is in there is not ours.
         os.rmdir(target)

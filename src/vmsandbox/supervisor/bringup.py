@@ -15,7 +15,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import lent, records
+from vmsandbox import lent, remains
 from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import replies
 from vmsandbox.guest.client import AgentClient
@@ -257,8 +257,8 @@ async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any
             vm = store.vm_config(known)
             with translating():
                 await around.hypervisor.destroy(vm, pid=known["pid"], start_time=known["start_time"])
-    await asyncio.to_thread(records.remove_tree, str(around.paths.vm))
-    await asyncio.to_thread(records.close_shared, around.paths)
+    await asyncio.to_thread(remains.remove_tree, str(around.paths.vm))
+    await asyncio.to_thread(remains.close_shared, around.paths)
     for complaint in await asyncio.to_thread(lent.give_back_all, around.paths):
         log.warning("%s", complaint)
 

@@ -11,7 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import remains
 from vmsandbox.errors import NotFoundError, SandboxError
 from vmsandbox.supervisor import shares, slots, store
 from vmsandbox.supervisor.aio import together
@@ -281,7 +281,7 @@ class Container:
 
     def forget(self) -> None:
         """Remove what is on disk.  The virtual machine has given everything back, or is gone."""
-        records.forget_container(
+        remains.forget_container(
             self.around.roots,
             self.id,
             name=str(self.document.get("name") or ""),

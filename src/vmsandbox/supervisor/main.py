@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, machines, records
+from vmsandbox import cgroups, documents, machines, records, remains
 from vmsandbox import log as logs
 from vmsandbox.errors import EndingError, SandboxError, UnavailableError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -136,7 +136,7 @@ async def supervise(
         log.error("the configuration cannot be used: %s", error)
         await refuse(listener, error, timeout=IDLE_TIMEOUT)
         _unlink(paths.control_file)
-        records.forget_sandbox_if_empty(paths)
+        remains.forget_sandbox_if_empty(paths)
         return
     if not debug:
         logging.getLogger().setLevel(settings.log.level.upper())
@@ -192,7 +192,7 @@ async def _pod(
     from vmsandbox.supervisor.sandbox import SandboxSpec
 
     if start.known:
-        document = records.read_document(around.paths.document_file)
+        document = documents.read(around.paths.document_file)
         spec = SandboxSpec.of(document)
         # Whoever started it was somewhere else.
         cgroups.enter(spec.cgroups)

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, records, surroundings, wire
+from vmsandbox import cgroups, remains, surroundings, wire
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
@@ -202,7 +202,7 @@ def _make_ready(origin: Origin, watch: Watch) -> None:
 def _ready(roots: Roots) -> int:
     """How many machines are ready, or are being made so."""
     names = {name.partition(".")[0] for name in os.listdir(roots.spares_dir)}
-    return sum(records.is_served(roots.sandbox(name)) for name in names)
+    return sum(remains.is_served(roots.sandbox(name)) for name in names)
 
 
 def _attend(connection: socket.socket, here: object, group: str) -> Origin | None:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import documents
 from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError
 from vmsandbox.supervisor import shares, store
 from vmsandbox.supervisor.translation import translated, translating
@@ -112,7 +112,7 @@ class SandboxSpec:
     def of(cls, document: dict[str, Any]) -> SandboxSpec:
         """Read one back; what an older version did not know has its default."""
         if not isinstance(document.get("id"), str):
-            raise records.DamagedDocumentError("the pod's document has no id; 'vmsandbox gc' removes it")
+            raise documents.DamagedDocumentError("the pod's document has no id; 'vmsandbox gc' removes it")
         values = {field.name: document[field.name] for field in fields(cls) if field.name in document}
         for name in ("aliases", "share", "cgroups"):
             values[name] = tuple(values.get(name) or ())

@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import lent, records
+from vmsandbox import documents, lent, remains
 from vmsandbox.errors import EndingError, InvalidArgumentError, NotFoundError, SandboxError, UnavailableError
 from vmsandbox.supervisor import (
     agreement,
@@ -160,7 +160,7 @@ class Service:
             if not entry.endswith(".json"):
                 continue
             try:
-                document = records.read_document(f"{directory}/{entry}")
+                document = documents.read(f"{directory}/{entry}")
                 container = bundled.container_of(self.around, document)
             except (SandboxError, KeyError) as error:
                 log.warning("a container cannot be taken over: %s", error)
@@ -240,14 +240,14 @@ class Service:
             if container.autoremove or self.removing or container.status == "creating":
                 container.forget()
         paths = self.around.paths
-        records.remove_tree(str(paths.vm))
-        records.close_shared(paths)
+        remains.remove_tree(str(paths.vm))
+        remains.close_shared(paths)
         for complaint in lent.give_back_all(paths):
             log.warning("%s", complaint)
         if self.removing:
-            records.forget_pod(self.around.roots, paths)
-        elif not records.forget_sandbox_if_empty(paths) and os.path.exists(paths.document_file):
-            document = records.read_document(paths.document_file)
+            remains.forget_pod(self.around.roots, paths)
+        elif not remains.forget_sandbox_if_empty(paths) and os.path.exists(paths.document_file):
+            document = documents.read(paths.document_file)
             document.pop("vm", None)
             document |= {"status": "stopped", "reason": str(self.reason) if self.reason else ""}
             try:

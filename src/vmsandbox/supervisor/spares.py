@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records, surroundings
+from vmsandbox import documents, remains, surroundings
 from vmsandbox.config.load import files
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.resources.network.options import requested
@@ -75,7 +75,7 @@ class Spare:
         try:
             around.paths.vm.mkdir(mode=0o711, exist_ok=True)
             self._layer.parent.mkdir(mode=0o700, parents=True)
-            stack.callback(records.remove_tree, str(self._layer.parent))
+            stack.callback(remains.remove_tree, str(self._layer.parent))
             (self._layer.parent / "owner").write_text(around.roots.run_dir)
             self._network = await stack.enter_async_context(connected(around, self._spec, self._config))
             config = await stack.enter_async_context(bringup.confined(around, self._spec, self._config))
@@ -238,7 +238,7 @@ def _withdrawn(claim: Path) -> bool:
 def _offer(around: Surroundings, claim: Path) -> None:
     """Let clients see what whoever had the machine made ready has noted, and what it was configured by."""
     coming = claim.with_suffix(COMING)
-    facts = records.read_document(str(coming))
+    facts = documents.read(str(coming))
     facts["files"] = {str(path): surroundings.change_of(str(path)) for path in files(around.config_file)}
-    records.write_document(str(coming), facts)
+    documents.write(str(coming), facts)
     coming.rename(claim)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import documents
 from vmsandbox_hypervisor.api import (
     Confinement,
     Cpus,
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 def save_sandbox(paths: SandboxPaths, document: dict[str, Any]) -> None:
-    records.write_document(paths.document_file, document)
+    documents.write(paths.document_file, document)
 
 
 def save_container(paths: SandboxPaths, container_id: str, document: dict[str, Any]) -> None:
-    records.write_document(paths.container_file(container_id), document)
+    documents.write(paths.container_file(container_id), document)
 
 
 def link_container(roots: Roots, paths: SandboxPaths, container_id: str) -> None:

@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmsandbox import __version__, records
+from vmsandbox import __version__, documents, records, remains
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
@@ -144,7 +144,7 @@ def _shared_memory(directory: Path, template: Template) -> Iterator[PrivateMemor
 def is_whole(directory: Path) -> bool:
     """Whether this template is as its maker left it."""
     try:
-        found: object = records.read_document(str(directory / DOCUMENT)).get("files")
+        found: object = documents.read(str(directory / DOCUMENT)).get("files")
         return found == _facts(directory)
     except (SandboxError, OSError):
         return False
@@ -276,16 +276,16 @@ async def build(
             try:
                 await _make(around, config, run, saved)
             finally:
-                records.remove_tree(str(run))
+                remains.remove_tree(str(run))
             document = {
                 "key": key,
                 "size_mib": config.memory.size_mib,
                 "kernel": str(config.kernel.path),
                 "files": _facts(saved),
             }
-            records.write_document(str(saved / DOCUMENT), document)
+            documents.write(str(saved / DOCUMENT), document)
             old = root / key
-            records.remove_tree(str(old))
+            remains.remove_tree(str(old))
             os.rename(saved, old)
     return key, True
 
@@ -304,7 +304,7 @@ def _locked(root: Path, key: str, *, waiting: bool) -> Iterator[bool]:
 def _sweep(root: Path, key: str) -> None:
     """Remove what a maker of this template left when it was killed; the lock says it is not being made."""
     for path in root.glob(f"{STAGING}{key}-*"):
-        records.remove_tree(str(path))
+        remains.remove_tree(str(path))
 
 
 async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmsandbox import records
+from vmsandbox import documents, records
 from vmsandbox.admin import gc
 from vmsandbox.paths import Roots
 
@@ -28,11 +28,9 @@ def add(roots: Roots, pod_id: str, *containers: str, explicit: bool = False, **d
     sandbox = roots.sandbox(pod_id)
     os.makedirs(sandbox.containers_dir)
     Path(sandbox.lock_file).touch()
-    records.write_document(
-        sandbox.document_file, {"id": pod_id, "status": "stopped", "implicit": not explicit, **document}
-    )
+    documents.write(sandbox.document_file, {"id": pod_id, "status": "stopped", "implicit": not explicit, **document})
     for container_id in containers:
-        records.write_document(sandbox.container_file(container_id), {"id": container_id, "status": "stopped"})
+        documents.write(sandbox.container_file(container_id), {"id": container_id, "status": "stopped"})
         os.symlink(os.path.relpath(sandbox.dir, roots.by_container_dir), f"{roots.by_container_dir}/{container_id}")
         data = Path(roots.container_data_dir, container_id)
         data.mkdir(parents=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox import records
+from vmsandbox import documents, records
 from vmsandbox.cli import main as cli
 from vmsandbox.cli import output
 from vmsandbox.errors import SandboxError
@@ -42,14 +42,14 @@ def filled(made: Roots, monkeypatch: pytest.MonkeyPatch) -> Roots:
         sandbox = made.sandbox(container_id)
         os.makedirs(sandbox.containers_dir, exist_ok=True)
         document = {"id": container_id, "name": "done" if container_id == STOPPED else "", "status": "stopped"}
-        records.write_document(sandbox.container_file(container_id), document)
+        documents.write(sandbox.container_file(container_id), document)
         os.symlink(f"../s/{container_id[:12]}", f"{made.by_container_dir}/{container_id}")
     Path(made.sandbox(BROKEN).container_file(BROKEN)).write_text("{")
     Path(made.sandbox(NEWER).container_file(NEWER)).write_text('{"version": 9}')
     records.reserve_name(made, "done", STOPPED)
     pod = made.sandbox(POD)
     os.makedirs(pod.containers_dir)
-    records.write_document(pod.document_file, {"id": POD, "name": "shop", "implicit": False, "status": "stopped"})
+    documents.write(pod.document_file, {"id": POD, "name": "shop", "implicit": False, "status": "stopped"})
     os.symlink(f"../s/{POD[:12]}", f"{made.by_pod_dir}/{POD}")
     records.reserve_name(made, "shop", POD)
     monkeypatch.setenv("VMSANDBOX_ROOT", made.run_dir)

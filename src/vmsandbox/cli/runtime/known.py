@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 
-from vmsandbox import plainjson, records
+from vmsandbox import documents, plainjson, records
 from vmsandbox.errors import (
     CommandNotExecutableError,
     CommandNotFoundError,
@@ -147,7 +147,7 @@ def ask(
 def machine_lives(sandbox: SandboxPaths) -> bool:
     """Whether the pod's machine runs, and may still hold what was a container's."""
     try:
-        vm = part(records.read_document(sandbox.document_file), "vm")
+        vm = part(documents.read(sandbox.document_file), "vm")
     except SandboxError:
         return False
     return records.is_alive(vm.get("pid"), vm.get("start_time"))
@@ -156,7 +156,7 @@ def machine_lives(sandbox: SandboxPaths) -> bool:
 def await_supervisor(sandbox: SandboxPaths) -> bool:
     """Wait until a supervisor that takes no requests any more has released everything; says whether it has."""
     try:
-        pid = int(part(records.read_document(sandbox.document_file), "supervisor").get("pid") or 0)
+        pid = int(part(documents.read(sandbox.document_file), "supervisor").get("pid") or 0)
         handle = os.pidfd_open(pid)
     except (SandboxError, OSError, ValueError):
         return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from vmsandbox import cgroups, lent, records
+from vmsandbox import cgroups, lent, records, remains
 from vmsandbox.cli import client, launch, standin
 from vmsandbox.cli.runtime import hooks, known, standins
 from vmsandbox.cli.runtime.known import entries, part
@@ -214,7 +214,7 @@ def _started(options: Options, roots: Roots, plan: Plan, places: list[str]) -> S
             arguments = options.supervisor_arguments()
             launch.spawn_supervisor(roots, sandbox, listener, arguments=arguments, nursed=True, cgroups=places)
     except BaseException:
-        records.remove_tree(sandbox.dir)
+        remains.remove_tree(sandbox.dir)
         raise
     return sandbox
 
@@ -252,7 +252,7 @@ def _sweep(sandbox: SandboxPaths) -> None:
     if os.path.isdir(sandbox.dir):
         with launch.locked(sandbox):
             if not os.path.exists(sandbox.document_file):
-                records.forget_sandbox_if_empty(sandbox)
+                remains.forget_sandbox_if_empty(sandbox)
 
 
 # ---------------------------------------------------------------- start

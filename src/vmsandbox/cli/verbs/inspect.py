@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vmsandbox import records
+from vmsandbox import documents, records
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 
@@ -33,7 +33,7 @@ def describe(container: records.Container) -> dict[str, Any]:
     if document["status"] == "stopped" and "exit" not in document:
         document["reason"] = "its stand-in is gone"
     try:
-        sandbox = records.read_document(container.sandbox.document_file)
+        sandbox = documents.read(container.sandbox.document_file)
         sandbox.pop("version", None)
     except SandboxError as error:
         sandbox = {"error": str(error)}

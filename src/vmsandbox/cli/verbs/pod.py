@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from vmsandbox import records
+from vmsandbox import documents, records, remains
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, table
 from vmsandbox.cli.verbs._each import each
@@ -103,7 +103,7 @@ def create(options: Options, roots: Roots, arguments: argparse.Namespace) -> int
                     roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True, founding=True
                 )
         except BaseException:
-            records.remove_tree(sandbox.dir)
+            remains.remove_tree(sandbox.dir)
             raise
         with launch.connect(sandbox) as sock:
             try:
@@ -269,23 +269,23 @@ def remove(_options: Options, roots: Roots, name: str, arguments: argparse.Names
 def remove_from_disk(roots: Roots, pod: records.Pod) -> None:
     """Forget a pod whose machine has ended, and its containers."""
     if not os.path.isdir(pod.sandbox.dir):
-        records.forget_pod(roots, pod.sandbox)
+        remains.forget_pod(roots, pod.sandbox)
         return
     with launch.locked(pod.sandbox):
-        if records.is_served(pod.sandbox):
+        if remains.is_served(pod.sandbox):
             raise InvalidStateError(f"pod '{pod.name or pod.id}'", state="being started", wanted="remove")
         for name in sorted(os.listdir(pod.sandbox.containers_dir)):
             if not name.endswith(".json"):
                 continue
             container_id = name.removesuffix(".json")
             try:
-                document = records.read_document(f"{pod.sandbox.containers_dir}/{name}")
+                document = documents.read(f"{pod.sandbox.containers_dir}/{name}")
             except SandboxError:
                 document = {}  # damaged: what is known by its id goes all the same
-            records.forget_container(
+            remains.forget_container(
                 roots,
                 container_id,
                 name=str(document.get("name") or ""),
                 image_id=str((document.get("image") or {}).get("id") or ""),
             )
-        records.forget_pod(roots, pod.sandbox)
+        remains.forget_pod(roots, pod.sandbox)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from vmsandbox import records
+from vmsandbox import records, remains
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, spares, standin, terminal
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
@@ -252,7 +252,7 @@ def start(options: Options, roots: Roots, request: dict[str, Any], arguments: ar
                 roots, sandbox, listener, arguments=options.supervisor_arguments(), nursed=True, founding=True
             )
     except BaseException:
-        records.remove_tree(sandbox.dir)
+        remains.remove_tree(sandbox.dir)
         raise
     return stay(options, roots, sandbox, launch.connect(sandbox), request, arguments)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import records
+from vmsandbox import documents
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import SHORT_ID
 from vmsandbox.resources.network import attach, cni, names, namespaces
@@ -89,7 +89,7 @@ class PodNetwork:
         """Write down what is about to be made."""
         self._document.update(values)
         os.makedirs(os.path.dirname(self.place.file), mode=0o700, exist_ok=True)
-        records.write_document(self.place.file, self._document)
+        documents.write(self.place.file, self._document)
 
     def remember_plugged(self, first: str, coming: Sequence[Endpoint] = ()) -> None:
         """Write down what the machine was given of a namespace that others change, and which is its `first` one.
@@ -266,7 +266,7 @@ def _bound(port: Port) -> socket.socket | None:
 def known(place: Place, options: NetworkOptions) -> PodNetwork:
     """The network of a pod that an earlier supervisor made; ports are reserved again where nobody took them."""
     try:
-        document = records.read_document(place.file)
+        document = documents.read(place.file)
     except SandboxError:
         document = {"netns": options.path, "sandbox": place.sandbox_id}
     network = PodNetwork(place, options, document)
@@ -284,7 +284,7 @@ async def release(place: Place) -> bool:
     The pod's virtual machine has ended.  Every step is attempted; what fails is logged, and the first error is raised.
     """
     try:
-        document = records.read_document(place.file)
+        document = documents.read(place.file)
     except NotFoundError:
         return False
     netns = str(document.get("netns") or "")
@@ -330,7 +330,7 @@ def remembered(roots: Roots) -> list[Place]:
     for entry in entries:
         if entry.endswith(".json"):
             try:
-                document = records.read_document(f"{directory}/{entry}")
+                document = documents.read(f"{directory}/{entry}")
             except SandboxError as error:
                 log.warning("%s", error)
                 document = {}
