@@ -28,7 +28,8 @@ TIMEOUT = 20.0
 
 _NETLINK_KOBJECT_UEVENT = 15
 _PCI_PATH = re.compile(r"[0-9a-f]{2}\.[0-7](/[0-9a-f]{2}\.[0-7])*")
-_BLOCK_DEPTH = 6
+#: letters of a PCI device's name in /sys, as in 0000:05:00.0
+_PCI_NAME = 12
 
 T = TypeVar("T")
 
@@ -92,8 +93,7 @@ def wait_for(
 
 def pci_directory(pci_path: str, sys: Path = SYS) -> Path | None:
     """The directory of the device at a place, None if there is nothing yet; InvalidArgumentError for nonsense."""
-    if not _PCI_PATH.fullmatch(pci_path):
-        raise InvalidArgumentError(f"'{pci_path}' is not a place of a PCI device: it is like '02.3/00.0'")
+    _check_place(pci_path)
     directory = sys / "bus/pci/devices"
     prefix = "0000:00:"
     for slot in pci_path.split("/"):
@@ -105,18 +105,41 @@ def pci_directory(pci_path: str, sys: Path = SYS) -> Path | None:
     return directory
 
 
+def _check_place(pci_path: str) -> None:
+    if not _PCI_PATH.fullmatch(pci_path):
+        raise InvalidArgumentError(f"'{pci_path}' is not a place of a PCI device: it is like '02.3/00.0'")
+
+
 def block_device(pci_path: str, partition: int = 0, *, sys: Path = SYS, dev: Path = DEV) -> BlockDevice | None:
-    """The disk (or a partition of it) behind the device at a place, None if it is not there yet."""
-    directory = pci_directory(pci_path, sys)
-    disk = _find_block(directory, _BLOCK_DEPTH) if directory else None
-    if disk is None:
-        return None
-    if partition:
-        parts = [disk / name for name in _names(disk) if _text(disk / name / "partition") == str(partition)]
-        if not parts:
-            return None
-        disk = parts[0]
-    return _described(disk, dev)
+    """The disk (or a partition of it) behind the device at a place, None if it is not there yet.
+
+    Disks are asked where they are: they are fewer than the devices that could have one.
+    """
+    _check_place(pci_path)
+    disks = sys / "block"
+    for name in _names(disks):
+        disk = disks / name
+        if _place_of(disk) != pci_path:
+            continue
+        if partition:
+            parts = [disk / each for each in _names(disk) if _text(disk / each / "partition") == str(partition)]
+            if not parts:
+                return None
+            disk = parts[0]
+        return _described(disk, dev)
+    return None
+
+
+def _place_of(disk: Path) -> str:
+    """The place of the device that a disk in /sys/block is behind, "" if it is none of PCI.
+
+    The link reads ``../devices/pci0000:00/0000:00:02.3/0000:05:00.0/virtio4/block/vda``.
+    """
+    try:
+        parts = os.readlink(disk).split("/")
+    except OSError:
+        return ""  # it has just gone
+    return "/".join(part[8:] for part in parts if len(part) == _PCI_NAME and part[4] == part[7] == ":")
 
 
 def block_device_at(node: str) -> BlockDevice:
@@ -128,21 +151,6 @@ def block_device_at(node: str) -> BlockDevice:
 def wait_for_block(pci_path: str, partition: int = 0, *, timeout: float = TIMEOUT) -> BlockDevice:
     what = f"disk at '{pci_path}'" + (f" partition {partition}" if partition else "")
     return wait_for(lambda: block_device(pci_path, partition), what, timeout=timeout)
-
-
-def _find_block(directory: Path, depth: int) -> Path | None:
-    """The first ``block/NAME`` below a device: directly for virtio-blk, deeper for SCSI."""
-    names = _names(directory)
-    if "block" in names:
-        disks = _names(directory / "block")
-        return directory / "block" / disks[0] if disks else None
-    if depth:
-        for name in names:
-            if re.match(r"virtio\d|host\d|target|\d+:\d+:|ata\d|nvme", name):
-                found = _find_block(directory / name, depth - 1)
-                if found:
-                    return found
-    return None
 
 
 def _described(disk: Path, dev: Path) -> BlockDevice | None:

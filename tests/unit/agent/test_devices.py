@@ -37,7 +37,8 @@ class Tree:
         self.sys, self.dev = base / "sys", base / "dev"
         self.real = self.sys / "devices/pci0000:00"
         self.bus = self.sys / "bus/pci/devices"
-        for directory in (self.bus, self.real, self.dev):
+        self.disks = self.sys / "block"
+        for directory in (self.bus, self.disks, self.real, self.dev):
             directory.mkdir(parents=True)
         for function in range(4):
             self.add(f"0000:00:02.{function}", self.real)
@@ -52,6 +53,7 @@ class Tree:
         device = self.add(f"0000:{bus:02x}:00.0", self.real / f"0000:00:02.{port}")
         disk = device / below / "block" / name
         disk.mkdir(parents=True)
+        (self.disks / name).symlink_to(f"../{disk.relative_to(self.sys)}")
         (disk / "dev").write_text("254:16\n")
         (disk / "size").write_text("2048\n")
         (self.dev / name).touch()
@@ -90,6 +92,17 @@ def test_a_scsi_disk_is_found_further_down(tree: Tree) -> None:
     found = tree.find("02.0/00.0")
     assert found is not None
     assert found.node == str(tree.dev / "sda")
+
+
+def test_disks_that_are_behind_no_device_are_passed_over(tree: Tree) -> None:
+    loop = tree.sys / "devices/virtual/block/loop0"
+    loop.mkdir(parents=True)
+    (tree.disks / "loop0").symlink_to("../devices/virtual/block/loop0")
+    (tree.disks / "gone").symlink_to("../devices/pci0000:00/0000:00:02.3/0000:01:00.0/virtio9/block/gone")
+    assert tree.find("02.1/00.0") is None
+    tree.plug_disk(1, bus=9)
+    assert tree.find("02.1/00.0") == BlockDevice(str(tree.dev / "vda"), 254, 16)
+    assert tree.find("02.3/00.0") is None
 
 
 def test_a_disk_without_node_or_size_is_not_there_yet(tree: Tree) -> None:
