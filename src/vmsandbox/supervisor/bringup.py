@@ -289,9 +289,10 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     # A time that waits for the connection would be too old to be believed without another look at the clock.
     await sandbox.agent.reached(timeout=timeout)
     sandbox.network.describe(request)
-    request.time_ns = time.time_ns()
+    lead = clock.LEAD_NS if sandbox.vm.accel.accel == "tcg" else 0
+    request.time_ns = time.time_ns() + lead
     details = await sandbox.agent.create_sandbox(request, timeout=timeout)
-    await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns)))
+    await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns), lead=lead))
     return details
 
 

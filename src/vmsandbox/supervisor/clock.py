@@ -1,8 +1,9 @@
 """A guest's clock: it shows the host's time before any container runs, and goes on doing so.
 
-A time that is sent is old when it arrives, by up to as much as the exchange took.  So the guest's clock is read, and
-read again until the readings together leave little doubt, and then shifted by what it is off: for a shift it is all
-the same how long it is on its way.
+A time that is sent is old when it arrives, by up to as much as the exchange took.  An emulated guest is told one that
+is a little ahead, because it is never as quick.  Where that leaves much doubt the guest's clock is read, and read again
+until the readings together leave little, and then shifted by what it is off: for a shift it is all the same how long it
+is on its way.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: nanoseconds that a guest's clock may be off after it was set
 PRECISION_NS = 30_000_000
+#: nanoseconds that a message is on its way to an emulated guest, at least
+LEAD_NS = 15_000_000
 #: more readings are not made to be surer
 READINGS = 6
 #: seconds between two looks at a guest's clock: it follows the host's but does not know how that is slewed
@@ -66,14 +69,17 @@ class Ahead(NamedTuple):
         return Ahead(low, high) if low <= high else other
 
 
-def after_setting(guest: int) -> Ahead:
-    """What is known of a clock that was set to a time on its way, and showed `guest` in the answer that just came."""
-    return Ahead(min(0, guest - time.time_ns()), 0)
+def after_setting(guest: int, *, lead: int) -> Ahead:
+    """What is known of a clock that was set to a time on its way, and showed `guest` in the answer that just came.
+
+    The time was as many nanoseconds ahead of when it was sent as `lead` says.
+    """
+    return Ahead(min(lead, guest - time.time_ns()), lead)
 
 
 async def settle(agent: AgentClient, known: Ahead) -> None:
     """Have a guest's clock that was set just now, of which so much is `known`, show the host's time."""
-    ahead = await _narrowed(agent, known)
+    ahead = known if known.most <= PRECISION_NS else await _narrowed(agent, known)
     log.debug("the guest's clock may be %.1f ms off, known before to %.1f ms", ahead.most / 1e6, known.doubt / 1e6)
     if ahead.most > PRECISION_NS:
         await _shift(agent, -ahead.middle)

@@ -49,32 +49,34 @@ class Guest:
         self.read.set()
         return await self.shift_time(0)
 
-    async def set(self) -> clock.Ahead:
+    async def set(self, lead: int) -> clock.Ahead:
         """As the message that makes the sandbox does it."""
         sent = self.now
         self.now += self.delays()
-        self.ahead = sent - self.now
+        self.ahead = sent + lead - self.now
         shown = self.now + self.ahead
         self.now += self.delays()
-        return clock.after_setting(shown)
+        return clock.after_setting(shown, lead=lead)
 
 
-async def settled(guest: Guest) -> None:
-    await clock.settle(cast("Any", guest), await guest.set())
+async def settled(guest: Guest, lead: int) -> None:
+    await clock.settle(cast("Any", guest), await guest.set(lead))
 
 
-async def test_a_clock_that_was_told_soon_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    guest = Guest(monkeypatch, delays=lambda: 5 * MS)
-    await settled(guest)
+@pytest.mark.parametrize(("lead", "delay"), [(0, 1), (0, 14), (clock.LEAD_NS, 1), (clock.LEAD_NS, 22)])
+async def test_a_clock_that_was_told_soon_is_left_alone(monkeypatch: pytest.MonkeyPatch, lead: int, delay: int) -> None:
+    guest = Guest(monkeypatch, delays=lambda: delay * MS)
+    await settled(guest, lead)
     assert (guest.readings, guest.shifts) == (0, [])
     assert abs(guest.ahead) <= clock.PRECISION_NS
 
 
+@pytest.mark.parametrize("lead", [0, clock.LEAD_NS])
 @pytest.mark.parametrize("seed", range(50))
-async def test_a_clock_is_right_however_late_it_was_told(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+async def test_a_clock_is_right_however_late_it_was_told(monkeypatch: pytest.MonkeyPatch, seed: int, lead: int) -> None:
     source = random.Random(seed)
     guest = Guest(monkeypatch, delays=lambda: int(source.choice((2, 2, 10, 300, 2000)) * MS * source.random()))
-    await settled(guest)
+    await settled(guest, lead)
     assert abs(guest.ahead) <= 50 * MS, guest.shifts
 
 
