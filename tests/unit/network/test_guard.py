@@ -76,7 +76,9 @@ HOSTILE = {
     "a gratuitous ARP for a neighbour": arp("10.9.0.7", "10.9.0.7"),
     "ARP of another kind": ether(0x0806, struct.pack(">HHBBH", 6, 0x0800, 6, 4, 1) + bytes(20)),
     "another IPv4 address": ipv4("10.9.0.7", "10.9.0.1"),
-    "the host's loopback": ipv4("127.0.0.1", "10.9.0.1"),
+    "from the host's loopback": ipv4("127.0.0.1", "10.9.0.1"),
+    "to the host's loopback": ipv4(OWN, "127.0.0.1"),
+    "to another address of the host's loopback": ipv4(OWN, "127.9.8.7"),
     "no IPv4 address": ipv4("0.0.0.0", "255.255.255.255"),
     "another IPv6 address": ipv6("fd09::7", "fd09::1"),
     "another link-local address": ipv6("fe80::1", "ff02::1"),
@@ -111,11 +113,12 @@ def test_nothing_tagged_passes(what: str) -> None:
     assert verdict(ENDPOINT, frames.tagged(HONEST[what])) == "drop"
 
 
-def test_an_interface_without_addresses_is_checked_for_its_mac_only() -> None:
+def test_an_interface_without_addresses_is_checked_for_its_mac_and_the_loopback() -> None:
     bare = Endpoint(name="eth0", mac=ENDPOINT.mac, mtu=1500)
     assert verdict(bare, ether(0x88CC, bytes(30))) == "pass"
     assert verdict(bare, ipv4("10.9.0.7", "10.9.0.1")) == "pass"
     assert verdict(bare, ipv4("10.9.0.7", "10.9.0.1", source=OTHER)) == "drop"
+    assert verdict(bare, ipv4("10.9.0.7", "127.0.0.1")) == "drop"
 
 
 def test_an_interface_without_ipv4_speaks_no_ipv4() -> None:

@@ -2,8 +2,9 @@
 
 A guest is hostile.  It can only speak for itself: with its own MAC address, in ARP and neighbour discovery too, and
 with the addresses its interface was given.  It cannot pretend to be a router (advertisements, redirects), send tagged
-frames, or speak protocols below IP to a bridge (spanning tree, LLDP).  An interface without any address is checked for
-its MAC address only: whoever makes one like that has other plans for it.
+frames, or speak protocols below IP to a bridge (spanning tree, LLDP).  It cannot ask for the loopback of whoever gets
+its frames: where a port is published, the host routes such addresses.  An interface without any address is checked for
+its MAC address and that only: whoever makes one like that has other plans for it.
 
 Offsets are from the start of the Ethernet header.  Pure.
 """
@@ -32,7 +33,8 @@ _VLAN_TAG_PRESENT = 0xFFFFF000 + 48
 _ARP, _IPV4, _IPV6 = 0x0806, 0x0800, 0x86DD
 _SOURCE_MAC, _TYPE, _PAYLOAD = 6, 12, 14
 _ARP_KIND, _ARP_SENDER_MAC, _ARP_SENDER_IP = _PAYLOAD, _PAYLOAD + 8, _PAYLOAD + 14
-_IPV4_SOURCE = _PAYLOAD + 12
+_IPV4_SOURCE, _IPV4_DESTINATION = _PAYLOAD + 12, _PAYLOAD + 16
+_LOOPBACK = 127
 _IPV6_NEXT, _IPV6_SOURCE, _IPV6_PAYLOAD = _PAYLOAD + 6, _PAYLOAD + 8, _PAYLOAD + 40
 _HOP_BY_HOP, _ROUTING, _ICMPV6, _DESTINATION_OPTIONS = 0, 43, 58, 60
 _ROUTER_SOLICITATION, _ROUTER_ADVERTISEMENT, _NEIGHBOUR_SOLICITATION = 133, 134, 135
@@ -109,6 +111,11 @@ def program(endpoint: Endpoint) -> bytes:
     made.load(_VLAN_TAG_PRESENT, 4)
     made.go_unless(0, "drop")
     made.go_unless_bytes(_SOURCE_MAC, mac, "drop")
+    made.load(_TYPE, 2)
+    made.go_unless(_IPV4, "elsewhere")
+    made.load(_IPV4_DESTINATION, 1)
+    made.go_if(_LOOPBACK, "drop")
+    made.label("elsewhere")
     if endpoint.addresses:
         addresses = [ipaddress.ip_address(each.address) for each in endpoint.addresses]
         four = [each.packed for each in addresses if each.version == 4]
