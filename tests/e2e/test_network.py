@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ from tests.harness import hosts
 from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
 from tests.harness.spares import end_all, offers
+from vmsandbox.config.model import Settings
+from vmsandbox.resources.network import cni
+from vmsandbox.resources.network.bridge import PLUGINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +56,7 @@ def cli(data_root: Path, pod_template: None, host: Host) -> Iterator[Cli]:
         for name in ("guest", "templates"):
             Path(data, name).symlink_to(data_root / name)
         made = Cli(Path(scratch), Path(data))
+        made.owns_data = True
         made.prefix = host.prefix
         made.network = ""
         rootfs = make_rootfs(Path(scratch, "rootfs"))
@@ -303,6 +307,9 @@ REFUSED = {
     "a port that a pod has": (("-p", "8080:80"), "port '8080/tcp' of the host is in use"),
     "a port that is none": (("-p", "99999:80"), "port '99999:80' is out of range"),
     "an address the host has not": (("-p", "192.0.2.99:9000:80"), "cannot publish at '192.0.2.99'"),
+    "an address without a network of its kind": (("-p", "[2001:db8::9]:9000:80"), "the default network has no IPv6"),
+    "the loopback of IPv6": (("-p", "[::1]:9000:80"), "cannot publish at '::1'"),
+    "more ports than files": (("-p", "20000-21023:20000-21023"), "raise the limit of open files (ulimit -n)"),
     "an address of another network": (("--ip", "192.168.77.7"), "address '192.168.77.7' is not of the default network"),
     "an address that is none": (("--ip", "10.92.0"), "'10.92.0' (--ip) is not an IP address"),
     "a port without a network": (("--network", "none", "-p", "8082:80"), "'-p' needs the default network"),
@@ -312,10 +319,21 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_is_one_clear_error(cli: Cli, town: tuple[str, str], host: Host, what: str) -> None:
     options, reason = REFUSED[what]
-    with untouched(cli, host):
+    with untouched(cli, host), few_files(cli) if "open files" in reason else nullcontext():
         done = cli("run", "--rm", *options, "box", "true")
     assert done.code == 125, done
     assert reason in last_line(done.stderr), done
+
+
+@contextmanager
+def few_files(cli: Cli) -> Iterator[None]:
+    """Commands of the block may have few files open."""
+    before = cli.prefix
+    cli.prefix = (*before, "prlimit", "--nofile=512:512")
+    try:
+        yield
+    finally:
+        cli.prefix = before
 
 
 def last_line(text: str) -> str:
@@ -347,13 +365,52 @@ def configured(cli: Cli, directory: Path, text: str) -> Iterator[None]:
         cli.config = None
 
 
-def test_a_missing_plugin_is_one_clear_error(cli: Cli, host: Host, tmp_path: Path) -> None:
+def test_a_port_that_only_old_connections_have_is_free(cli: Cli, host: Host) -> None:
+    def wait_in_time() -> None:
+        """Leave a connection in TIME-WAIT at the port."""
+        with socket.create_server(("127.0.0.1", 8091)) as server:
+            client = socket.create_connection(("127.0.0.1", 8091))
+            connection, _ = server.accept()
+            connection.close()
+            client.close()
+
+    host.within(wait_in_time)
+    cli.ok("run", "--rm", "-p", "8091:80", "box", "true")
+
+
+@pytest.mark.parametrize("missing", PLUGINS)
+def test_a_missing_plugin_is_one_clear_error(cli: Cli, host: Host, tmp_path: Path, missing: str) -> None:
+    for name in set(PLUGINS) - {missing}:
+        program = cni.located(name, Settings().network.plugins.split(":"))
+        assert program is not None
+        (tmp_path / name).symlink_to(program)
     with configured(cli, tmp_path, f'plugins = "{tmp_path}"'):
         with untouched(cli, host):
             done = cli("run", "--rm", "box", "true")
         assert done.code == 125
+        assert f"network plugin '{missing}' is not in" in last_line(done.stderr)
         assert "install 'containernetworking-plugins', or run with '--network none'" in last_line(done.stderr)
+        cli.ok("gc", "-q")
+
+
+def test_a_pod_without_a_network_needs_no_plugin(cli: Cli, host: Host, tmp_path: Path) -> None:
+    with configured(cli, tmp_path, f'plugins = "{tmp_path}"'):
         assert cli.ok("run", "--rm", "--network", "none", "box", "ip", "-o", "link").count("\n") == 1
+
+
+def test_a_guest_does_not_reach_the_hosts_loopback(cli: Cli, town: tuple[str, str], host: Host) -> None:
+    """Where a port is published, the host's kernel routes such addresses: whoever asks for them must not get there."""
+    reach = (
+        "gateway=$(ip route | sed -n 's/default via \\([0-9.]*\\).*/\\1/p'); ip addr flush dev lo; "
+        "ip route flush table local dev lo; echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet; "
+        "ip route add 127.0.0.0/8 via $gateway dev eth0; nc -w 5 127.0.0.1 9999"
+    )
+    with host.within(lambda: socket.create_server(("127.0.0.1", 9999))) as server:
+        done = cli("run", "--rm", "--privileged", "-p", "8085:80", "box", "sh", "-c", reach)
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert done.code != 0
 
 
 # ---------------------------------------------------------------- ends
@@ -398,13 +455,24 @@ def test_a_container_has_no_network_if_it_is_told_so(cli: Cli) -> None:
     assert "default" not in said
 
 
+BAD_RANGES = {
+    "10.93.0.7/16": "'10.93.0.7/16' is not a network",
+    "10.93.0.0/31": "too small",
+    "127.0.0.0/8": "hosts cannot have",
+    f"{hosts.ADDRESS}/32": "too small",
+    str(ipaddress.ip_network(f"{hosts.ADDRESS}/24", strict=False)): "the host uses",
+}
+
+
 def test_the_default_network_is_as_configured_once_no_pod_is_on_it(cli: Cli, host: Host, tmp_path: Path) -> None:
     cli.remove_all()
     with untouched(cli, host):
-        with configured(cli, tmp_path, 'subnet = "10.93.0.7/16"'):
-            done = cli("run", "--rm", "box", "true")
-            assert done.code == 125
-            assert "'10.93.0.7/16' is not a network" in last_line(done.stderr)
+        for subnet, why in BAD_RANGES.items():
+            with configured(cli, tmp_path, f'subnet = "{subnet}"'):
+                done = cli("run", "--rm", "box", "true")
+                assert done.code == 125
+                assert why in last_line(done.stderr)
+                cli.ok("gc", "-q")
         with configured(cli, tmp_path, 'subnet = "10.93.0.0/16"\nipv6 = true'):
             options = ("-p", f"[{hosts.ADDRESS6}]:8084:80")
             cli.ok("run", "-d", "--name", "six", *options, "box", "sh", "-c", SERVE)
@@ -413,4 +481,7 @@ def test_the_default_network_is_as_configured_once_no_pod_is_on_it(cli: Cli, hos
             assert address_of(cli, "six", family="inet6").startswith("fd")
             assert "1 packets received" in cli.ok("exec", "six", "ping", "-6", "-c", "1", "-W", "20", hosts.WORLD6)
             assert fetched(host.world, hosts.ADDRESS6, 8084) == cli.inspect("six")["id"][:12]
+            with host.within(lambda: socket.create_server(("::", 8086), family=socket.AF_INET6)):
+                done = cli("run", "--rm", "-p", "8086:80", "box", "true")
+                assert "port '8086/tcp' of the host is in use" in last_line(done.stderr)
             cli.ok("rm", "-f", "six")

@@ -46,6 +46,8 @@ class Cli:
         #: of pods that name none: what is tested elsewhere needs none, and the machine keeps its own untouched; with ""
         #: they get what vmsandbox gives by default
         self.network = "none"
+        #: whether nobody else uses the data root, so that the default network's leases and names are ours as well
+        self.owns_data = False
         #: "cold": containers that do not say otherwise boot without a template
         self.boot = boot
 
@@ -148,6 +150,10 @@ class Cli:
         left += [f"layer {path}" for path in (self.data_root / "spares").glob("*") if self._is_ours(path)]
         references = (self.data_root / "images" / "refs").glob("*/*")
         left += [f"image in use {path}" for path in references if not (containers / path.name).exists()]
+        if self.owns_data:
+            network = self.data_root / "network"
+            left += [f"name {path}" for path in (network / "names").glob("*")]
+            left += [f"lease {path}" for path in (network / "leases").glob("*/*") if path.name[:1].isdigit()]
         left += [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.run_root) in line]
         return left
 

@@ -39,9 +39,11 @@ def main(argv: list[str], roots: Roots) -> int:
     for directory in entries(roots.builders_dir):
         collect_builder(f"{roots.builders_dir}/{directory}", say)
     collect_unfinished_templates(roots, say)
-    collect_networks(roots, say)
+    failures = collect_networks(roots, say)
     collect_spares(roots, say)
     collect_containers(roots, say)
+    if failures:
+        raise failures[0]  # everything else is done
     return 0
 
 
@@ -122,10 +124,11 @@ def settle_pod(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], None]) 
         say(f"pod '{document.get('name') or name}' has stopped")
 
 
-def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
-    """Take apart the networks of pods whose machine has ended and that nobody serves."""
+def collect_networks(roots: Roots, say: Callable[[str], None]) -> list[SandboxError]:
+    """Take apart the networks of pods whose machine has ended and that nobody serves; what stays, and why."""
+    failures: list[SandboxError] = []
     if not os.path.isdir(f"{roots.run_dir}/net"):
-        return
+        return failures
     import asyncio
 
     from vmsandbox.resources.network import pod
@@ -143,8 +146,12 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> None:
                     continue
             except documents.ForeignDocumentError:
                 continue
-            if asyncio.run(pod.release(place)):
-                say(f"removed the network of pod '{os.path.basename(sandbox.dir)}'")
+            try:
+                if asyncio.run(pod.release(place)):
+                    say(f"removed the network of pod '{os.path.basename(sandbox.dir)}'")
+            except SandboxError as error:
+                failures.append(error)
+    return failures
 
 
 def collect_builder(directory: str, say: Callable[[str], None]) -> None:

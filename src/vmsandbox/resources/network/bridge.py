@@ -38,6 +38,12 @@ _CANDIDATES = (
     *(f"192.168.{number}.0/24" for number in range(120, 255)),
     *(f"172.{number}.0.0/16" for number in range(31, 15, -1)),
 )
+#: what an entry of the host's routing table is: a way to others, or an address of its own
+_OWN_KINDS = {"UNICAST", "LOCAL"}
+#: this network, loopback, link-local, multicast, reserved and broadcast
+_NOT_HOSTS = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+#: longest prefixes of networks with room for a gateway and a pod
+_LONGEST = {4: 30, 6: 126}
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -66,7 +72,8 @@ class Bridge:
     def network(self, *, subnet: str = "", ipv6: bool = False) -> dict[str, Any]:
         """The configuration list, written if there is none, or if its range has become somebody else's meanwhile.
 
-        Raises ExhaustedError if no private range is free, InvalidArgumentError for a file that is none of a network.
+        Raises ExhaustedError if no private range is free, InvalidArgumentError for a `subnet` that cannot be used and a
+        file that is none of a network.
         """
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._forget_last_boot()
@@ -80,10 +87,12 @@ class Bridge:
         ours = written is not None and {"subnet": subnet, "ipv6": ipv6} != written
         if not self.exists(bridge_of(found)) and (ours or self._collides(found)) and written is not None:
             return self._written(subnet, ipv6=ipv6)
+        for own in subnets_of(found):
+            _roomy(own)
         return found
 
     def _written(self, subnet: str, *, ipv6: bool) -> dict[str, Any]:
-        ranges = [[{"subnet": str(_network(subnet) if subnet else self.free_range())}]]
+        ranges = [[{"subnet": str(self._usable(subnet) if subnet else self.free_range())}]]
         routes = [{"dst": "0.0.0.0/0"}]
         if ipv6:
             ranges.append([{"subnet": str(unique_local())}])
@@ -118,6 +127,23 @@ class Bridge:
         temporary.rename(self.file)
         return document
 
+    def _usable(self, subnet: str) -> ipaddress.IPv4Network:
+        """The range that somebody chose; refused where it is not one of hosts, or the host itself uses some of it."""
+        chosen = _network(subnet)
+        if not isinstance(chosen, ipaddress.IPv4Network):
+            raise InvalidArgumentError(
+                f"'network.subnet' is '{subnet}': it needs a range of IPv4 ('network.ipv6' adds one)"
+            )
+        _roomy(chosen)
+        if any(chosen.overlaps(ipaddress.IPv4Network(text)) for text in _NOT_HOSTS):
+            raise InvalidArgumentError(f"'network.subnet' is '{subnet}': hosts cannot have all of these addresses")
+        for taken in self.taken():
+            if chosen.overlaps(taken):
+                raise InvalidArgumentError(
+                    f"'network.subnet' is '{subnet}': the host uses '{taken}'; choose another, or none"
+                )
+        return chosen
+
     def free_range(self) -> ipaddress.IPv4Network:
         """A private range that no route of the host leads into."""
         taken = self.taken()
@@ -128,14 +154,14 @@ class Bridge:
         raise ExhaustedError("no private range of addresses is free: set 'network.subnet' to one")
 
     def taken(self) -> list[ipaddress.IPv4Network]:
-        """What the host's routes and name servers use, in any table; default routes aside."""
+        """What the host's addresses, routes and name servers use, in any table; default routes aside."""
         found = []
         address = ""
         for line in _lines(f"{self._proc}/net/fib_trie"):
             words = line.split()
             if words[:1] == ["|--"]:
                 address = words[1]
-            elif words and words[0].startswith("/") and "UNICAST" in words:
+            elif words and words[0].startswith("/") and not _OWN_KINDS.isdisjoint(words):
                 found.append(ipaddress.IPv4Network(f"{address}{words[0]}", strict=False))
         for line in _lines("/etc/resolv.conf"):
             words = line.split()
@@ -279,6 +305,11 @@ def _network(text: str) -> _Network:
         return ipaddress.ip_network(text)
     except ValueError as error:
         raise InvalidArgumentError(f"'{text}' is not a network: {error}") from error
+
+
+def _roomy(network: _Network) -> None:
+    if network.prefixlen > _LONGEST[network.version]:
+        raise InvalidArgumentError(f"network '{network}' is too small: it needs room for a gateway and a pod")
 
 
 def _lines(path: str) -> list[str]:

@@ -65,8 +65,8 @@ async def add(attachment: Attachment) -> dict[str, Any]:
 
     Raises UnsupportedError where a plugin is missing, UnavailableError with a plugin's own words otherwise.
     """
-    for plugin in attachment.network["plugins"]:
-        find(str(plugin.get("type")), attachment.plugins)
+    for program in programs(attachment.network):
+        find(program, attachment.plugins)
     result: dict[str, Any] = {}
     try:
         for plugin in attachment.network["plugins"]:
@@ -103,6 +103,12 @@ async def _undo(attachment: Attachment, result: Mapping[str, Any]) -> None:
         await remove(attachment, result)
     except SandboxError:
         return  # the error that matters is the one that made this necessary
+
+
+def programs(network: Mapping[str, Any]) -> list[str]:
+    """The names of all programs that a network needs: its plugins, and those that they call for addresses."""
+    named = [(plugin, plugin.get("ipam") or {}) for plugin in network["plugins"]]
+    return [str(each.get("type")) for pair in named for each in pair if each]
 
 
 def located(name: str, directories: Sequence[str]) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -17,16 +18,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import documents
-from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.errors import AlreadyExistsError, ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import SHORT_ID
 from vmsandbox.resources.network import attach, cni, names, namespaces
-from vmsandbox.resources.network.bridge import Bridge
+from vmsandbox.resources.network.bridge import Bridge, subnets_of
 from vmsandbox.resources.network.model import Endpoint
 from vmsandbox.resources.network.options import HOST_GATEWAY, NetworkOptions
 from vmsandbox_hypervisor.aio import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from vmsandbox.config.model import NetworkSettings
     from vmsandbox.paths import Roots
@@ -37,7 +38,12 @@ log = logging.getLogger(__name__)
 
 #: below the run root
 DIRECTORY = "net"
-_PROTOCOLS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+#: kind and number of a published port's protocol
+_PROTOCOLS = {
+    "tcp": (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+    "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+    "sctp": (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +121,16 @@ class PodNetwork:
             return str(self._document.get("first") or "")
         return next((each.name for each in self.endpoints), "")
 
-    def hold_ports(self) -> None:
-        """Reserve the published ports, so that nobody else on the host takes them; raises AlreadyExistsError."""
+    def hold_ports(self, *, ipv6: bool) -> None:
+        """Reserve the published ports, so that nobody else on the host takes them.
+
+        Raises AlreadyExistsError for one that is in use, ExhaustedError for more than this process may have open.
+        """
         for port in self.options.ports:
-            held = _bound(port)
-            if held is not None:
-                self._reserved.append(held)
+            for family in _families(port, ipv6=ipv6):
+                held = _bound(port, family)
+                if held is not None:
+                    self._reserved.append(held)
 
     def let_go(self) -> None:
         """Close what this process holds; what is made stays."""
@@ -188,7 +198,6 @@ async def made(
             namespaces.check(options.path)
             network.remember()
         elif options.kind == "default":
-            network.hold_ports()
             await _join_bridge(network, settings)
         network.taps, network.changes = await attach.attach_by(
             helper,
@@ -230,11 +239,33 @@ async def _join_bridge(network: PodNetwork, settings: NetworkSettings) -> None:
             runtime=runtime,
             plugins=plugins,
         )
-        for plugin in configuration["plugins"]:
-            cni.find(str(plugin.get("type")), plugins)
+        for program in cni.programs(configuration):
+            cni.find(program, plugins)
+        ipv6 = _has_ipv6(configuration)
+        _check_addresses(options.ports, ipv6=ipv6)
+        network.hold_ports(ipv6=ipv6)
         network.remember(netns=place.own_namespace, owned=True, attachment=attachment.document())
         await namespaces.create(place.own_namespace)
         network.remember(result=await cni.add(attachment))
+
+
+def _has_ipv6(configuration: dict[str, Any]) -> bool:
+    return any(subnet.version == 6 for subnet in subnets_of(configuration))
+
+
+def _check_addresses(ports: Iterable[Port], *, ipv6: bool) -> None:
+    """Raise InvalidArgumentError for a port at an address at which nothing would answer."""
+    for port in ports:
+        if ":" not in port.ip:
+            continue
+        if ipaddress.ip_address(port.ip).is_loopback:
+            raise InvalidArgumentError(
+                f"cannot publish at '{port.ip}': the kernel leads nothing on from its own IPv6 loopback"
+            )
+        if not ipv6:
+            raise InvalidArgumentError(
+                f"cannot publish at '{port.ip}': the default network has no IPv6; 'network.ipv6' gives it some"
+            )
 
 
 def _mapping(port: Port) -> dict[str, Any]:
@@ -244,15 +275,29 @@ def _mapping(port: Port) -> dict[str, Any]:
     return mapping
 
 
-def _bound(port: Port) -> socket.socket | None:
-    """A socket that nobody talks to: connections are led away before they reach it."""
-    kind = _PROTOCOLS.get(port.protocol)
-    if kind is None:
-        return None
-    family = socket.AF_INET6 if ":" in port.ip else socket.AF_INET
-    held = socket.socket(family, kind | socket.SOCK_CLOEXEC)
+def _families(port: Port, *, ipv6: bool) -> list[socket.AddressFamily]:
+    """Of the addresses at which a port is published."""
+    if port.ip:
+        return [socket.AF_INET6 if ":" in port.ip else socket.AF_INET]
+    return [socket.AF_INET, socket.AF_INET6] if ipv6 else [socket.AF_INET]
+
+
+def _bound(port: Port, family: socket.AddressFamily) -> socket.socket | None:
+    """A socket that nobody talks to: connections are led away before they reach it.  None without that protocol."""
+    kind, number = _PROTOCOLS[port.protocol]
     try:
-        held.bind((port.ip, port.host))
+        held = socket.socket(family, kind | socket.SOCK_CLOEXEC, number)
+    except OSError as error:
+        if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ESOCKTNOSUPPORT):
+            return None
+        raise ExhaustedError(
+            f"cannot reserve port '{port.host}/{port.protocol}': {error.strerror}; publish fewer, or raise the limit "
+            "of open files (ulimit -n)"
+        ) from error
+    try:
+        if family == socket.AF_INET6:
+            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _bind(held, (port.ip, port.host))
     except OSError as error:
         held.close()
         if error.errno == errno.EADDRINUSE:
@@ -263,6 +308,19 @@ def _bound(port: Port) -> socket.socket | None:
     return held
 
 
+def _bind(sock: socket.socket, address: tuple[str, int]) -> None:
+    """Bind to what no other program has, although connections that it once had may not be forgotten yet."""
+    try:
+        sock.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or sock.type != socket.SOCK_STREAM:
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # From now on nobody may listen beside it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+
 def known(place: Place, options: NetworkOptions) -> PodNetwork:
     """The network of a pod that an earlier supervisor made; ports are reserved again where nobody took them."""
     try:
@@ -271,7 +329,7 @@ def known(place: Place, options: NetworkOptions) -> PodNetwork:
         document = {"netns": options.path, "sandbox": place.sandbox_id}
     network = PodNetwork(place, options, document)
     with suppress(SandboxError):
-        network.hold_ports()
+        network.hold_ports(ipv6=_has_ipv6((document.get("attachment") or {}).get("network") or {"plugins": []}))
     return network
 
 
