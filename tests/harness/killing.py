@@ -24,6 +24,7 @@ import psutil
 
 from tests.harness import hosts
 from tests.harness.cli import Cli, awaited
+from tests.harness.netns import namespace
 from tests.harness.nurseries import is_nursery
 from tests.harness.spares import keeping_ready, offers
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.harness.hosts import Host
+    from tests.harness.netns import Netns
 
 #: lines that a counting container prints, and the code it ends with
 LINES, CODE = 60, 7
@@ -73,6 +75,7 @@ OPERATIONS = {
     "restart": Operation(3.0, prepared="container"),
     "run with a share": Operation(3.0, ("supervisor", "virtiofsd", "machine", "client")),
     "run with a network": Operation(4.0),
+    "run in a namespace": Operation(4.0),
     "pod create": Operation(2.0, ("supervisor", "machine", "client")),
     "run in a pod": Operation(2.0, prepared="pod"),
     "pod stop": Operation(1.0, prepared="pod"),
@@ -108,10 +111,13 @@ class Ground:
 
     cli: Cli
     host: Host
+    #: a network as an engine makes one
+    space: Netns
     box: str
     source: Path
-    #: as it was before the first round
+    #: the host's network and that one as they were before the first round
     links: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
 
     def play(self, seed: int) -> Round:
         """Play a round; an AssertionError says what was lost or left."""
@@ -132,18 +138,21 @@ def ground(data_root: Path, box: str) -> Iterator[Ground]:
         tempfile.TemporaryDirectory(prefix="vs-") as run,
         tempfile.TemporaryDirectory(prefix="vsd-") as data,
         tempfile.TemporaryDirectory(prefix="vss-") as source,
+        namespace(f"vk{os.getpid()}-pod") as space,
         hosts.host(Path(source), name=f"vk{os.getpid()}") as host,
     ):
+        space.run("ip link add eth0 type veth peer name peer0; ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")
         for name in ("guest", "images"):
             Path(data, name).symlink_to(data_root / name)
         subprocess.run(["cp", "-a", "--sparse=always", data_root / "templates", data], check=True)
         cli = Cli(Path(run), Path(data))
+        cli.owns_data = True
         cli.prefix = host.prefix
         # Else one is made in the background, beside the first rounds.
         cli.ok("template", "build", timeout=PATIENCE)
         cli.ok("run", "-d", "--name", "other", box, "sleep", "100000")
         Path(source, "file").write_text("the host's\n")
-        made = Ground(cli, host, box, Path(source), host.state())
+        made = Ground(cli, host, space, box, Path(source), host.state(), space.state())
         try:
             yield made
             assert cli.ok("exec", "other", "echo", "still here") == "still here\n"
@@ -220,6 +229,8 @@ class _Play:
         if "network" in self.plan.operation:
             assert self.ground.host.state() == self.ground.links
             assert self.ground.host.rules() == []
+        if "namespace" in self.plan.operation:
+            assert self.ground.space.state() == self.ground.given
 
     # ------------------------------------------------------------ the operation
 
@@ -251,6 +262,7 @@ class _Play:
             "restart": ("restart", "-t", "1", name),
             "run with a share": ("run", "--name", name, "-v", f"{self.ground.source}:/data", *count),
             "run with a network": ("run", "--name", name, "--network", "default", "-p", "8080:80", *count),
+            "run in a namespace": ("run", "--name", name, "--network", f"ns:{self.ground.space.path}", *count),
             "pod create": ("pod", "create", "--name", pod),
             "run in a pod": ("run", "--pod", pod, "--name", name, *count),
             "pod stop": ("pod", "stop", pod),
