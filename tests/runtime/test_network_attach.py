@@ -120,6 +120,33 @@ async def test_an_interface_is_seen_with_all_it_has(pair: tuple[Netns, Netns]) -
 
 
 @pytest.mark.deadline(60)
+async def test_addresses_that_were_leased_or_announced_are_seen_as_well(pair: tuple[Netns, Netns]) -> None:
+    pod, _ = pair
+    pod.run(
+        "ip addr add fd09::77/64 dev eth0 nodad valid_lft 3600 preferred_lft 1800",
+        "ip -6 route add default via fe80::1 dev eth0 proto ra metric 1024 expires 600",
+        "ip -6 route add fd99::/64 via fe80::1 dev eth0 proto static",
+    )
+    (endpoint,) = await attach.scan(pod.path)
+    assert Address(address="fd09::77", prefix=64) in endpoint.addresses
+    assert [each.address for each in endpoint.addresses if each.scope == "link"] == []
+    # The guest hears of the router itself, and refuses to if it has such a route already.
+    assert "::/0" not in {each.destination for each in endpoint.routes}
+    assert "fd99::/64" in {each.destination for each in endpoint.routes}
+
+
+@pytest.mark.deadline(60)
+async def test_link_local_addresses_of_somebodys_choice_are_all_that_the_guest_has(pair: tuple[Netns, Netns]) -> None:
+    pod, _ = pair
+    pod.settle("eth0")
+    pod.run("ip addr add fe80::5/64 dev eth0 nodad")
+    (endpoint,) = await attach.scan(pod.path)
+    assert "fe80::5" in {each.address for each in endpoint.addresses if each.scope == "link"}
+    assert len([each for each in endpoint.addresses if each.scope == "link"]) == 2
+    assert endpoint.sysctls["ipv6/addr_gen_mode"] == "1"
+
+
+@pytest.mark.deadline(60)
 async def test_several_interfaces_share_a_route(pair: tuple[Netns, Netns]) -> None:
     pod, peer = pair
     pod.run(

@@ -163,7 +163,7 @@ def _attach_one(kernel: Kernel, endpoint: Endpoint, owner: str, *, checked: bool
 
     What is left on failure the caller clears.
     """
-    from vmsandbox.resources.network.rtnl import TAP_PREFIX
+    from vmsandbox.resources.network.answers import TAP_PREFIX
 
     kernel.clear(endpoint.index)
     name = f"{TAP_PREFIX}{endpoint.index}"

@@ -39,22 +39,15 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # noqa: E402
 from pyroute2.netlink.rtnl.ndmsg import ndmsg  # noqa: E402
 from pyroute2.netlink.rtnl.rtmsg import rtmsg  # noqa: E402
 
-from vmsandbox.resources.network.model import (  # noqa: E402
-    DEAD_ENDS,
-    SYSCTLS,
-    Address,
-    Endpoint,
-    Neighbour,
-    Route,
-)
+from vmsandbox.resources.network import answers  # noqa: E402
+from vmsandbox.resources.network.answers import TAP_ALIAS, TAP_PREFIX  # noqa: E402
+from vmsandbox.resources.network.model import Address, Endpoint, Neighbour, Route  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: the check has this priority, the redirection behind it the next
 PRIORITY = 0x7600
-TAP_PREFIX = "vmstap"
-TAP_ALIAS = "vmsandbox: "
 
 _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 _GETADDR, _GETROUTE, _GETNEIGH = 22, 26, 30
@@ -66,18 +59,11 @@ _DUMP_INTERRUPTED = 0x10
 _ACK_TLVS, _CAPPED = 0x200, 0x100
 _SOL_NETLINK, _NETLINK_EXT_ACK = 270, 11
 
-_ARPHRD_ETHER = 1
-_IFF_UP, _IFF_LOOPBACK, _IFF_NOARP = 0x1, 0x8, 0x80
+_IFF_UP, _IFF_NOARP = 0x1, 0x80
 _TABLE_MAIN = 254
-_ROUTE_CLONED, _PROTO_KERNEL = 0x200, 2
-_NEXT_HOP_ONLINK, _NEXT_HOP_DEAD = 4, 1
-_SCOPES = {0: "universe", 200: "site", 253: "link", 254: "host"}
-_ROUTE_TYPES = {1: "unicast", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
-_NUD_NOARP, _NUD_PERMANENT = 0x40, 0x80
 _INGRESS_HANDLE, _INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF1
 #: names the ingress side both of an ingress and of a clsact queueing discipline
 _INGRESS_BLOCK = 0xFFFFFFF2
-_METRIC_MTU = 2
 _MIRRED_EGRESS_REDIRECT = 1
 _TC_ACT_STOLEN = 4
 _BPF_DIRECT_ACTION = 1
@@ -224,10 +210,10 @@ class Kernel:
 
     def endpoints(self) -> list[Endpoint]:
         """Every Ethernet-like interface that is up or has addresses; taps of ours are none."""
-        links = [link for link in self.links() if _is_endpoint(link)]
+        links = [link for link in self.links() if answers.is_endpoint(link)]
         addresses: dict[int, list[Address]] = {}
         for message in self.dump(ifaddrmsg(), _GETADDR):
-            address = _address(message)
+            address = answers.address(message)
             if address is not None:
                 addresses.setdefault(message["index"], []).append(address)
         links = [link for link in links if link["flags"] & _IFF_UP or link["index"] in addresses]
@@ -236,21 +222,23 @@ class Kernel:
         routes = self._routes(links[0]["index"])
         neighbours: dict[int, list[Neighbour]] = {}
         for message in self._dump_families(ndmsg, _GETNEIGH):
-            neighbour = _neighbour(message)
+            neighbour = answers.neighbour(message)
             if neighbour is not None:
                 neighbours.setdefault(message["ifindex"], []).append(neighbour)
         return [
-            Endpoint(
-                name=link.get_attr("IFLA_IFNAME"),
-                mac=link.get_attr("IFLA_ADDRESS"),
-                mtu=link.get_attr("IFLA_MTU"),
-                index=link["index"],
-                up=bool(link["flags"] & _IFF_UP),
-                kind=_kind(link),
-                addresses=tuple(addresses.get(link["index"], ())),
-                routes=tuple(routes.get(link["index"], ())),
-                neighbours=tuple(neighbours.get(link["index"], ())),
-                sysctls=_sysctls(link.get_attr("IFLA_IFNAME")),
+            answers.with_own_link_local(
+                Endpoint(
+                    name=link.get_attr("IFLA_IFNAME"),
+                    mac=link.get_attr("IFLA_ADDRESS"),
+                    mtu=link.get_attr("IFLA_MTU"),
+                    index=link["index"],
+                    up=bool(link["flags"] & _IFF_UP),
+                    kind=answers.kind(link),
+                    addresses=tuple(addresses.get(link["index"], ())),
+                    routes=tuple(routes.get(link["index"], ())),
+                    neighbours=tuple(neighbours.get(link["index"], ())),
+                    sysctls=answers.sysctls(link.get_attr("IFLA_IFNAME")),
+                )
             )
             for link in links
         ]
@@ -262,7 +250,7 @@ class Kernel:
         for message in self._dump_families(rtmsg, _GETROUTE):
             if message["table"] != _TABLE_MAIN or message.get_attr("RTA_TABLE") not in (None, _TABLE_MAIN):
                 continue
-            for index, route in _next_hops(message):
+            for index, route in answers.next_hops(message):
                 count += 1
                 if count > _MOST_ROUTES:
                     raise OSError(errno.E2BIG, f"the namespace has more than {_MOST_ROUTES} routes")
@@ -408,117 +396,6 @@ def _raise_failure(data: bytearray, marks: int) -> None:
                 reason = f"{reason} ({said})"
             offset += length + 3 & ~3
     raise OSError(-code, reason)
-
-
-def _is_endpoint(link: Any) -> bool:
-    if link["ifi_type"] != _ARPHRD_ETHER or link["flags"] & _IFF_LOOPBACK:
-        return False
-    if link.get_attr("IFLA_MASTER"):
-        return False  # a port of a bridge or bond, which is the interface
-    return not (
-        link.get_attr("IFLA_IFNAME").startswith(TAP_PREFIX)
-        and (link.get_attr("IFLA_IFALIAS") or "").startswith(TAP_ALIAS)
-    )
-
-
-def _kind(link: Any) -> str:
-    information = link.get_attr("IFLA_LINKINFO")
-    return (information.get_attr("IFLA_INFO_KIND") or "") if information else ""
-
-
-def _address(message: Any) -> Address | None:
-    """None for what the guest makes by itself: link-local, temporary and announced addresses."""
-    flags = message.get_attr("IFA_FLAGS") or message["flags"]
-    permanent = bool(flags & 0x80)
-    scope = "global" if message["scope"] == 0 else _SCOPES.get(message["scope"], "global")
-    if message["family"] not in (socket.AF_INET, socket.AF_INET6):
-        return None
-    if message["family"] == socket.AF_INET6 and (scope == "link" or not permanent):
-        return None
-    local = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-    other = message.get_attr("IFA_ADDRESS")
-    return Address(
-        address=local, prefix=message["prefixlen"], scope=scope, peer=other if other and other != local else ""
-    )
-
-
-def _next_hops(message: Any) -> Iterator[tuple[int, Route]]:
-    """A route as one or several of ours, with the index of the interface (0: none)."""
-    kind = _ROUTE_TYPES.get(message["type"])
-    if message["family"] not in (socket.AF_INET, socket.AF_INET6) or kind is None or message["flags"] & _ROUTE_CLONED:
-        return
-    if (message.get_attr("RTA_DST") or "").startswith("fe80:") and message["proto"] == _PROTO_KERNEL:
-        return  # the guest makes its own
-    any_address = "::" if message["family"] == socket.AF_INET6 else "0.0.0.0"
-    metrics = message.get_attr("RTA_METRICS")
-    common: dict[str, Any] = {
-        "destination": f"{message.get_attr('RTA_DST') or any_address}/{message['dst_len']}",
-        "source": message.get_attr("RTA_PREFSRC") or "",
-        "metric": message.get_attr("RTA_PRIORITY") or 0,
-        "scope": _SCOPES.get(message["scope"], "universe"),
-        "mtu": (metrics.get_attr("RTAX_MTU") or 0) if metrics else 0,
-        "type": kind,
-    }
-    if kind in DEAD_ENDS:
-        yield 0, Route(**common)
-        return
-    hops = message.get_attr("RTA_MULTIPATH")
-    if not hops:
-        onlink = bool(message["flags"] & _NEXT_HOP_ONLINK)
-        yield message.get_attr("RTA_OIF") or 0, Route(**common, gateway=_gateway(message), onlink=onlink)
-        return
-    for hop in hops:
-        yield (
-            hop["oif"],
-            Route(
-                **common,
-                gateway=_gateway(hop),
-                onlink=bool(_hop_flags(hop) & _NEXT_HOP_ONLINK),
-                weight=hop["hops"] + 1,
-            ),
-        )
-
-
-def _hop_flags(hop: Any) -> int:
-    flags = hop["flags"]
-    if isinstance(flags, int):
-        return flags
-    return _NEXT_HOP_ONLINK if "onlink" in flags else 0
-
-
-def _gateway(message: Any) -> str:
-    gateway = message.get_attr("RTA_GATEWAY")
-    if gateway:
-        return str(gateway)
-    via = message.get_attr("RTA_VIA")
-    return str(via["addr"]) if via else ""
-
-
-def _neighbour(message: Any) -> Neighbour | None:
-    mac, address = message.get_attr("NDA_LLADDR"), message.get_attr("NDA_DST")
-    if message["family"] not in (socket.AF_INET, socket.AF_INET6) or not mac or not address:
-        return None
-    if message["state"] & _NUD_PERMANENT:
-        return Neighbour(address=address, mac=mac)
-    if message["state"] & _NUD_NOARP and not _is_multicast(address):
-        return Neighbour(address=address, mac=mac, state="noarp")
-    return None
-
-
-def _is_multicast(address: str) -> bool:
-    return address.lower().startswith("ff") if ":" in address else int(address.split(".")[0]) >= 224
-
-
-def _sysctls(name: str) -> dict[str, str]:
-    found = {}
-    for key in SYSCTLS:
-        family, _, setting = key.partition("/")
-        try:
-            with open(f"/proc/sys/net/{family}/conf/{name}/{setting}", encoding="ascii") as file:
-                found[key] = file.read().strip()
-        except OSError:
-            continue
-    return found
 
 
 def _write_sysctl(family: str, name: str, setting: str, value: str) -> None:
