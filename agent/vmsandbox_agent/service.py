@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import closing, suppress
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from vmsandbox_agent import errors, machine
 from vmsandbox_agent.attaching import ProcessService, exit_status
 from vmsandbox_agent.events import Event, Exited
+from vmsandbox_agent.http2 import StreamOver
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from vmsandbox_agent.bulk import Bulk
     from vmsandbox_agent.http2 import Stream
+    from vmsandbox_agent.naming import NameServer
     from vmsandbox_agent.rpc import Methods
     from vmsandbox_agent.sandbox import Sandbox
 
@@ -114,6 +118,20 @@ class SandboxService:
         self._sandbox.network.add_neighbours(request.neighbours)
         return pb.AddNeighboursResponse()
 
+    def AnswerNames(self, requests: Iterator[pb.NameAnswer], stream: Stream) -> Iterator[pb.NameQuestion]:
+        from vmsandbox_agent.naming import NameServer  # few pods need it
+
+        first = next(requests, None)
+        if first is None or not first.listen:
+            raise errors.InvalidArgumentError("the first message says where to listen for names")
+        server = NameServer(first.listen)
+        if not stream.when_over(server.close):
+            server.close()
+        threading.Thread(target=_take_answers, args=(requests, server), name="answers", daemon=True).start()
+        yield pb.NameQuestion()
+        for question in server.questions():
+            yield pb.NameQuestion(number=question.number, message=question.message, by_tcp=question.by_tcp)
+
     def WatchEvents(self, request: pb.WatchEventsRequest, stream: Stream) -> Iterator[pb.Event]:
         watcher = self._sandbox.watch()
         if not stream.when_over(watcher.close):
@@ -124,6 +142,12 @@ class SandboxService:
     def _details(self, *, quickly: bool = False) -> pb.GuestDetails:
         details = self._machine.details(identified=self._sandbox.identified, quickly=quickly)
         return pb.GuestDetails(**details)
+
+
+def _take_answers(requests: Iterator[pb.NameAnswer], server: NameServer) -> None:
+    with closing(server), suppress(StreamOver):
+        for answer in requests:
+            server.answer(answer.number, answer.message)
 
 
 class ContainerService:

@@ -1201,6 +1201,59 @@ class AddNeighboursResponse(_message.Message):
 Global___AddNeighboursResponse: _TypeAlias = AddNeighboursResponse  # noqa: Y015
 
 @_typing.final
+class NameAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LISTEN_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    listen: _builtins.str
+    """In the first message, and only there: the address at whose port 53 to listen."""
+    number: _builtins.int
+    """Of the question that this answers."""
+    message: _builtins.bytes
+    """As DNS has it; empty: there is no answer."""
+    def __init__(
+        self,
+        *,
+        listen: _builtins.str = ...,
+        number: _builtins.int = ...,
+        message: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["listen", b"listen", "message", b"message", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NameAnswer: _TypeAlias = NameAnswer  # noqa: Y015
+
+@_typing.final
+class NameQuestion(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    BY_TCP_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    message: _builtins.bytes
+    by_tcp: _builtins.bool
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        message: _builtins.bytes = ...,
+        by_tcp: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_tcp", b"by_tcp", "message", b"message", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NameQuestion: _TypeAlias = NameQuestion  # noqa: Y015
+
+@_typing.final
 class WriteFilesRequest(_message.Message):
     """---------------------------------------------------------------- metrics and events
 

@@ -141,6 +141,11 @@ class SandboxStub:
                 request_serializer=vmsandbox__protocol_dot_agent__pb2.AddNeighboursRequest.SerializeToString,
                 response_deserializer=vmsandbox__protocol_dot_agent__pb2.AddNeighboursResponse.FromString,
                 _registered_method=True)
+        self.AnswerNames = channel.stream_stream(
+                '/vmsandbox.agent.v1.Sandbox/AnswerNames',
+                request_serializer=vmsandbox__protocol_dot_agent__pb2.NameAnswer.SerializeToString,
+                response_deserializer=vmsandbox__protocol_dot_agent__pb2.NameQuestion.FromString,
+                _registered_method=True)
 
 
 class SandboxServicer:
@@ -283,6 +288,14 @@ class SandboxServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AnswerNames(self, request_iterator, context):
+        """Questions to a name server at a loopback address that only the host reaches.  The guest listens there, passes on
+        what it is asked and gives back what the host answers.  The first question is empty: the guest listens now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SandboxServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -390,6 +403,11 @@ def add_SandboxServicer_to_server(servicer, server):
                     servicer.AddNeighbours,
                     request_deserializer=vmsandbox__protocol_dot_agent__pb2.AddNeighboursRequest.FromString,
                     response_serializer=vmsandbox__protocol_dot_agent__pb2.AddNeighboursResponse.SerializeToString,
+            ),
+            'AnswerNames': grpc.stream_stream_rpc_method_handler(
+                    servicer.AnswerNames,
+                    request_deserializer=vmsandbox__protocol_dot_agent__pb2.NameAnswer.FromString,
+                    response_serializer=vmsandbox__protocol_dot_agent__pb2.NameQuestion.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -961,6 +979,33 @@ class Sandbox:
             '/vmsandbox.agent.v1.Sandbox/AddNeighbours',
             vmsandbox__protocol_dot_agent__pb2.AddNeighboursRequest.SerializeToString,
             vmsandbox__protocol_dot_agent__pb2.AddNeighboursResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerNames(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vmsandbox.agent.v1.Sandbox/AnswerNames',
+            vmsandbox__protocol_dot_agent__pb2.NameAnswer.SerializeToString,
+            vmsandbox__protocol_dot_agent__pb2.NameQuestion.FromString,
             options,
             channel_credentials,
             insecure,

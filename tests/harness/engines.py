@@ -262,6 +262,10 @@ class Engines:
             process.kill()
         psutil.wait_procs(found, timeout=START_TIMEOUT)
 
+    def supervisors(self) -> list[psutil.Process]:
+        """Those of the engines' pods."""
+        return [each for each in machine.inside(self.init) if each.name().startswith("vmsandbox-super")]
+
     def _found(self) -> machine.Found:
         places = f"{ROOTS.format('[scnput]/*')} /run/netns/* /run/docker/netns/*"
         files = self("sh", "-c", f"ls -d {places} 2>/dev/null").stdout.split()

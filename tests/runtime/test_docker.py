@@ -106,3 +106,23 @@ def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> N
     docker.ok("docker", "start", "kept")
     docker.ok("docker", "rm", "-f", "kept")
     docker.ok("docker", "volume", "rm", "kept")
+
+
+@runtimes
+def test_containers_of_a_network_of_dockers_know_each_other_by_name(docker: Engines, name: str) -> None:
+    """docker answers such names at a loopback address of the container's namespace."""
+    docker.ok("docker", "network", "create", "--subnet", "10.77.0.0/24", "town")
+    try:
+        options = ("--runtime", name, "--network", "town")
+        docker.ok("docker", "run", "-d", "--name", "db", *options, BOX, "sleep", "100000")
+        address = docker.ok("docker", "inspect", "-f", "{{.NetworkSettings.Networks.town.IPAddress}}", "db").strip()
+        docker.ok("docker", "run", "-d", "--name", "web", *options, BOX, "sleep", "100000")
+        assert f"Address: {address}" in docker.ok("docker", "exec", "web", "nslookup", "db")
+        assert docker("docker", "exec", "web", "nslookup", "nobody").code != 0
+        if name == "vmsandbox":
+            for supervisor in docker.supervisors():
+                supervisor.kill()
+            assert f"Address: {address}" in docker.ok("docker", "exec", "web", "nslookup", "db")
+    finally:
+        docker("docker", "rm", "-f", "db", "web")
+        docker("docker", "network", "rm", "town")

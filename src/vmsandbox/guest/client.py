@@ -17,6 +17,7 @@ from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
 from vmsandbox.guest import transport
 from vmsandbox.guest.attachment import Attachment
 from vmsandbox.guest.bulk import BulkPort
+from vmsandbox.guest.naming import Names
 from vmsandbox.guest.replies import (
     broken,
     check_bounds,
@@ -370,6 +371,10 @@ class AgentClient:
             stderr_offset=stderr_offset,
             port=self._bulk,
         )
+
+    def names(self, address: str) -> Names:
+        """Have the guest ask us what it is asked at a loopback address, for an ``async with`` block."""
+        return Names(self._relay, self._sandbox.AnswerNames, address)
 
     # ------------------------------------------------------------ calling
 

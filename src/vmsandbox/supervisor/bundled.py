@@ -15,6 +15,7 @@ from vmsandbox import lent
 from vmsandbox.errors import InvalidBundleError, UnsupportedError
 from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
+from vmsandbox.resources.network import names
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.container import HOST_DISK, Container
 from vmsandbox.supervisor.imaged import ImageContainer
@@ -107,6 +108,14 @@ async def taken(
     return root
 
 
+def _name_servers(parts: Translated) -> list[str]:
+    """Those that the engine's resolv.conf has at the loopback of the pod's namespace."""
+    for source in parts.sources:
+        if source.destination == "/etc/resolv.conf":
+            return names.loopback_servers(source.path)
+    return []
+
+
 class BundleContainer(Container):
     """A container whose root and mounts are the host's.
 
@@ -156,6 +165,7 @@ class BundleContainer(Container):
                 self.stack.push_async_callback(shares.unbind, shared_dir, self.shared.names)
             sandbox = await asyncio.shield(sandbox_ready)
             began = time.monotonic()
+            await sandbox.network.reach(_name_servers(parts))
             self.stack.push_async_callback(sandbox.take_back, self.id)
             demand = self.demand()
             if demand != Demand():

@@ -265,6 +265,7 @@ async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: S
             watchers.create_task(sandbox.watch_vm(), name="watch-vm"),
             watchers.create_task(watch_events(service, sandbox), name="watch-events"),
             watchers.create_task(sandbox.network.follow(sandbox.agent), name="follow-names"),
+            watchers.create_task(sandbox.network.relay_names(sandbox.agent), name="relay-names"),
             watchers.create_task(sandbox.network.watch(sandbox.vm, sandbox.agent), name="watch-interfaces"),
             watchers.create_task(sandbox.return_memory(), name="return-memory"),
             watchers.create_task(clock.keep(sandbox.agent, at_once=adopt), name="keep-time"),

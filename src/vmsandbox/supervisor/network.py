@@ -17,14 +17,14 @@ from vmsandbox.errors import NotFoundError, SandboxError
 from vmsandbox.resources.network import attach, names, pod
 from vmsandbox.resources.network.bridge import Bridge
 from vmsandbox.resources.network.options import NetworkOptions
-from vmsandbox.supervisor import cards
+from vmsandbox.supervisor import cards, resolving
 from vmsandbox.supervisor.interfaces import interface_of, neighbours_of, routes_of
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.aio import finish
 from vmsandbox_hypervisor.api import Nic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from vmsandbox.guest.client import AgentClient
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT = 90.0
 #: seconds between the first sign of a change and a look at what has changed
 SETTLE_SECONDS = 0.1
+#: seconds that a container waits for the guest to reach its name servers
+NAMES_TIMEOUT = 10.0
 
 
 class Connection:
@@ -71,6 +73,9 @@ class Connection:
         #: nobody watched the namespace for a while
         self._unattended = False
         self._told = b""
+        #: name servers at the namespace's loopback that the guest reaches, and whether it does
+        self._name_servers: dict[str, asyncio.Event] = {}
+        self._more_name_servers: asyncio.Queue[str] = asyncio.Queue()
 
     def begin(self, config: VmConfig) -> None:
         """Start to make the network for a machine that is to be started."""
@@ -207,6 +212,42 @@ class Connection:
                 self._told = content
             except SandboxError as error:
                 log.warning("the guest was not told of its neighbours: %s", error)
+
+    # ------------------------------------------------------------ name servers of the namespace
+
+    async def reach(self, name_servers: Sequence[str]) -> None:
+        """Have the guest reach name servers at loopback addresses of the namespace; returns when it does."""
+        network = self.network
+        if network is None or self.options.kind != "namespace" or not name_servers:
+            return
+        new = [address for address in name_servers if address not in self._name_servers]
+        for address in new:
+            self._add_name_server(address)
+        if new:
+            network.remember(name_servers=[*self._name_servers])
+        try:
+            async with asyncio.timeout(NAMES_TIMEOUT):
+                for address in name_servers:
+                    await self._name_servers[address].wait()
+        except TimeoutError:
+            log.warning("the guest cannot ask the name servers %s of its network", ", ".join(name_servers))
+
+    def _add_name_server(self, address: str) -> None:
+        self._name_servers[address] = asyncio.Event()
+        self._more_name_servers.put_nowait(address)
+
+    async def relay_names(self, agent: AgentClient) -> None:
+        """Answer what the guest asks of such name servers, also those that an earlier supervisor relayed for."""
+        network = self.network
+        if network is None or self.options.kind != "namespace":
+            return
+        for address in network.name_servers():
+            self._add_name_server(address)
+        async with asyncio.TaskGroup() as relays:
+            while True:
+                address = await self._more_name_servers.get()
+                serving = resolving.keep(agent, network.namespace, address, self._name_servers[address])
+                relays.create_task(serving, name=f"names of {address}")
 
     # ------------------------------------------------------------ changes while it runs
 

@@ -433,3 +433,12 @@ async def test_a_port_that_makes_no_sense_costs_no_more_than_the_deadline(
         with pytest.raises(UnavailableError):
             await client.details(timeout=1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+async def test_a_question_to_a_name_server_is_no_longer_than_there_can_be(directory: Path) -> None:
+    flood = answering(pb.NameQuestion(), pb.NameQuestion(message=bytes(65_536)))
+    async with agent(directory, flood) as client, client.names("127.0.0.11") as names:
+        questions = names.questions()
+        assert not (await anext(questions)).message
+        with pytest.raises(UnavailableError, match="longer than there can be"):
+            await anext(questions)

@@ -70,6 +70,20 @@ async def watch(path: str) -> int:
     return fds[0]
 
 
+async def connected(path: str, address: str, port: int, *, stream: bool) -> socket.socket:
+    """A socket, TCP for a `stream` and else UDP, connected within the namespace at `path`; the caller closes it."""
+    helper = Helper(loading=False)
+    try:
+        with namespaces.opened(path) as fd:
+            request = {"job": "connect", "address": address, "port": port, "stream": stream}
+            _, fds = await helper.ask(request, [fd])
+    finally:
+        await helper.close()
+    sock = socket.socket(fileno=fds[0])
+    sock.setblocking(False)
+    return sock
+
+
 async def attach(
     path: str,
     *,
@@ -181,7 +195,7 @@ class Helper:
     """A process that can do one job in a namespace, ready by the time it is asked.
 
     Forked where that is possible, because what it needs is loaded then, else Python anew.  Without `loading` it can
-    make a tap only.
+    make a tap or a connection only.
     """
 
     def __init__(self, *, loading: bool = True) -> None:

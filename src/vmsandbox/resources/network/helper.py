@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 REQUEST_FD = 0
 #: of a tap that is not yet for an interface
 EARLY_NAME = "early"
+#: seconds until somebody in the namespace takes a connection
+_CONNECT_TIMEOUT = 5.0
 #: bytes of a request or an answer
 LIMIT = 32 * 1024 * 1024
 
@@ -113,6 +115,16 @@ def _changes() -> int:
     sock = socket.socket(socket.AF_NETLINK, flags, socket.NETLINK_ROUTE)
     sock.bind((0, _CHANGES))
     return sock.detach()
+
+
+def _connect(request: dict[str, Any], _given: list[int], fds: list[int]) -> dict[str, Any]:
+    """A socket of the namespace, wherever it is used, that is connected to somebody there."""
+    kind = socket.SOCK_STREAM if request["stream"] else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(_CONNECT_TIMEOUT)
+        sock.connect((request["address"], request["port"]))
+        fds.append(sock.detach())
+    return {}
 
 
 def _attach(request: dict[str, Any], given: list[int], fds: list[int]) -> dict[str, Any]:
@@ -272,4 +284,4 @@ def _kernel() -> Kernel:
     return Kernel()
 
 
-_JOBS = {"scan": _scan, "watch": _watch, "tap": _tap, "attach": _attach, "detach": _detach}
+_JOBS = {"scan": _scan, "watch": _watch, "connect": _connect, "tap": _tap, "attach": _attach, "detach": _detach}

@@ -84,6 +84,19 @@ def is_reachable(server: str) -> bool:
     return not (address.is_loopback or address.is_unspecified or address.is_link_local)
 
 
+def loopback_servers(path: str) -> list[str]:
+    """The name servers of a resolv.conf that only its own network namespace reaches; of IPv4, as engines have them."""
+    found = []
+    for server in read_resolver(path).servers:
+        try:
+            address = ipaddress.IPv4Address(server)
+        except ValueError:
+            continue
+        if address.is_loopback:
+            found.append(server)
+    return found
+
+
 def hosts_file(own: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]] = ()) -> bytes:
     """An /etc/hosts: addresses with names (several, separated by blanks); earlier ones win."""
     lines = [f"{address}\t{names}\n" for address, names in (*own, *others)]

@@ -114,6 +114,10 @@ class PodNetwork:
         """Names of those that were on their way when it was written down."""
         return [str(name) for name in self._document.get("coming") or ()]
 
+    def name_servers(self) -> list[str]:
+        """At loopback addresses of the namespace, which the guest is to reach."""
+        return [str(address) for address in self._document.get("name_servers") or ()]
+
     @property
     def first(self) -> str:
         """The interface that the machine's first network card is, as far as is written down; else none or the first."""
