@@ -78,7 +78,7 @@ def cli(data_root: Path, pod_template: None, host: Host) -> Iterator[Cli]:
 @pytest.fixture(scope="module")
 def town(cli: Cli) -> tuple[str, str]:
     """A container that serves and one in a pod that was made on purpose, on the default network; their addresses."""
-    ports = ("-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "5300:53/udp")
+    ports = ("-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "5300-5301:53-54/udp")
     cli.ok("run", "-d", "--name", "web", "--hostname", "webhost", *ports, "box", "sh", "-c", SERVE)
     cli.ok("pod", "create", "--name", "peerpod")
     cli.ok("run", "-d", "--name", "peer", "--pod", "peerpod", "box", "sleep", "100000")
@@ -455,6 +455,13 @@ def test_a_container_has_no_network_if_it_is_told_so(cli: Cli) -> None:
     assert "default" not in said
 
 
+def test_files_can_be_told_a_pod_that_has_no_network(cli: Cli) -> None:
+    options = ("--network", "none", "--dns", "192.0.2.53", "--dns-search", "example.test", "--add-host", "db:10.1.2.3")
+    said = cli.ok("run", "--rm", *options, "box", "cat", "/etc/resolv.conf", "/etc/hosts")
+    for line in ("nameserver 192.0.2.53", "search example.test", "10.1.2.3\tdb"):
+        assert line in said
+
+
 BAD_RANGES = {
     "10.93.0.7/16": "'10.93.0.7/16' is not a network",
     "10.93.0.0/31": "too small",
@@ -481,6 +488,9 @@ def test_the_default_network_is_as_configured_once_no_pod_is_on_it(cli: Cli, hos
             assert address_of(cli, "six", family="inet6").startswith("fd")
             assert "1 packets received" in cli.ok("exec", "six", "ping", "-6", "-c", "1", "-W", "20", hosts.WORLD6)
             assert fetched(host.world, hosts.ADDRESS6, 8084) == cli.inspect("six")["id"][:12]
+            chosen = str(ipaddress.ip_address(address_of(cli, "six", family="inet6")) + 77)
+            said = cli.ok("run", "--rm", "--ip", chosen, "box", "ip", "-o", "addr", "show", "dev", "eth0")
+            assert f"{chosen}/64" in said
             with host.within(lambda: socket.create_server(("::", 8086), family=socket.AF_INET6)):
                 done = cli("run", "--rm", "-p", "8086:80", "box", "true")
                 assert "port '8086/tcp' of the host is in use" in last_line(done.stderr)

@@ -109,8 +109,12 @@ def test_a_pod_has_what_the_namespace_has_and_follows_it(cli: Cli, box: str, spa
     await_in(cli, "web", "ip addr show lan | grep -q 10.10.0.3/16")
     assert served(peer, "10.10.0.3")
     assert served(peer, "10.9.0.2")
+    pod.run("ip link set lan mtu 1400")
+    await_in(cli, "web", "ip link show lan | grep -q 'mtu 1400'")
+    pod.run("ip route add 198.51.100.0/24 via 10.9.0.1")
+    await_in(cli, "web", "ip route | grep -q '198.51.100.0/24 via 10.9.0.1'")
     cli.ok("rm", "-f", "web")
-    pod.run("ip addr del 10.10.0.3/16 dev lan")
+    pod.run("ip addr del 10.10.0.3/16 dev lan; ip link set lan mtu 1500; ip route del 198.51.100.0/24 via 10.9.0.1")
     assert pod.state() == before
 
 
