@@ -238,7 +238,7 @@ class Vm(Protocol):
         ...
 
     def evidence(self) -> str:
-        """QEMU's last stderr and the last console lines, for an error's detail."""
+        """The phases, QEMU's last stderr and the last console lines, for an error's detail; never empty."""
         ...
 
     def ended(self) -> ExitedError | None:

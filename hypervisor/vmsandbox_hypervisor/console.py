@@ -93,9 +93,10 @@ class Console:
         """The ring, as it may be shown."""
         return shown(self._ring)
 
-    def lines(self, count: int) -> list[str]:
-        """The last `count` lines that are not empty."""
-        return [line for line in self.text().split("\n") if line.strip()][-count:]
+    def lines(self, count: int | None = None) -> list[str]:
+        """The last `count` lines that are not empty; without `count` all that are kept."""
+        lines = [line for line in self.text().split("\n") if line.strip()]
+        return lines if count is None else lines[-count:]
 
     def _disconnect(self) -> None:
         if self._socket is not None:

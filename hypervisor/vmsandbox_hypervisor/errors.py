@@ -8,7 +8,7 @@
      +-- MonitorError    QMP refused a command or the link broke
      +-- AccelError      the acceleration asked for does not work on this machine
 
-Messages are one line; `evidence` holds QEMU's stderr and the last console lines.
+Messages are one line; `evidence` holds the phases, QEMU's stderr and the last console lines.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class HypervisorError(Exception):
 
 
 class BootError(HypervisorError):
-    """The VM did not come up.  `phase` is the last one that was reached."""
+    """The VM did not come up.  `phase` is the last one that was reached, `seconds` after QEMU was executed."""
 
-    def __init__(self, message: str, *, phase: str, evidence: str = "") -> None:
+    def __init__(self, message: str, *, phase: str, seconds: float = 0.0, evidence: str = "") -> None:
         super().__init__(message, evidence=evidence)
         self.phase = phase
+        self.seconds = seconds
 
 
 class ExitedError(HypervisorError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cli import Cli, Result, kill
+from tests.harness.guests import broken_image, hanging_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,3 +166,41 @@ def test_more_disks_than_a_pod_has_slots(cli: Cli, box: str, tmp_path: Path, pod
     assert "all 48 root ports are in use: remove a container of the pod, or raise" in line
     assert cli.ps() == []
     assert cli.ok("run", "--rm", "--pod", "p", box, "sh", "-c", "ls /sys/block | grep -c vd") == "3\n"
+
+
+def lines_of(result: Result) -> tuple[str, str]:
+    """The message and what '--debug' adds to it."""
+    message, _, detail = result.stderr.partition("\n")
+    return message, detail
+
+
+def test_a_kernel_that_hangs(cli: Cli, box: str, tmp_path: Path) -> None:
+    cli.config = tmp_path / "config.toml"
+    kernel = hanging_kernel(tmp_path / "kernel")
+    cli.config.write_text(f"[guest]\nkernel = '{kernel}'\n[hypervisor]\nboot_timeout = 2\n")
+    result = cli("run", "--rm", "--template", "off", box, "true")
+    check(result, cli, "the guest's agent did not answer within 2 s (reached: running after ", "the console is empty)")
+    message, detail = lines_of(result)
+    assert "'hypervisor.boot_timeout'" in message
+    assert re.match(r"reached: spawned after [\d.]+ s, .*running after [\d.]+ s\nstderr of QEMU: ", detail), result
+    assert "the console is empty" in detail
+
+
+def test_an_image_that_is_broken(cli: Cli, box: str, tmp_path: Path) -> None:
+    cli.config = tmp_path / "config.toml"
+    cli.config.write_text(f"[guest]\nimage = '{broken_image(tmp_path / 'image')}'\n")
+    result = cli("run", "--rm", "--template", "off", box, "true")
+    check(result, cli, "erofs", "vmsandbox: cannot mount the guest image '/dev/vda'; Kernel panic", "(reached: running")
+    _, detail = lines_of(result)
+    assert "cannot mount the guest image" in detail, "the lines before the kernel's registers and calls"
+
+
+@pytest.mark.parametrize(("member", "said"), [("kernel", "neither a vmlinux"), ("image", "no erofs")])
+def test_a_file_that_is_no_guest(cli: Cli, box: str, tmp_path: Path, member: str, said: str) -> None:
+    cli.config = tmp_path / "config.toml"
+    (tmp_path / "garbage").write_bytes(bytes(100_000))
+    cli.config.write_text(f"[guest]\n{member} = '{tmp_path}/garbage'\n")
+    check(cli("run", "--rm", box, "true"), cli, f"'guest.{member}'", said, "correct section 'guest'")
+    report = json.loads(cli("check", "--format", "json").stdout)
+    (finding,) = [finding for finding in report["findings"] if finding["name"] == "guest"]
+    assert (finding["status"], said in finding["detail"]) == ("missing", True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.guests import broken_image, hanging_kernel
 from vmsandbox.admin import check
 from vmsandbox.admin.check import Finding, Machine, Report, as_json, as_text, cgroup_mode, checked
 from vmsandbox.guestbuild import store
@@ -203,12 +204,15 @@ async def test_a_guest_that_was_not_built_is_named_with_the_command_that_builds_
 
 async def test_a_guest_of_ones_own_needs_no_built_one(bench: Bench) -> None:
     store.remove(bench.roots, "0" * 32)
-    kernel, image = bench.root / "mine", bench.root / "image"
-    kernel.touch()
+    kernel, image = hanging_kernel(bench.root / "mine"), bench.root / "image"
     bench.configure(f"[guest]\nkernel = '{kernel}'\nimage = '{image}'\n")
     missing = await bench.finding("guest")
-    assert (missing.status, missing.detail) == ("missing", f"'{image}' does not exist")
-    image.touch()
+    assert (missing.status, missing.detail) == (
+        "missing", f"cannot open '{image}' ('guest.image'): no such file or directory"
+    )  # fmt: skip
+    image.write_bytes(bytes(4096))
+    assert (await bench.finding("guest")).detail == f"'{image}' ('guest.image') is no erofs"
+    broken_image(image)
     assert (await bench.finding("guest")).detail == f"kernel '{kernel}', image '{image}'"
 
 

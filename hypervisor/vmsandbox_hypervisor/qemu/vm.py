@@ -354,6 +354,7 @@ async def opened(
     the `time.perf_counter()` of QEMU's execution, and `phases` what is known so far.
     """
     adopting = accel is None
+    evidence.phases = phases
     async with AsyncExitStack() as stack:
         try:
             link = await stack.enter_async_context(
@@ -377,7 +378,7 @@ async def opened(
                 if isinstance(error, HypervisorError):
                     error.evidence = error.evidence or evidence.text()
                 raise
-            raise await _boot_error(config, child, evidence, phase=list(phases)[-1], cause=error) from error
+            raise await _boot_error(config, child, evidence, cause=error) from error
         try:
             yield vm
         finally:
@@ -389,7 +390,7 @@ async def _accel_of(link: Monitor) -> AccelChoice:
     return AccelChoice(accel="kvm" if answer.get("enabled") else "tcg", reason="the virtual machine runs with it")
 
 
-async def _boot_error(config: VmConfig, child: Child, evidence: Evidence, *, phase: str, cause: Exception) -> BootError:
+async def _boot_error(config: VmConfig, child: Child, evidence: Evidence, *, cause: Exception) -> BootError:
     """Say in one line why the VM did not come up: QEMU's own words if it ended, else what was waited for."""
     await asyncio.wait({child.exited}, timeout=EXIT_TIMEOUT)
     evidence.console.drain()
@@ -398,4 +399,5 @@ async def _boot_error(config: VmConfig, child: Child, evidence: Evidence, *, pha
         message += evidence.reason() or f"QEMU {described(child.exited.result())}"
     else:
         message += str(cause)
-    return BootError(message, phase=phase, evidence=evidence.text())
+    phase, seconds = list(evidence.phases.items())[-1]
+    return BootError(message, phase=phase, seconds=seconds, evidence=evidence.text())

@@ -108,7 +108,7 @@ class FakeVm:
         return self._console
 
     def evidence(self) -> str:
-        return "\n".join(self._console.splitlines()[-20:])
+        return "\n".join(self._console.splitlines()[-20:]) or "the console is empty"
 
     def ended(self) -> ExitedError | None:
         return None if self._expected_end else self._gone

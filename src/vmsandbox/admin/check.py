@@ -255,11 +255,6 @@ async def _acceleration(settings: Settings, machine: Machine) -> tuple[Finding, 
 
 def _guest(settings: Settings, roots: Roots) -> Finding:
     wanted = settings.guest
-    for path in (wanted.kernel if wanted.kernel.startswith("/") else "", wanted.image):
-        if path and not os.access(path, os.R_OK):
-            return Finding(
-                name="guest", status="missing", detail=f"'{path}' does not exist", remedy="correct section 'guest'"
-            )
     try:
         guest = chosen(roots, wanted.kernel, wanted.image)
     except SandboxError as error:

@@ -6,10 +6,18 @@ The files come from signed packages and verified wheels; still, whatever does no
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox.errors import SandboxError
 
+if TYPE_CHECKING:
+    import mmap
+
+    #: read, or mapped
+    Content = bytes | mmap.mmap
+
+#: bytes that tell whether a file is one
+IDENTITY = 6
 _PT_DYNAMIC = 2
 _PT_LOAD = 1
 _PT_NOTE = 4
@@ -29,8 +37,8 @@ class _Segment(NamedTuple):
     size: int
 
 
-def is_elf(data: bytes) -> bool:
-    return data[:6] == b"\x7fELF\x02\x01"
+def is_elf(data: Content) -> bool:
+    return data[:IDENTITY] == b"\x7fELF\x02\x01"
 
 
 def section(data: bytes, name: str) -> bytes:
@@ -92,7 +100,7 @@ def functions_of(data: bytes, library: str) -> dict[str, str]:
     return found
 
 
-def pvh_entry(data: bytes) -> int | None:
+def pvh_entry(data: Content) -> int | None:
     """Where a kernel is entered by PVH (a physical address), or None if it cannot be."""
     for segment in _segments(data):
         if segment.kind != _PT_NOTE:
@@ -111,7 +119,7 @@ def _string(table: bytes, start: int) -> str:
     return table[start : table.index(b"\0", start)].decode()
 
 
-def _segments(data: bytes) -> list[_Segment]:
+def _segments(data: Content) -> list[_Segment]:
     _check(data)
     try:
         (table,) = struct.unpack_from("<Q", data, 32)
@@ -120,7 +128,7 @@ def _segments(data: bytes) -> list[_Segment]:
         for index in range(count):
             kind, _, offset, address, _, size = struct.unpack_from("<IIQQQQ", data, table + index * entry_size)
             found.append(_Segment(kind, offset, address, size))
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise ElfError(f"damaged ELF file: {error}") from error
     return found
 
@@ -132,6 +140,6 @@ def _file_offset(segments: list[_Segment], address: int) -> int:
     raise ValueError(f"address {address:#x} is in no segment")
 
 
-def _check(data: bytes) -> None:
+def _check(data: Content) -> None:
     if not is_elf(data):
         raise ElfError("not a 64-bit little-endian ELF file")

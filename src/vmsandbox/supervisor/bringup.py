@@ -26,7 +26,7 @@ from vmsandbox.supervisor import cards, clock, shares, slots, store, template
 from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Sandbox, SandboxSpec, Surroundings
-from vmsandbox.supervisor.translation import translating
+from vmsandbox.supervisor.translation import reached, translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 AGENT_PORT = "vmsandbox.agent"
 BULK_PORT = "vmsandbox.bulk"
 ROOT_DISK = "guest-root"
+#: letters of a console's last line that go into a message
+LAST_WORDS_MAX = 200
 #: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
 GUEST_SYSCTLS = {
     "kernel.pid_max": "4194304",
@@ -116,7 +118,8 @@ async def confined(around: Surroundings, spec: SandboxSpec, config: VmConfig) ->
 async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | None = None) -> AsyncIterator[Sandbox]:
     """Bring a pod's machine up and hold it for the block: a `spare` one, else a clone of its template, else booted.
 
-    Raises a `SandboxError` that names the phase the boot reached, with console and QEMU's stderr as detail.
+    A machine that does not come up is a `SandboxError` that names the phase its start reached, with all phases, the
+    console and QEMU's stderr as detail.
     """
     around.paths.vm.mkdir(mode=0o711, exist_ok=True)
     spare = await _suiting(around, spec, spare)
@@ -298,6 +301,7 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
 
 async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:
     """Await the agent's first answer, or the VM's death, whichever comes first."""
+    vm = sandbox.vm
     answering = asyncio.ensure_future(call)
     dying = asyncio.create_task(sandbox.watch_vm(), name="watch-vm during boot")
     try:
@@ -307,11 +311,21 @@ async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) ->
         return await answering
     except TimedOutError as error:
         raise TimedOutError(
-            f"the guest's agent did not answer within {sandbox.vm.config.boot_timeout:g} s; "
-            "'--debug' shows the console, 'hypervisor.boot_timeout' sets the limit",
-            detail=sandbox.vm.evidence(),
+            f"the guest's agent did not answer within {vm.config.boot_timeout:g} s ({reached(vm.phases)}; "
+            f"{_last_words(vm)}): 'hypervisor.boot_timeout' sets the limit, '--debug' shows more",
+            detail=vm.evidence(),
         ) from error
+    except UnavailableError as error:
+        # Of a guest that switched itself off nobody but its console says why.
+        words = f"; {_last_words(vm)}" if dying.done() and vm.ended() is None else ""
+        detail = error.detail or vm.evidence()
+        raise UnavailableError(f"{error} ({reached(vm.phases)}{words})", detail=detail) from error
     finally:
         for task in (answering, dying):
             task.cancel()
         await asyncio.gather(answering, dying, return_exceptions=True)
+
+
+def _last_words(vm: Vm) -> str:
+    lines = vm.console().strip().splitlines()
+    return f"last on the console: {lines[-1].strip()[:LAST_WORDS_MAX]}" if lines else "the console is empty"

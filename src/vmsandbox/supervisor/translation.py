@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError, UnsupportedError
-from vmsandbox_hypervisor.errors import AccelError, HypervisorError, NoSlotError
+from vmsandbox_hypervisor.errors import AccelError, BootError, HypervisorError, NoSlotError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 def translated(error: HypervisorError) -> SandboxError:
@@ -20,7 +20,15 @@ def translated(error: HypervisorError) -> SandboxError:
         return ExhaustedError(f"{message}: {more}", detail=detail)
     if isinstance(error, AccelError):
         return UnsupportedError(message, detail=detail)
+    if isinstance(error, BootError):
+        return UnavailableError(f"{message} ({reached({error.phase: error.seconds})})", detail=detail)
     return UnavailableError(message, detail=detail)
+
+
+def reached(phases: Mapping[str, float]) -> str:
+    """The last of the phases of a machine's start, and when it was reached, for a message."""
+    phase, seconds = list(phases.items())[-1]
+    return f"reached: {phase} after {seconds:.1f} s" if seconds else f"reached: {phase}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vmsandbox_hypervisor import kernel, virtiofsd, vsock
 from vmsandbox_hypervisor.aio import background, finish
 from vmsandbox_hypervisor.api import Event, VirtiofsShare
 from vmsandbox_hypervisor.console import FILE_MAX, RING, Console
-from vmsandbox_hypervisor.evidence import CONSOLE_LINES, CONSOLE_LOG, Evidence, reason_in
+from vmsandbox_hypervisor.evidence import CONSOLE_LINES, CONSOLE_LOG, LINES_BEFORE, Evidence, reason_in
 from vmsandbox_hypervisor.sockets import listening
 from vmsandbox_hypervisor.subscription import BACKLOG, Subscription
 
@@ -250,11 +250,46 @@ def test_qemu_can_be_executed_before_anything_heavy_is_imported(module: str) -> 
     assert not loaded & heavy
 
 
+PANIC = "Kernel panic - not syncing: "
+
+
 @pytest.mark.parametrize("calls", [0, CONSOLE_LINES, 3 * CONSOLE_LINES])
 def test_evidence_says_why_a_kernel_gave_up_however_much_it_prints_after_that(tmp_path: Path, calls: int) -> None:
-    panic = "Kernel panic - not syncing: sysrq triggered crash"
+    panic = f"{PANIC}sysrq triggered crash"
     trace = [f"[    9.1] call{number}+0x118/0x2f4" for number in range(calls)]
-    (tmp_path / CONSOLE_LOG).write_text("\r\n".join(["booted", f"[    9.0] {panic}", *trace, ""]))
+    before = [f"line {number}" for number in range(3 * LINES_BEFORE)]
+    (tmp_path / CONSOLE_LOG).write_text("\r\n".join([*before, f"[    9.0] {panic}", *trace, ""]))
     shown = Evidence(tmp_path).text().splitlines()
     assert sum(panic in line for line in shown) == 1
+    at = next(index for index, line in enumerate(shown) if panic in line)
+    assert shown[at - LINES_BEFORE : at] == before[-LINES_BEFORE:]
     assert shown[-min(calls, CONSOLE_LINES) :] == trace[-CONSOLE_LINES:] or not calls
+
+
+def test_evidence_says_what_there_is_nothing_of(tmp_path: Path) -> None:
+    evidence = Evidence(tmp_path)
+    assert evidence.text() == "stderr of QEMU: empty\nthe console is empty"
+    (tmp_path / CONSOLE_LOG).write_text("booted\r\n")
+    evidence = Evidence(tmp_path)
+    evidence.phases = {"spawned": 0.01, "running": 0.5}
+    assert evidence.text().splitlines() == [
+        "reached: spawned after 0.01 s, running after 0.50 s", "stderr of QEMU: empty", "last lines of the console:",
+        "booted",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("panic", "telling"),
+    [
+        ("Attempted to kill init! exitcode=0x1600", "erofs: no superblock; vmsandbox: cannot mount; "),
+        ("VFS: Unable to mount root fs on unknown-block(254,0)", "erofs: no superblock; vmsandbox: cannot mount; "),
+        ("sysrq triggered crash", ""),
+    ],
+)
+def test_a_panic_about_the_first_program_is_told_with_what_was_printed_before(
+    tmp_path: Path, panic: str, telling: str
+) -> None:
+    before = ["[ 1.0] erofs: no superblock", "[    1.2] erofs: no superblock", "vmsandbox: cannot mount"]
+    after = ["[    1.3] Call Trace:", "[    1.4]  panic+0x118/0x2f4"]
+    (tmp_path / CONSOLE_LOG).write_text("\n".join(["booting", *before, f"[    1.3] {PANIC}{panic}", *after]))
+    assert Evidence(tmp_path).panic() == f"{telling}{PANIC}{panic}"
