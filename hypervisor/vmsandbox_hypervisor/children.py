@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vmsandbox_hypervisor.api import Confinement
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+#: what everything is started through, and the package it is in
+SETPRIV, SETPRIV_PACKAGE = "setpriv", "util-linux"
 
 
 class Child:
@@ -110,7 +112,7 @@ def read_start_time(pid: int) -> int:
 
 def confined(argv: Sequence[str], identity: Confinement | None) -> list[str]:
     """`argv` behind setpriv: no new privileges ever, and with `identity` no privileges at all."""
-    prefix = ["setpriv", "--no-new-privs"]
+    prefix = [SETPRIV, "--no-new-privs"]
     if identity is not None:
         groups = ",".join(str(group) for group in identity.groups)
         prefix += [
@@ -131,7 +133,8 @@ def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int
     """
     program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if program is None:
-        raise FileNotFoundError(f"no program '{argv[0]}'")
+        remedy = f": install {SETPRIV_PACKAGE}" if argv[0] == SETPRIV else ""
+        raise FileNotFoundError(f"no program '{argv[0]}'{remedy}")
     actions: list[tuple[int, int, str, int, int] | tuple[int, int, int] | tuple[int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
     ]

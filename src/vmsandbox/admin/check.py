@@ -15,16 +15,20 @@ import resource
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmsandbox.arguments import Parser
 from vmsandbox.config import load
 from vmsandbox.config.model import Settings
-from vmsandbox.errors import SandboxError
+from vmsandbox.errors import NotFoundError, SandboxError
+from vmsandbox.guestbuild import packages, tuned
 from vmsandbox.guestbuild.choice import chosen
+from vmsandbox.guestbuild.store import FLAVOURS
 from vmsandbox.resources.network import cni
 from vmsandbox.resources.network.bridge import PLUGINS
+from vmsandbox_hypervisor.children import SETPRIV, SETPRIV_PACKAGE
 from vmsandbox_hypervisor.errors import AccelError
 from vmsandbox_hypervisor.qemu import probe
 
@@ -79,6 +83,8 @@ class Machine:
     search_path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     architecture: str = platform.machine()
     uid: int = os.geteuid()
+    #: whether this Python has it, with which the guest's libraries are fetched
+    pip: bool = find_spec("pip") is not None
     #: open files that a process may have, if nothing lets it raise that
     descriptors: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     accel: Callable[[Settings], Any] = _proved
@@ -130,8 +136,10 @@ async def checked(
         _virtiofsd(settings, machine),
         _descriptors(machine),
         acceleration,
-        _guest(settings, roots),
+        _tool(machine, SETPRIV, "no virtual machine can be started", (SETPRIV_PACKAGE,)),
+        _guest(settings, roots, machine),
         _tool(machine, "mkfs.erofs", "images cannot be imported", ("erofs-utils",)),
+        _tool(machine, "zstd", "images compressed with it cannot be imported", ("zstd",), status="warning"),
         _tool(machine, "mkfs.ext4", "containers get no writable layer", ("e2fsprogs",)),
         _tun(machine),
         _plugins(settings, machine),
@@ -140,8 +148,8 @@ async def checked(
         _space("run root", roots.run, LEAST_RUN_MIB),
         _space("data root", roots.data, LEAST_DISK_MIB),
     )
-    packages = sorted({package for finding in findings for package in finding.packages})
-    return Report(findings=findings, accel=choice, install=machine.installing(packages) if packages else "")
+    needed = sorted({package for finding in findings for package in finding.packages})
+    return Report(findings=findings, accel=choice, install=machine.installing(needed) if needed else "")
 
 
 def as_text(report: Report) -> str:
@@ -253,21 +261,41 @@ async def _acceleration(settings: Settings, machine: Machine) -> tuple[Finding, 
     return Finding(name="acceleration", status="ok", detail=f"{choice.accel}: {choice.reason}"), choice
 
 
-def _guest(settings: Settings, roots: Roots) -> Finding:
+def _guest(settings: Settings, roots: Roots, machine: Machine) -> Finding:
     wanted = settings.guest
     try:
         guest = chosen(roots, wanted.kernel, wanted.image)
     except SandboxError as error:
         detail, _, remedy = str(error).rpartition(": ")
-        return Finding(name="guest", status="missing", detail=detail, remedy=remedy)
+        needed = _for_building(wanted.kernel, machine) if isinstance(error, NotFoundError) else ()
+        if needed:
+            remedy = f"{machine.installing(needed)}; then {remedy}"
+        return Finding(name="guest", status="missing", detail=detail, remedy=remedy, packages=needed)
     return Finding(name="guest", status="ok", detail=f"kernel '{guest.kernel}', image '{guest.image}'")
 
 
-def _tool(machine: Machine, program: str, consequence: str, packages: tuple[str, ...]) -> Finding:
+def _for_building(flavour: str, machine: Machine) -> tuple[str, ...]:
+    """The packages that are missing for 'vmsandbox guest build', but for mkfs.erofs, which is a finding of its own."""
+    if flavour not in FLAVOURS:
+        return ()
+    tools = packages.TOOLS | (tuned.TOOLS if flavour == "tuned" else {})
+    missing = {
+        package
+        for tool, package in tools.items()
+        if shutil.which(tool, path=machine.search_path) is None and not Path(tool).exists()
+    }
+    if not machine.pip:
+        missing.add("python3-pip")
+    return tuple(sorted(missing))
+
+
+def _tool(
+    machine: Machine, program: str, consequence: str, wanted: tuple[str, ...], *, status: Status = "missing"
+) -> Finding:
     found = shutil.which(program, path=machine.search_path)
     if found:
         return Finding(name=program, status="ok", detail=f"'{found}'")
-    return _absent(program, f"not found: {consequence}", packages, machine)
+    return _absent(program, f"not found: {consequence}", wanted, machine, status=status)
 
 
 def _tun(machine: Machine) -> Finding:
@@ -359,9 +387,9 @@ def _space(name: str, path: Path, least_mib: int) -> Finding:
 
 
 def _absent(
-    name: str, detail: str, packages: tuple[str, ...], machine: Machine, *, status: Status = "missing"
+    name: str, detail: str, wanted: tuple[str, ...], machine: Machine, *, status: Status = "missing"
 ) -> Finding:
-    return Finding(name=name, status=status, detail=detail, remedy=machine.installing(packages), packages=packages)
+    return Finding(name=name, status=status, detail=detail, remedy=machine.installing(wanted), packages=wanted)
 
 
 def _output(command: list[str]) -> str:

@@ -15,7 +15,7 @@ import tempfile
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vmsandbox.guestbuild import steps
 from vmsandbox.guestbuild.steps import BuildError
@@ -23,6 +23,8 @@ from vmsandbox.guestbuild.steps import BuildError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+#: what has to be installed to build: a program -> its package
+TOOLS: Final = {"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg"}
 #: what decides apt's answers
 _APT_STATE = (Path("/var/lib/apt/lists"), Path("/etc/apt"))
 _URI = re.compile(r"^'[^']+' (?P<file>\S+) \d+ ?(?P<hash>\S*)$")

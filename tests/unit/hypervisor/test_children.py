@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmsandbox_hypervisor.children import Child, described, read_start_time, spawn
+from vmsandbox_hypervisor.children import ENVIRONMENT, Child, confined, described, read_start_time, spawn
 
 
 async def finished(argv: list[str], fds: dict[int, int] | None = None) -> tuple[int | None, str]:
@@ -70,6 +70,12 @@ async def test_signals_are_as_if_nobody_had_touched_them() -> None:
 async def test_a_program_that_is_not_there_is_an_error_and_no_child() -> None:
     with pytest.raises(FileNotFoundError, match="/nonexistent/program"):
         spawn("test", ["/nonexistent/program"], fds={}, stderr=2)
+
+
+async def test_without_setpriv_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"^no program 'setpriv': install util-linux$"):
+        spawn("test", confined(["qemu"], None), fds={}, stderr=2)
 
 
 async def test_stop_is_polite_first_if_it_may_be() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.unit.images.making import Member, archived, compressed, directory, docker_archive, layout, tar
-from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
 from vmsandbox.paths import Roots
 from vmsandbox.resources.images.importer import Importer, Limits, RootfsOptions
 from vmsandbox.resources.images.store import Image, ImageStore
@@ -384,6 +384,15 @@ def test_an_import_killed_anywhere_leaves_nothing_that_is_trusted_and_the_next_c
         "names/demo:latest",
         "names/other:latest",
     }
+
+
+def test_without_setpriv_the_error_says_what_to_install(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout(tmp_path / "lay", BASE)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="setpriv is missing: 'apt-get install util-linux'"):
+        Importer(store).run(f"oci:{tmp_path}/lay", names=["demo"])
 
 
 def test_the_builder_dies_with_a_killed_import_and_holds_its_lock_until_then(store: ImageStore, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def build(tree: Path, image: Path, *, pass_fds: Sequence[int] = ()) -> str:
     """Write the tree into the new file `image`, synced; returns the sha256 of the file in hex.
 
     The builder inherits `pass_fds`, so that locks among them last as long as it writes.  Raises `ExhaustedError` on a
-    full disk, `UnsupportedError` without mkfs.erofs.
+    full disk, `UnsupportedError` without mkfs.erofs or setpriv.
     """
     argv = [
         "setpriv", "--pdeathsig", "KILL", "--",
@@ -39,9 +39,12 @@ def build(tree: Path, image: Path, *, pass_fds: Sequence[int] = ()) -> str:
     ]  # fmt: skip
     # Given by option, the time would replace every file's; given this way, it only limits them.
     environment = {**os.environ, "SOURCE_DATE_EPOCH": _EPOCH, "LC_ALL": "C"}
-    result = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, env=environment, pass_fds=pass_fds, check=False
-    )
+    try:
+        result = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, env=environment, pass_fds=pass_fds, check=False
+        )
+    except FileNotFoundError as error:
+        raise UnsupportedError("cannot make a file system: setpriv is missing: 'apt-get install util-linux'") from error
     if result.returncode == 127:
         raise UnsupportedError("cannot make a file system: mkfs.erofs is missing: 'apt-get install erofs-utils'")
     if result.returncode != 0:
