@@ -122,7 +122,10 @@ class Container:
                     console_socket=plumbing.console.path if plumbing.console else None,
                 )
             except CrunError:
-                # crun says why in words only; the usual reason can be seen.
+                # crun says why in words only; the usual reasons can be seen.
+                from vmsandbox_agent import reasons
+
+                reasons.of_container(self._root, self._spec, group=self._parent(), scratch=self.bundle / "scratch")
                 programs.check(self._root, spec_process)
                 raise
             try:
@@ -238,6 +241,7 @@ class Container:
                         raise
             except CrunError:
                 self._expect(*wanted_states, wanted="run a process in")  # it may have ended meanwhile
+                self._look_for_reasons(document)
                 raise
             finally:
                 if was_paused:
@@ -303,7 +307,13 @@ class Container:
             resources = _object(resources_json, "resources")
             path.write_text(json.dumps(resources))
             hugepages.allow(resources)
-            self._crun.update(self.id, self.bundle, path)
+            try:
+                self._crun.update(self.id, self.bundle, path)
+            except CrunError:
+                from vmsandbox_agent import reasons
+
+                reasons.of_resources(resources, group=self._parent())
+                raise
 
     def stats(self) -> Stats:
         return self._cgroups.stats(self.group)
@@ -332,6 +342,21 @@ class Container:
             programs.check(root, document)
         finally:
             os.close(root)
+
+    def _look_for_reasons(self, document: dict[str, Any]) -> None:
+        from vmsandbox_agent import reasons
+
+        root = self.open_root()
+        try:
+            reasons.of_process(root, document)
+        finally:
+            os.close(root)
+
+    def _parent(self) -> Path:
+        """The directory of control groups that the container's is in."""
+        from vmsandbox_agent.cgroup import MOUNT
+
+        return MOUNT / self.group.lstrip("/").rpartition("/")[0]
 
     def _complete(self, request: pb.CreateContainerRequest) -> None:
         """Fill in what only the guest knows."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.cli import Cli
 
 
@@ -112,3 +114,32 @@ def test_a_bad_option_is_one_clear_line_and_leaves_nothing(cli: Cli, box: str, w
     assert said in result.stderr
     assert result.stderr.startswith("vmsandbox: ")
     assert cli.leftovers() == []
+
+
+def test_what_a_container_has_no_place_or_limit_for_is_said_without_the_guests_words(
+    cli: Cli, box: str, tmp_path: Path, pod_template: None
+) -> None:
+    """In one machine, since starting one is what costs."""
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    table = (
+        (["-v", f"{tmp_path}/directory:/etc/passwd"], "cannot mount a directory at '/etc/passwd': that is not a dir"),
+        (["-v", f"{tmp_path}/directory:/etc/passwd/x"], "at '/etc/passwd/x': a part of it is not a directory"),
+        (["-v", f"{tmp_path}/file:/tmp"], "cannot mount a file at '/tmp': that is not a file"),
+        (["--tmpfs", "/etc/passwd"], "cannot mount tmpfs at '/etc/passwd': that is not a directory"),
+        (["-w", "/etc/passwd"], "cannot enter working directory '/etc/passwd' ('--workdir', 'process.cwd'): not a"),
+        (["--ulimit", "nofile=-1"], "limit 'nofile' ('--ulimit', 'process.rlimits') can be at most 1048576"),
+        (["--ulimit", "nofile=2000000"], "limit 'nofile' ('--ulimit', 'process.rlimits') can be at most 1048576"),
+    )
+    cli.ok("pod", "create", "--name", "p")
+    for words, said in table:
+        result = cli("run", "--rm", "--pod", "p", *words, box, "true")
+        message = result.stderr.splitlines()[0]
+        assert (result.code, said in message) == (125, True), result
+        assert "/run/vmsandbox" not in message
+        assert "`" not in message, "crun quotes so"
+    assert cli.ps() == []
+    cli.ok("run", "-d", "--pod", "p", "--name", "c", box, "sleep", "1000")
+    for directory, code in (("/nosuch", 127), ("/etc/passwd", 126)):
+        result = cli("exec", "-w", directory, "c", "true")
+        assert (result.code, f"cannot enter working directory '{directory}'" in result.stderr) == (code, True), result

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -119,6 +120,20 @@ def test_devices_sockets_limits_and_hooks_of_a_pod(runtime: Runtime, box_rootfs:
     with open(disk, "rb") as file:
         file.seek(512)
         assert file.read(7) == b"second\n"
+
+    # What the guest does not have is said by the name of its field.
+    def refusing(document: dict[str, Any], *, resources: Any = None, options: Any = ()) -> None:
+        document["linux"]["resources"] = resources or {}
+        document["mounts"].append({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": [*options]})
+
+    refusals: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"resources": {"hugepageLimits": [{"pageSize": "3MB", "limit": 3 * MIB}]}}, "names pages of '3MB'"),
+        ({"resources": {"unified": {"memory.hihg": "1"}}}, "'linux.resources.unified' names 'memory.hihg'"),
+        ({"options": ["size=1m", "colour=red"]}, "tmpfs at '/t': the guest's kernel refuses option 'colour=red'"),
+    )
+    for number, (change, said) in enumerate(refusals):
+        made = bundle(f"refused{number}", "true", partial(refusing, **change))
+        assert said in runtime.refused("create", "--bundle", str(made), made.name)
 
     # Read-only where no rule lets it be written, also as a bind mount; beside it a socket and a common device.
     with socket.socket(socket.AF_UNIX) as listener:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmsandbox.errors import UnsupportedError
+from vmsandbox.errors import InvalidBundleError, UnsupportedError
+
+#: what the files of cgroup v2 are named after
+_CONTROLLERS = {"cgroup", "cpu", "cpuset", "hugetlb", "io", "memory", "misc", "pids", "rdma"}
 
 
 def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +26,8 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedError(
             "'linux.resources.memory.disableOOMKiller' is not supported: cgroup v2 has no such thing"
         )
+    if "swappiness" in memory:
+        raise UnsupportedError("'linux.resources.memory.swappiness' is not supported: cgroup v2 has no such thing")
     if memory.get("swap") is not None and memory["swap"] >= 0 and not memory.get("limit"):
         del memory["swap"]
     cpu = {key: value for key, value in (given.get("cpu") or {}).items() if value not in (None, 0, "")}
@@ -33,6 +38,12 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
             raise UnsupportedError(f"'linux.resources.cpu.{name}' is not supported: cgroup v2 has no such thing")
     pids = {key: value for key, value in (given.get("pids") or {}).items() if value not in (None, 0)}
     unified = dict(given.get("unified") or {})
+    for name in unified:
+        if "/" in name or name.partition(".")[0] not in _CONTROLLERS:
+            raise InvalidBundleError(
+                f"'linux.resources.unified' names '{name}', which is no file of cgroup v2: one of a controller's, such "
+                "as 'memory.high', is wanted"
+            )
     if pids.get("limit", 0) < 0:
         # crun 1.8 would write the number, which the kernel does not take.
         del pids["limit"]

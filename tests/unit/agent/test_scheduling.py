@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmsandbox_agent import hugepages, scheduling
-from vmsandbox_agent.errors import InvalidArgumentError
+from vmsandbox_agent.errors import InvalidArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +69,16 @@ def test_limits_of_huge_pages_let_the_kernel_make_them(tmp_path: Path) -> None:
     file = tmp_path / "hugepages-2048kB/nr_overcommit_hugepages"
     file.parent.mkdir()
     file.write_text("1\n")
-    limits = [{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 1 << 30}, {"pageSize": "?"}]
+    limits = [{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "?"}]
     hugepages.allow({"hugepageLimits": limits}, sys=tmp_path)
     assert file.read_text() == "3"
+
+
+def test_huge_pages_of_a_size_that_the_kernel_does_not_have_are_named(tmp_path: Path) -> None:
+    for name in ("hugepages-2048kB", "hugepages-1048576kB"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "nr_overcommit_hugepages").touch()
+    with pytest.raises(
+        UnsupportedError, match=r"hugepageLimits' names pages of '3MB': the guest's kernel has 1GB, 2MB"
+    ):
+        hugepages.allow({"hugepageLimits": [{"pageSize": "3MB", "limit": 1 << 30}]}, sys=tmp_path)

@@ -263,3 +263,16 @@ def test_zeros_of_an_update_mean_nothing() -> None:
 
 def test_no_limit_of_processes_is_said_as_the_kernel_takes_it() -> None:
     assert limits.guest_resources({"pids": {"limit": -1}}) == {"unified": {"pids.max": "max"}}
+
+
+@pytest.mark.parametrize(
+    ("resources", "error", "said"),
+    [
+        ({"memory": {"swappiness": 5}}, UnsupportedError, r"'linux\.resources\.memory\.swappiness' is not supported"),
+        ({"unified": {"colour.max": "1"}}, InvalidBundleError, r"'linux\.resources\.unified' names 'colour\.max'"),
+        ({"unified": {"memory/x": "1"}}, InvalidBundleError, r"'linux\.resources\.unified' names 'memory/x'"),
+    ],
+)
+def test_what_control_groups_do_not_have_is_named(resources: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        limits.guest_resources(resources)
