@@ -2,7 +2,8 @@
 
 One record a line, as the Kubernetes container runtimes write it: time, stream, `F` for a whole line or `P`
 for a part of one, text.  A file is rotated when it has reached its size, so that a container
-cannot fill the host's disk.
+cannot fill the host's disk.  On a disk that others have filled the container goes on; each chunk that comes is another
+attempt to write, and a record says how much is missing.
 """
 
 from __future__ import annotations
@@ -28,24 +29,34 @@ class LogWriter:
         self.path = path
         self.max_bytes = max_bytes
         self.files = files
-        self.broken = False
         self._fd = -1
         self._size = 0
+        #: of what is to be written next: what had no room, at most one chunk's records
+        self._rest = b""
+        #: bytes of output that came while there was a rest
+        self._lost = 0
+        self._reason = ""
         self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             self._size = os.fstat(self._fd).st_size
-        except OSError:
-            self.broken = True
+            # Of a life that ended on a full disk.
+            if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
+                self._rest = b"\n"
+        except OSError as error:
+            self._reason = error.strerror or str(error)
+            return False
+        return True
 
     def write(self, stream: str, data: bytes) -> None:
-        """Append a chunk; a log that can no longer be written (disk full) is given up, the container goes on."""
-        if self.broken:
-            return
-        if self._size > self.max_bytes:
+        """Append a chunk, or count it as lost while there is no room for what came before."""
+        if self._size > self.max_bytes and not self._rest:
             self._rotate()
+        if (self._rest or self._lost or self._fd < 0) and not self._caught_up():
+            self._lost += len(data)
+            return
         head = b"%s %s " % (_stamp(), stream.encode())
         whole, newline, part = data.rpartition(b"\n")
         record = b""
@@ -53,24 +64,50 @@ class LogWriter:
             record = head + b"F " + whole.replace(b"\n", b"\n" + head + b"F ") + b"\n"
         if part:
             record += head + b"P " + part + b"\n"
+        self._append(record)
+
+    def _append(self, record: bytes) -> bool:
+        """Write as much as there is room for; whether that is everything."""
         try:
-            self._size += os.write(self._fd, record)
-        except OSError:
-            self.broken = True
+            count = os.write(self._fd, record)
+        except OSError as error:
+            self._reason = error.strerror or str(error)
+            count = 0
+        self._size += count
+        self._rest = record[count:]
+        return not self._rest
+
+    def _caught_up(self) -> bool:
+        """Write what had no room, then what is missing after it."""
+        if self._fd < 0 and not self._open():
+            return False
+        if self._rest and not self._append(self._rest):
+            return False
+        if not self._lost:
+            return True
+        lost, self._lost = self._lost, 0
+        text = f"vmsandbox: {lost} bytes of output are missing here: the log could not be written: {self._reason}"
+        return self._append(b"%s stderr F %s\n" % (_stamp(), text.encode()))
 
     def _rotate(self) -> None:
         os.close(self._fd)
+        self._fd = -1
         for number in range(self.files - 1, 0, -1):
             older = self.path if number == 1 else f"{self.path}.{number - 1}"
             try:
                 os.rename(older, f"{self.path}.{number}")
             except OSError:
                 continue
-        if self.files == 1:
-            os.truncate(self.path, 0)
+        try:
+            if self.files == 1:
+                os.truncate(self.path, 0)
+        except OSError as error:
+            self._reason = error.strerror or str(error)
         self._open()
 
     def close(self) -> None:
+        if self._rest or self._lost:
+            self._caught_up()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
