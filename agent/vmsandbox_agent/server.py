@@ -30,12 +30,14 @@ class ServedSocket:
     def at_path(cls, path: Path, connect: Callable[[], Answering]) -> ServedSocket:
         """At a unix socket; raises OSError."""
         path.unlink(missing_ok=True)
-        return cls(_listening(socket.AF_UNIX, str(path)), connect)
+        return cls(_listening(socket.socket, socket.AF_UNIX, str(path)), connect)
 
     @classmethod
-    def at_vsock(cls, port: int, connect: Callable[[], Answering]) -> ServedSocket:
-        """At a port of vsock; raises OSError."""
-        return cls(_listening(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, port)), connect)
+    def at_vsock(
+        cls, port: int, connect: Callable[[], Answering], *, make: Callable[[int, int], socket.socket] = socket.socket
+    ) -> ServedSocket:
+        """At a port of vsock; raises OSError.  `make` makes a socket of a family and type."""
+        return cls(_listening(make, socket.AF_VSOCK, (socket.VMADDR_CID_ANY, port)), connect)
 
     def start(self) -> None:
         self._thread.start()
@@ -75,8 +77,8 @@ class ServedSocket:
                 peer.shutdown(socket.SHUT_RDWR)
 
 
-def _listening(family: int, address: object) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+def _listening(make: Callable[[int, int], socket.socket], family: int, address: object) -> socket.socket:
+    listener = make(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         listener.bind(address)  # type: ignore[arg-type]
         listener.listen(8)

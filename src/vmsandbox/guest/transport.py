@@ -112,6 +112,22 @@ def through_port(path: Path) -> Dial:
     return dial
 
 
+def through_vsock(cid: int, port: int, *, make: Callable[[int, int], socket.socket] = socket.socket) -> Dial:
+    """Dial an agent that serves at a `port` of vsock in the machine with this context id.
+
+    `make` makes a socket of a family and type.
+    """
+
+    @asynccontextmanager
+    async def dial() -> AsyncIterator[Link]:
+        with make(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, (cid, port))
+            yield StreamLink(sock)
+
+    return dial
+
+
 class StreamLink:
     """Bytes as they are, over a connection that begins and ends: a socket, or vsock."""
 

@@ -8,7 +8,8 @@ import random
 import socket
 import threading
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,9 +22,6 @@ from vmsandbox_protocol import link
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
-
-    from vmsandbox.guest.transport import Link
 
 
 @pytest.fixture
@@ -211,20 +209,43 @@ async def test_a_socket_is_removed_and_a_long_directory_refused(directory: Path)
             pytest.fail("listened at a path that is too long")
 
 
-async def test_a_connection_that_the_kernel_keeps_needs_no_hello(directory: Path) -> None:
-    """The vsock variant, over a unix socket in place of AF_VSOCK, which not every kernel can loop back."""
+CID_LOCAL = 1
+VSOCK_PORT = 5005
+
+
+class StandIn(socket.socket):
+    """vsock over a unix socket: not every kernel can loop it back."""
+
+    place: Path
+
+    def __init__(self, family: int, kind: int) -> None:
+        assert family == socket.AF_VSOCK
+        super().__init__(socket.AF_UNIX, kind)
+
+    def bind(self, address: Any) -> None:
+        assert address == (socket.VMADDR_CID_ANY, VSOCK_PORT)
+        super().bind(str(self.place))
+
+    def connect(self, address: Any) -> None:
+        assert address == (CID_LOCAL, VSOCK_PORT)
+        super().connect(str(self.place))
+
+
+@pytest.fixture(params=["stand-in", *(["vsock"] if Path("/sys/module/vsock_loopback").exists() else [])])
+def make(request: pytest.FixtureRequest, directory: Path) -> Callable[[int, int], socket.socket]:
+    return type("", (StandIn,), {"place": directory / "vsock"}) if request.param == "stand-in" else socket.socket
+
+
+async def test_a_connection_that_the_kernel_keeps_needs_no_hello(
+    directory: Path, make: Callable[[int, int], socket.socket]
+) -> None:
     data = random.Random(2).randbytes(1_000_000)
-    path = directory / "vsock"
-    ServedSocket.at_path(path, Echo).start()
-
-    @asynccontextmanager
-    async def dial() -> AsyncIterator[Link]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, str(path))
-            yield transport.StreamLink(sock)
-
+    dial = transport.through_vsock(CID_LOCAL, VSOCK_PORT, make=make)
     async with transport.relayed(dial, directory=directory) as relay:
+        early = asyncio.create_task(converse(relay.path, data))  # before the guest serves
+        ServedSocket.at_vsock(VSOCK_PORT, Echo, make=make).start()
+        assert await early == data
+        await relay.ready()
         for _ in range(3):
             assert await converse(relay.path, data) == data
 
