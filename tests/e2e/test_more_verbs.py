@@ -6,18 +6,23 @@ import io
 import json
 import subprocess
 import tarfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.harness.cli import Cli
 
 
 def inside(cli: Cli, container: str, script: str) -> list[str]:
     return cli.ok("exec", container, "sh", "-c", script).split()
+
+
+def most_mib(process: Path) -> int:
+    """The most memory that a process has had."""
+    (line,) = (line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) // 1024
 
 
 def test_a15_a_paused_container_stands_still_until_unpaused(pod: tuple[Cli, str]) -> None:
@@ -84,6 +89,23 @@ def test_a15_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, st
     cli.ok("update", "--cpus", "2", container)
     assert inside(cli, container, "nproc") == ["2"]
     assert cli.inspect(container)["resources"] == {"cpus": 2.0, "memory": 64 << 20}
+
+
+def test_a5_memory_that_a_guest_gives_back_is_not_taken_from_the_host_first(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "large", "-m", "300m", box, "sleep", "100000")
+    machine = Path("/proc", str(cli.inspect("large")["pod"]["vm"]["pid"]))
+    (machine / "clear_refs").write_text("5")  # what it has had at most is counted anew
+    before = most_mib(machine)
+    cli.ok("update", "-m", "100m", "large")
+    assert most_mib(machine) < before + 64
+
+
+def test_a5_a_machine_that_was_shrunk_answers_each_time(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "often", box, "sleep", "100000")
+    for _ in range(5):
+        cli.ok("update", "-m", "300m", "--cpus", "1", "often")
+        cli.ok("update", "-m", "100m", "--cpus", "2", "often")
+        assert cli.ok("exec", "often", "echo", "up") == "up\n"
 
 
 def test_a_limit_that_would_kill_or_cannot_be_had_is_refused_and_changes_nothing(pod: tuple[Cli, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 COMMON: Final = (
     "console=ttyS0", "quiet", "loglevel=4", "panic=-1", "reboot=t", "random.trust_cpu=on",
     "no_timer_check", "noreplace-smp", "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable",
+    "init_on_alloc=0",
 )  # fmt: skip
 #: for the distribution's kernel, which our initramfs takes to the image
 PACKAGED: Final = (*COMMON, "cryptomgr.notests", "initcall_blacklist=tracer_init_tracefs")
