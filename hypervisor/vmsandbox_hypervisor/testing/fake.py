@@ -44,6 +44,8 @@ class FakeVm:
         self.released = False
         #: what the guest does when a device is to go, or memory to come
         self.guest_cooperates = True
+        #: devices that the guest refuses to let go when it is asked the next time
+        self.refuses: set[str] = set()
         self._journal = journal
         self._console = ""
         self._status = "running"
@@ -144,6 +146,9 @@ class FakeVm:
     async def _unplug(self, name: str, timeout: float) -> None:
         if name not in self._ports:
             raise DeviceError(f"cannot detach '{name}': no such device is attached")
+        if name in self.refuses:
+            self.refuses.discard(name)
+            raise DeviceError(f"cannot detach '{name}': the guest refused", reason="DEVICE_UNPLUG_GUEST_ERROR")
         if not self.guest_cooperates:
             await asyncio.wait({self._end}, timeout=timeout)
             if self._gone is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import documents
 from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError
-from vmsandbox.supervisor import shares, store
+from vmsandbox.supervisor import leaving, shares, store
 from vmsandbox.supervisor.translation import translated, translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory
 
@@ -272,7 +272,8 @@ class Sandbox:
     # ------------------------------------------------------------ disks
 
     async def attach_disk(self, disk_id: str, path: Path, *, read_only: bool) -> str:
-        """Hot-plug a disk of one container and return its address in the guest."""
+        """Hot-plug a disk that the machine has not, and return its address in the guest."""
+        await leaving.gone(self.vm, f"disk-{disk_id}", lambda: self.vm.detach_disk(disk_id))
         with translating():
             return (await self.vm.attach_disk(Disk(id=disk_id, path=path, read_only=read_only))).pci_path
 

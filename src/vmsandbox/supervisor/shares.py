@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnsupportedError
 from vmsandbox.resources import share
+from vmsandbox.supervisor import leaving
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import NinePShare, PrivateMemory, VirtiofsShare
 from vmsandbox_protocol import agent_pb2 as pb
@@ -159,11 +160,13 @@ class Shares:
             if shared_fs == VIRTIO_FS:
                 if isinstance(config.memory.backing, PrivateMemory):
                     raise _unprepared()
+                await leaving.gone(self._vm, f"fs-{TAG}", lambda: self._vm.detach_virtiofs(TAG))
                 await self._vm.attach_virtiofs(VirtiofsShare(tag=TAG, path=Path(self._directory)))
                 return
             export = next((export for export in config.shares if export.tag == TAG), None)
             if export is None:
                 raise _unprepared()
+            await leaving.gone(self._vm, f"ninep-{TAG}", lambda: self._vm.detach_9p(TAG))
             await self._vm.attach_9p(export)
 
 

@@ -400,6 +400,26 @@ async def test_an_unplug_that_a_predecessor_asked_for_is_only_awaited(
     assert ("blockdev-del", {"node-name": "disk-a"}) in server.commands
 
 
+async def test_an_unplug_that_the_guest_was_late_for_is_awaited_by_whoever_asks_again(
+    tmp_path: Path, devices: Callable[[Monitor], Devices]
+) -> None:
+    server = Server()
+    server.answers["query-pci"] = PCI
+    async with linked(tmp_path, server) as link:
+        found = devices(link)
+        link.observe(found.observe)
+        await found.load()
+        with pytest.raises(DeviceError, match="did not release it within"):
+            await found.detach("disk-a", timeout=0.01)
+        assert set(found.addresses()) == {"disk-a"}
+        again = asyncio.create_task(found.detach("disk-a", timeout=5))
+        await asyncio.sleep(0)
+        server.event("DEVICE_DELETED", device="disk-a")
+        await again
+        assert found.addresses() == {}
+    assert plugged_names(server).count("device_del") == 1
+
+
 @pytest.mark.parametrize("name", ["rp", "rpx", "rp-1", "rp9999", 7])
 async def test_a_port_that_is_none_of_ours_has_nothing_of_ours(
     tmp_path: Path, devices: Callable[[Monitor], Devices], name: object
