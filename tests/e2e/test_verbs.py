@@ -138,8 +138,8 @@ def test_b3_what_is_on_disk_is_closed_to_others_and_an_unknown_id_is_an_error_of
     assert not data.stat().st_mode & 0o077
     for path in [directory, *directory.rglob("*")]:
         mode = path.lstat().st_mode
-        # QEMU passes through to its sockets, but nobody looks in; an empty file is there to be locked.
-        allowed = 0o711 if stat.S_ISDIR(mode) else 0o644 if path.name == "lock" else 0o600
+        # QEMU passes through to its sockets, but nobody looks in.
+        allowed = 0o711 if stat.S_ISDIR(mode) else 0o600
         assert stat.S_ISLNK(mode) or not mode & 0o777 & ~allowed, (path, oct(mode))
     assert cli("inspect", "f" * 64).stderr.startswith("vmsandbox: no such container: ")
 

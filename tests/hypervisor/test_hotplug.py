@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
+import struct
 import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,6 +55,16 @@ async def test_a_disk_is_where_its_address_says_and_has_the_file_s_bytes(vm_shar
         await vm.detach_disk("data")
         assert await guest.run("ls /sys/block") == ""
         assert vm.devices() == {}
+
+
+async def test_a_file_that_is_only_read_is_attached_whoever_has_locked_it(vm_shared: Booted, image: Path) -> None:
+    everything = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    async with vm_shared as (vm, guest):
+        with image.open("rb") as held:
+            fcntl.fcntl(held, fcntl.F_OFD_SETLK, everything)
+            await vm.attach_disk(Disk(id="held", path=image, read_only=True))
+            await guest.eventually("ls /sys/block", "vda")
+        await vm.detach_disk("held")
 
 
 async def test_what_the_guest_writes_arrives_in_the_file(vm_shared: Booted, image: Path) -> None:

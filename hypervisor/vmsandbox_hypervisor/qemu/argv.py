@@ -100,6 +100,8 @@ def blockdev(identifier: str, *, fdset: int, read_only: bool, block_device: bool
             "filename": f"/dev/fdset/{fdset}",
             "aio": "threads",
             "read-only": read_only,
+            # Locks keep writers apart.  Anybody who may read a file could hold one against who reads it too.
+            "locking": "off" if read_only and not block_device else "auto",
             "cache": cache,
             "discard": "ignore" if read_only else "unmap",
         },

@@ -12,7 +12,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from vmsandbox import documents, lent, machines, records, remains
+from vmsandbox import documents, lent, locks, machines, records, remains
 from vmsandbox.arguments import Parser
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots, SandboxPaths
@@ -20,6 +20,7 @@ from vmsandbox.resources import identities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import BinaryIO
 
 #: seconds within which a directory without a lock or document may still be being made
 YOUNG = 10.0
@@ -59,7 +60,7 @@ def collect_sandbox(roots: Roots, sandbox: SandboxPaths, say: Callable[[str], No
     if not os.path.exists(sandbox.lock_file) and is_young(sandbox.dir):
         return
     try:
-        lock = open(sandbox.lock_file, "ab")  # noqa: SIM115 - closed by the with below
+        lock = locks.opened(sandbox.lock_file)
     except FileNotFoundError:
         return
     with lock:
@@ -135,10 +136,9 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> list[SandboxEr
 
     for place in pod.remembered(roots):
         sandbox = roots.sandbox(place.sandbox_id)
-        try:
-            lock = open(sandbox.lock_file, "ab")  # noqa: SIM115 - closed by the with below
-        except FileNotFoundError:
-            lock = open(os.devnull, "ab")  # noqa: SIM115 - the pod's directory is gone
+        lock = lock_of_network(sandbox, place.file)
+        if lock is None:
+            continue
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
@@ -152,6 +152,17 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> list[SandboxEr
             except SandboxError as error:
                 failures.append(error)
     return failures
+
+
+def lock_of_network(sandbox: SandboxPaths, record: str) -> BinaryIO | None:
+    """What to lock while a pod's network is taken apart: its record, where the pod's directory is gone."""
+    try:
+        return locks.opened(sandbox.lock_file)
+    except FileNotFoundError:
+        try:
+            return open(record, "rb")
+        except FileNotFoundError:
+            return None  # somebody else has just done it
 
 
 def collect_builder(directory: str, say: Callable[[str], None]) -> None:
@@ -179,7 +190,7 @@ def collect_unfinished_templates(roots: Roots, say: Callable[[str], None]) -> No
         prefix, _, key = name.partition("staging-")
         if prefix != ".":
             continue
-        with open(roots.templates / f".{key.partition('-')[0]}.lock", "ab") as lock:
+        with locks.opened(roots.templates / f".{key.partition('-')[0]}.lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import sys
 
-from vmsandbox import wire
+from vmsandbox import locks, wire
 from vmsandbox.cli import nursery
 from vmsandbox.errors import AlreadyExistsError, UnavailableError
 from vmsandbox.plainsocket import UnixSocket
@@ -61,7 +61,7 @@ class locked:
         self._path = sandbox.lock_file
 
     def __enter__(self) -> None:
-        self._lock = open(self._path, "ab")
+        self._lock = locks.opened(self._path)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except BaseException:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import locks
 from vmsandbox.errors import AmbiguousError, InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
@@ -157,13 +158,12 @@ def locked(roots: Roots, *, waiting: Callable[[], None] = lambda: None) -> Itera
     `waiting` is called once if another process holds it.
     """
     _make_directory(roots.guests)
-    descriptor = os.open(roots.guests / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with locks.opened(roots.guests / "lock") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in [*roots.guests.glob(f"{_STAGING}*"), *parts(roots).glob(f"{_STAGING}*")]:
             if leftover.is_symlink() or not leftover.is_dir():
                 leftover.unlink()
@@ -171,8 +171,6 @@ def locked(roots: Roots, *, waiting: Callable[[], None] = lambda: None) -> Itera
                 # A helper of the killed builder may still be writing: what it leaves goes with the next build.
                 shutil.rmtree(leftover, ignore_errors=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

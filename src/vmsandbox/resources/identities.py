@@ -14,6 +14,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING
 
+from vmsandbox import locks
 from vmsandbox.errors import ExhaustedError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def reserve(roots: Roots, pod_id: str, *, base: int, count: int) -> int:
     """
     directory = roots.identities_dir
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    with open(f"{directory}/.lock", "ab") as lock:
+    with locks.opened(f"{directory}/.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         holders = _holders(roots)
         for uid, holder in holders.items():
@@ -49,7 +50,7 @@ def release(roots: Roots, pod_id: str) -> None:
     """Give a pod's uid back; its machine has ended.  Nothing reserved is fine."""
     directory = roots.identities_dir
     try:
-        lock = open(f"{directory}/.lock", "ab")  # noqa: SIM115 - closed by the with below
+        lock = locks.opened(f"{directory}/.lock")
     except FileNotFoundError:
         return
     with lock:
@@ -62,7 +63,7 @@ def release(roots: Roots, pod_id: str) -> None:
 def collect(roots: Roots) -> list[int]:
     """Give back what pods had whose directories are gone; answers the uids."""
     try:
-        lock = open(f"{roots.identities_dir}/.lock", "ab")  # noqa: SIM115 - closed by the with below
+        lock = locks.opened(f"{roots.identities_dir}/.lock")
     except FileNotFoundError:
         return []
     freed = []

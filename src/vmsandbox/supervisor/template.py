@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmsandbox import __version__, documents, records, remains
+from vmsandbox import __version__, documents, locks, records, remains
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
@@ -270,9 +270,11 @@ async def build(
             saved = Path(staging, "template")
             saved.mkdir(mode=0o700)
             (saved / "holders").mkdir(mode=0o700)
-            # QEMU, under its own uid, passes through this one.
-            run = around.roots.run / "t" / str(os.getpid())
-            run.mkdir(mode=0o711, parents=True)
+            run = Path(around.roots.builders_dir, str(os.getpid()))
+            around.roots.run.parent.mkdir(parents=True, exist_ok=True)
+            for directory in (around.roots.run, run.parent, run):
+                # QEMU, under its own uid, must be able to pass through, and only that.
+                directory.mkdir(mode=0o711, exist_ok=directory is not run)
             try:
                 await _make(around, config, run, saved)
             finally:
@@ -292,7 +294,7 @@ async def build(
 
 @contextmanager
 def _locked(root: Path, key: str, *, waiting: bool) -> Iterator[bool]:
-    with open(root / f".{key}.lock", "ab") as lock:
+    with locks.opened(root / f".{key}.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
         except BlockingIOError:

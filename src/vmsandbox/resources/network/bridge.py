@@ -17,6 +17,7 @@ import struct
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from vmsandbox import locks
 from vmsandbox.errors import AlreadyExistsError, ExhaustedError, InvalidArgumentError
 from vmsandbox.resources.network import cni
 
@@ -232,14 +233,14 @@ class Bridge:
     async def in_use(self) -> AsyncIterator[None]:
         """Nobody removes the bridge, or writes the network anew, within the block."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.directory / "lock", "ab") as lock:
+        with locks.opened(self.directory / "lock") as lock:
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_SH)
             yield
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         try:
-            lock = open(self.directory / "lock", "ab")  # noqa: SIM115 - closed by the with below
+            lock = locks.opened(self.directory / "lock")
         except FileNotFoundError:
             yield False
             return
@@ -254,7 +255,7 @@ class Bridge:
     def prepare(self, *, subnet: str = "", ipv6: bool = False) -> dict[str, Any]:
         """`network`, one process at a time."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.directory / "writing", "ab") as lock:
+        with locks.opened(self.directory / "writing") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return self.network(subnet=subnet, ipv6=ipv6)
 
