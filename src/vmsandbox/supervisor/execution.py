@@ -79,7 +79,10 @@ def watch(service: Service, process: Process) -> None:
 
 
 async def _standin_died(service: Service, process: Process) -> None:
-    """Whoever kills the stand-in means the process it stands for."""
+    """Whoever kills the stand-in means the process it stands for; one that has ended has nobody left to hear of it."""
+    if process.reported is not None:
+        service.finish(process, process.reported)
+        return
     log.info("the stand-in of %s is gone: killing the process", process)
     try:
         sandbox = await service.running_sandbox()
@@ -163,11 +166,9 @@ def _event(service: Service, event: pb.Event) -> None:
 
 
 def _exit_event(service: Service, container: Container, event: pb.Event) -> None:
-    """An exit that the agent reports; an attached stand-in hears it behind the last of its output."""
+    """An exit that the agent reports, of a process that is still known."""
     try:
         process = container.process(event.exec_id)
     except NotFoundError:
         return
-    if process.has_standin() and not process.delivered.is_set():
-        return
-    service.finish(process, exit_of(event.exited))
+    service.report(process, exit_of(event.exited))

@@ -56,6 +56,8 @@ class Process:
         self.terminal = terminal
         self.standin = standin
         self.exit: Exit | None = None
+        #: the exit that the agent reported while a stand-in was there to hear it behind the last of the output
+        self.reported: Exit | None = None
         #: it was started, or failed to: attached stand-ins wait for this
         self.settled = asyncio.Event()
         self.exited = asyncio.Event()

@@ -205,8 +205,8 @@ class Service:
                     process = container.add_exec(state.exec_id)
                     process.settled.set()
                     self.spawn(execution.retire(self, container, process), name=f"retire {process}")
-                if state.HasField("exit") and not process.has_standin():
-                    self.finish(process, exit_of(state.exit))
+                if state.HasField("exit"):
+                    self.report(process, exit_of(state.exit))
             ending.retire_later(self, container)
         self.notify()
 
@@ -268,6 +268,17 @@ class Service:
             if any(not process.delivered.is_set() for process in container.execs.values()):
                 return
         sandbox.ended.set()
+
+    def report(self, process: Process, status: Exit) -> None:
+        """The agent says beside the process' streams that it has ended.
+
+        An attached stand-in hears it behind the last of its output.  Should it die before it has, this
+        is how the process ended: the agent does not say it again.
+        """
+        if process.has_standin() and not process.delivered.is_set():
+            process.reported = status
+            return
+        self.finish(process, status)
 
     def finish(self, process: Process, status: Exit) -> None:
         """A process has ended, as the agent says or because the pod is lost."""
