@@ -7,15 +7,17 @@ import os
 import socket
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
+import pytest
 
 from tests.harness.cli import TIMEOUT
 from tests.harness.terminals import typed
 from vmsandbox import wire
 from vmsandbox.cli.runtime.static import default_spec
 from vmsandbox.supervisor.bundled import MEMORY_NODES
+from vmsandbox.supervisor.ending import KILL_TIMEOUT
 from vmsandbox.supervisor.execution import EXEC_TIMEOUT
 
 if TYPE_CHECKING:
@@ -152,11 +154,82 @@ def test_hooks_see_the_container_and_its_network(runtime: Runtime, box_rootfs: P
     assert json.loads(after.read_text())["status"] == "stopped"
 
 
-def test_a_failed_hook_leaves_nothing(runtime: Runtime, box_rootfs: Path) -> None:
-    hooks = {"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", "echo because; exit 4"]}]}
+@pytest.mark.parametrize("name", ["prestart", "createRuntime", "createContainer"])
+def test_a_failed_hook_leaves_nothing_and_is_undone_by_poststop(runtime: Runtime, box_rootfs: Path, name: str) -> None:
+    after = runtime.scratch / "after"
+    hooks = {
+        name: [{"path": "/bin/sh", "args": ["sh", "-c", "echo because; exit 4"]}],
+        "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", f"cat > {after}"]}],
+    }
     bundle = runtime.bundle("four", box_rootfs, "true", hooks=hooks)
     message = runtime.refused("create", "--bundle", str(bundle), "four")
     assert "failed with status 4: because" in message
+    assert runtime.leftovers() == []
+    told = json.loads(after.read_text())
+    assert (told["id"], told["status"], told["pid"]) == ("four", "stopped", 0)
+
+
+def test_hooks_run_in_order_and_those_that_change_nothing_any_more_only_warn(
+    runtime: Runtime, box_rootfs: Path
+) -> None:
+    order, inside = runtime.scratch / "order", runtime.scratch / "inside"
+
+    def noting(name: str, ending: str = "") -> dict[str, Any]:
+        return {"path": "/bin/sh", "args": ["sh", "-c", f"echo {name} >> {order}; {ending}"]}
+
+    hooks: dict[str, Any] = {name: [noting(name)] for name in ("prestart", "createRuntime", "createContainer")}
+    hooks["startContainer"] = [{"path": "/bin/sh", "args": ["sh", "-c", "echo startContainer >> /shared/inside"]}]
+    hooks["poststart"] = [noting("poststart", f"head -n 1 {inside} >> {order}; exit 6"), noting("poststart2")]
+    hooks["poststop"] = [{**noting("poststop", "exec sleep 1000"), "timeout": 1}, noting("poststop2")]
+    share = {"destination": "/shared", "type": "bind", "source": str(runtime.scratch), "options": ["rbind", "rw"]}
+    script = "echo program >> /shared/inside; read _"
+    bundle = runtime.bundle("five", box_rootfs, "sh", "-c", script, hooks=hooks, mounts=[share])
+    reading, writing = os.pipe()
+    runtime.create("five", bundle, stdin=reading)
+    os.close(reading)
+    runtime.ok("start", "five")
+    assert "poststart hook #0 '/bin/sh' failed with status 6" in runtime.log.read_text()
+    os.close(writing)
+    runtime.await_status("five", "stopped")
+    runtime.ok("delete", "five")
+    assert "poststop hook #0 '/bin/sh' did not end within 1 s" in runtime.log.read_text()
+    before = ["prestart", "createRuntime", "createContainer"]
+    after = ["poststart", "startContainer", "poststart2", "poststop", "poststop2"]
+    assert order.read_text().split() == [*before, *after]
+    assert inside.read_text().split() == ["startContainer", "program"]
+
+
+def test_a_hook_that_does_not_end_in_time_refuses_the_container(runtime: Runtime, box_rootfs: Path) -> None:
+    hooks = {"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}]}
+    bundle = runtime.bundle("four", box_rootfs, "true", hooks=hooks)
+    message = runtime.refused("create", "--bundle", str(bundle), "four")
+    assert message == "createRuntime hook #0 '/bin/sleep' did not end within 1 s"
+    assert runtime.leftovers() == []
+
+
+def test_a_failed_hook_in_the_container_lets_its_program_not_run(runtime: Runtime, box_rootfs: Path) -> None:
+    after = runtime.scratch / "after"
+    hooks = {
+        "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "exit 4"]}],
+        "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", f"cat > {after}"]}],
+    }
+    bundle = runtime.bundle("four", box_rootfs, "sh", "-c", "echo ran", hooks=hooks)
+    output = runtime.scratch / "out"
+    with output.open("wb") as stdout:
+        runtime.create("four", bundle, stdout=stdout)
+    runtime("start", "four")
+    runtime.await_status("four", "stopped")
+    assert not after.exists()
+    runtime.ok("delete", "four")
+    assert output.read_bytes() == b""
+    assert json.loads(after.read_text())["status"] == "stopped"
+
+
+def test_a_container_whose_pid_nobody_can_be_told_is_not_left(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("four", box_rootfs, "sleep", "1000")
+    words = ("create", "--bundle", str(bundle), "--pid-file", "/nosuch/pid", "four")
+    said = runtime.refused(*words, timeout=KILL_TIMEOUT)
+    assert said == "cannot write pid file '/nosuch/pid': No such file or directory"
     assert runtime.leftovers() == []
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from vmsandbox.cli.runtime import known, lifecycle
 from vmsandbox.cli.runtime.lifecycle import signal_number
+from vmsandbox.cli.runtime.main import Options, report
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
 from vmsandbox.errors import EndingError, InvalidArgumentError, InvalidBundleError
 
@@ -119,6 +120,17 @@ def test_errors_go_to_the_log_as_engines_read_it(tmp_path: Path) -> None:
     assert run("--root", root, "exec", "nosuch", "true").returncode == 255
     assert run("--root", root, "list", "--format=json").stdout == "null\n"
     assert not os.path.exists(root)
+
+
+@pytest.mark.parametrize("level", ["error", "warning"])
+def test_what_is_not_in_a_log_is_on_stderr(level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options()
+    report(options, "said", level=level)
+    assert f"level={level} msg=" in capsys.readouterr().err
+    options.log = str(tmp_path / "log")
+    report(options, "said", level=level)
+    assert capsys.readouterr().err == ("said\n" if level == "error" else "")
+    assert f"level={level}" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("words", [("--systemd-cgroup", "state", "x"), ("checkpoint", "x"), ("restore", "x")])

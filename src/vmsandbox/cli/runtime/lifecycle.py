@@ -66,6 +66,8 @@ class Plan:
         given = part(self.config, "hooks")
         #: run on the host while the container is made
         self.hooks = {name: hooks.checked(entries(given, name), name) for name in EARLY}
+        #: what undoes those, should the container not come about
+        self.poststop = hooks.checked(entries(given, "poststop"), "poststop")
         self.root = os.path.normpath(os.path.join(self.bundle, str(part(self.config, "root").get("path") or "")))
         if not os.path.isdir(self.root):
             raise InvalidBundleError(f"'root.path' is '{self.root}', which is not a directory")
@@ -94,13 +96,13 @@ class Plan:
         """What the stand-in sees of files: a root that goes to the virtual machine with its disk must not be held."""
         return standin.EMPTY if lent.find(self.root) else self.root
 
-    def state(self, standing: standins.Standing) -> dict[str, Any]:
-        """What hooks are told while the container is being made."""
+    def state(self, pid: int, *, status: str = "creating") -> dict[str, Any]:
+        """What hooks are told while the container is being made, or of one that was not."""
         return {
             "ociVersion": str(self.config.get("ociVersion") or ""),
             "id": self.id,
-            "status": "creating",
-            "pid": standing.pid,
+            "status": status,
+            "pid": pid,
             "bundle": self.bundle,
             **({"annotations": self.annotations} if self.annotations else {}),
         }
@@ -166,6 +168,7 @@ def create(
 ) -> standins.Standing:
     """Make the container; answers its stand-in.  If it fails nothing is left."""
     made = cgroups.make(plan.cgroups)
+    hooked = any(plan.hooks.values())
     try:
         sandbox = plan.sandbox if plan.member else _started(options, roots, plan, made.places)
         with launch.connect_or_take_over(roots, sandbox) as sock:
@@ -187,16 +190,16 @@ def create(
                 orphan=not foreground,
             )
             try:
-                if any(plan.hooks.values()):
+                if hooked:
                     standing.await_ready()
                 for name in ("prestart", "createRuntime"):
-                    hooks.run(plan.hooks[name], name, plan.state(standing))
-                hooks.run_inside(plan.hooks["createContainer"], "createContainer", plan.state(standing))
+                    hooks.run(plan.hooks[name], name, plan.state(standing.pid))
+                hooks.run_inside(plan.hooks["createContainer"], "createContainer", plan.state(standing.pid))
                 client.request(sock, _request(plan, standing, made, foreground=foreground))
                 standing.announce(pid_file)
             except BaseException as error:
                 standing.end()
-                _undo(options, roots, plan, sock, sandbox)
+                _undo(options, roots, plan, sock, sandbox, hooked=hooked)
                 if isinstance(error, SandboxError):
                     raise known.worded(error, plan.process.get("args")) from error
                 raise
@@ -234,17 +237,42 @@ def _request(plan: Plan, standing: standins.Standing, made: cgroups.Made, *, for
     }
 
 
-def _undo(options: Options, roots: Roots, plan: Plan, sock: Any, sandbox: SandboxPaths) -> None:  # noqa: ANN401
-    """Leave nothing of a container that could not be made."""
+def _undo(
+    options: Options,
+    roots: Roots,
+    plan: Plan,
+    sock: Any,  # noqa: ANN401
+    sandbox: SandboxPaths,
+    *,
+    hooked: bool,
+) -> None:
+    """Leave nothing of a container that could not be made; with `hooked`, hooks have begun to make something for it."""
+    from vmsandbox.cli.runtime.main import report
+
     if os.path.lexists(f"{roots.by_container_dir}/{plan.id}"):
         try:
             delete(options, roots, known.find(roots, plan.id), force=True)
-        except SandboxError:
-            pass
+            hooked = False  # what is made is undone with it
+        except SandboxError as error:
+            report(
+                options,
+                f"container {plan.id} could not be removed: {error}: try 'delete --force {plan.id}'",
+                level="warning",
+            )
     if not plan.member:
         sock.shutdown(1)
         client.wait_for_end(sock)
         _sweep(sandbox)
+    if hooked:
+        _run_quietly(options, plan.poststop, "poststop", plan.state(0, status="stopped"))
+
+
+def _run_quietly(options: Options, what: list[dict[str, Any]], name: str, state: dict[str, Any]) -> None:
+    """Run hooks whose failure changes nothing any more; it is only reported."""
+    from vmsandbox.cli.runtime.main import report
+
+    for failed in hooks.run_all(what, name, state):
+        report(options, str(failed), level="warning")
 
 
 def _sweep(sandbox: SandboxPaths) -> None:
@@ -267,8 +295,6 @@ def start_verb(options: Options, argv: list[str]) -> int:
 
 def start(options: Options, roots: Roots, container: records.Container) -> None:
     """Let a created container run; poststart hooks that fail are only reported, as the specification says."""
-    from vmsandbox.cli.runtime.main import report
-
     status = container.status()
     if status == "stopped":
         raise UnavailableError("cannot start a container that has stopped")
@@ -284,8 +310,7 @@ def start(options: Options, roots: Roots, container: records.Container) -> None:
     # Not when it is created: conmon, whose child it would be then, ends no earlier than its children.
     launch.found_nursery(roots)
     poststart = (container.document.get("hooks") or {}).get("poststart") or []
-    for failed in hooks.run_all(poststart, "poststart", known.state(container, status="running")):
-        report(options, str(failed), level="warning")
+    _run_quietly(options, poststart, "poststart", known.state(container, status="running"))
 
 
 def _was_started(container: records.Container) -> bool:
@@ -367,7 +392,6 @@ def delete_verb(options: Options, argv: list[str]) -> int:
 def delete(options: Options, roots: Roots, container: records.Container, *, force: bool) -> None:
     """Forget a container that has stopped, or with `force` any; then its poststop hooks are run."""
     from vmsandbox.cli.removal import remove_from_disk
-    from vmsandbox.cli.runtime.main import report
 
     status = container.status()
     if status not in ("stopped", "creating") and not force:
@@ -380,8 +404,7 @@ def delete(options: Options, roots: Roots, container: records.Container, *, forc
     places, above = (container.document.get(name) or [] for name in ("cgroups", "cgroups_above"))
     cgroups.remove(reversed(places), reversed(above))
     poststop = (container.document.get("hooks") or {}).get("poststop") or []
-    for failed in hooks.run_all(poststop, "poststop", told):
-        report(options, str(failed), level="warning")
+    _run_quietly(options, poststop, "poststop", told)
 
 
 def _by_supervisor(roots: Roots, container: records.Container, *, force: bool) -> bool:

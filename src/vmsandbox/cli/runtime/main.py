@@ -144,7 +144,10 @@ def stamp(seconds: float | None = None) -> str:
 
 
 def report(options: Options, message: str, *, level: str = "error") -> None:
-    """Say what went wrong where the engine looks: in its log file, if it named one, and on stderr."""
+    """Say what went wrong where the engine looks: in its log file, if it named one, and on stderr.
+
+    What is no error is on stderr only where there is no log file.
+    """
     from vmsandbox import plainjson
 
     message = one_line(message)
@@ -162,7 +165,7 @@ def report(options: Options, message: str, *, level: str = "error") -> None:
             line = f"cannot write log '{options.log}': {error.strerror}; {message}"
         else:
             line = message
-    if level == "error":
+    if level == "error" or not options.log:
         print(line, file=sys.stderr, flush=True)
 
 
