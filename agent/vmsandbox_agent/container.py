@@ -215,7 +215,9 @@ class Container:
             if self._table.has(self.id, request.exec_id):
                 raise AlreadyExistsError(f"process '{request.exec_id}' of container '{self.id}' exists already")
             document = self._process_document(request)
-            self._check_program(self.init.child.pid, document)
+            # A process without an environment gets init's from crun.
+            environment = document["env"] or (self._spec.get("process") or {}).get("env")
+            self._check_program(self.init.child.pid, {**document, "env": environment})
             name = f"exec-{request.exec_id}"
             path = self.bundle / f"{name}.json"
             put(path, json.dumps(document))

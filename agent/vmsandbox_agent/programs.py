@@ -17,8 +17,6 @@ from vmsandbox_agent.syscalls import open_in_root
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: what crun searches when the environment has no PATH
-DEFAULT_PATH = "/bin:/usr/bin"
 _HEAD = 256
 _INTERPRETERS_DEEP = 5
 
@@ -66,11 +64,9 @@ class _Identity:
 
 
 def _search_path(environment: Sequence[str]) -> list[str]:
-    for entry in environment:
-        name, _, value = str(entry).partition("=")
-        if name == "PATH":
-            return value.split(":")
-    return DEFAULT_PATH.split(":")
+    """Where crun looks: in the last PATH of several, nowhere without one, in the root where it has an empty place."""
+    paths = [str(entry)[5:] for entry in environment if str(entry).startswith("PATH=")]
+    return [directory or "/" for directory in paths[-1].split(":")] if paths else []
 
 
 def _check_file(root: int, path: str, program: str, identity: _Identity, depth: int = 0) -> None:

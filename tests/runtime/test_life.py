@@ -82,7 +82,8 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     assert (done.code, done.stdout) == (5, "fed 1000\n")
     done = runtime("exec", "-e", "A=b c", "--cwd", "/tmp", "one", "sh", "-c", "echo $A; pwd")
     assert (done.code, done.stdout) == (0, "b c\n/tmp\n")
-    assert "executable file not found in $PATH" in runtime.refused("exec", "one", "nosuch")
+    for words in (("one", "nosuch"), ("-e", "PATH=/nowhere", "one", "true"), ("-e", "PATH=", "one", "true")):
+        assert "executable file not found in $PATH" in runtime.refused("exec", *words)
     assert "no such file or directory" in runtime.refused("exec", "one", "/nosuch")
     assert "permission denied" in runtime.refused("exec", "one", "/etc/not-executable")
 

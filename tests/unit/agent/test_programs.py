@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,11 +43,31 @@ def test_a_program_is_found_in_the_path_by_its_path_and_from_the_directory(root:
     programs.check(root, process("bin/tool", cwd="/usr"))
 
 
-def test_the_default_path_is_searched_without_one(root: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        (["PATH=/bin"], True),
+        (["PATH=/nowhere", "PATH=/bin"], True),
+        (["PATH=/nowhere:/bin"], True),
+        (["PATH=bin"], True),
+        (["PATH=/bin", "PATH=/nowhere"], False),
+        (["PATH=/bin", "PATH="], False),
+        (["PATHS=/bin"], False),
+        (["PATH"], False),
+        ([], False),
+    ],
+)
+def test_the_last_path_is_searched_and_without_one_nothing(
+    root: int, tmp_path: Path, environment: list[str], found: bool
+) -> None:
     place(tmp_path / "bin/tool")
-    programs.check(root, process("tool", env=[]))
-    with pytest.raises(CommandNotFoundError):
-        programs.check(root, process("tool", env=["PATH=/nowhere"]))
+    with nullcontext() if found else pytest.raises(CommandNotFoundError):
+        programs.check(root, process("tool", env=environment))
+
+
+def test_an_empty_place_in_the_path_is_the_root(root: int, tmp_path: Path) -> None:
+    place(tmp_path / "tool")
+    programs.check(root, process("tool", env=["PATH=/bin:"], cwd="/home"))
 
 
 @pytest.mark.parametrize("name", ["missing", "/bin/missing", "./missing", "", "/bin/file/below"])
