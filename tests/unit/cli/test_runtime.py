@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmsandbox.cli.runtime import known, lifecycle
+from vmsandbox.cli.runtime import execution, known, lifecycle
 from vmsandbox.cli.runtime.lifecycle import signal_number
 from vmsandbox.cli.runtime.main import Options, report
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
@@ -69,6 +69,16 @@ def test_an_exec_says_why_it_cannot_do_what_only_a_host_can(option: str, why: st
     done = run("exec", option, "c1", "true")
     assert done.returncode == 255
     assert f"'{option.partition('=')[0]}' is not supported: {why}" in done.stderr
+
+
+def test_capabilities_of_an_exec_are_not_inherited_by_what_others_execute() -> None:
+    given = parse(["--cap", "CAP_BPF", "c1", "true"], execution.KNOWN, stop_after=2)
+    sets = execution._process(given, {"capabilities": {"bounding": ["CAP_KILL"], "inheritable": []}})["capabilities"]
+    assert {kind: names for kind, names in sets.items() if names} == {
+        "bounding": ["CAP_KILL", "CAP_BPF"],
+        "effective": ["CAP_BPF"],
+        "permitted": ["CAP_BPF"],
+    }
 
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "a\n", "x" * 129, "-x"])

@@ -126,7 +126,9 @@ def _process(given: Parsed, base: dict[str, Any]) -> dict[str, Any]:
     process["user"] = user
     if given.texts("cap"):
         sets = dict(base.get("capabilities") or {})
-        for kind in ("bounding", "effective", "permitted", "inheritable", "ambient"):
+        # Not the inheritable set, without which there is no ambient one: what it has any program gets whose file has
+        # it as well, whoever runs that.
+        for kind in ("bounding", "effective", "permitted"):
             sets[kind] = [*dict.fromkeys([*(sets.get(kind) or []), *given.texts("cap")])]
         process["capabilities"] = sets
     return process
