@@ -25,6 +25,11 @@ PIDS_RESERVE = 256
 UNLIMITED = (1 << 64) - 1
 _V1_UNLIMITED = 1 << 62
 _ROUNDS = 1000
+#: controllers with limits, and files of theirs that can be written and are none
+_LIMITED = frozenset({"cpu", "cpuset", "hugetlb", "io", "memory", "misc", "pids", "rdma"})
+_NO_LIMITS = frozenset({"peak", "pressure", "weight.nice"})
+#: what takes a limit away from one device, by the file
+_UNSET = {"io.max": "rbps=max wbps=max riops=max wiops=max", "io.weight": "default"}
 
 
 class Stats(NamedTuple):
@@ -58,6 +63,12 @@ class Cgroups(Protocol):
 
     def kill(self, group: str) -> None:
         """SIGKILL to everything in a group, until nothing is left to be hit; frozen ones die too."""
+
+    def limits(self, group: str) -> Mapping[str, str]:
+        """What a group's limits are, by their files."""
+
+    def restore(self, group: str, limits: Mapping[str, str]) -> None:
+        """Make a group's limits what they were, as far as the kernel lets them be."""
 
     def stats(self, group: str) -> Stats: ...
 
@@ -105,6 +116,26 @@ class UnifiedCgroups:
 
     def kill(self, group: str) -> None:
         _write(self._path(group) / "cgroup.kill", "1")
+
+    def limits(self, group: str) -> dict[str, str]:
+        found = {}
+        with suppress(OSError), os.scandir(self._path(group)) as entries:
+            for entry in entries:
+                controller, _, rest = entry.name.partition(".")
+                if controller not in _LIMITED or rest in _NO_LIMITS or entry.stat().st_mode & 0o600 != 0o600:
+                    continue
+                if (text := _read(Path(entry.path))) is not None:
+                    found[entry.name] = text
+        return found
+
+    def restore(self, group: str, limits: Mapping[str, str]) -> None:
+        path = self._path(group)
+        # Twice, because one may not be what it was while another is not.
+        for _ in range(2):
+            for name, text in limits.items():
+                now = _read(path / name) or ""
+                for line in _undoing(name, text, now) if now != text else ():
+                    _write(path / name, line)
 
     def stats(self, group: str) -> Stats:
         path = self._path(group)
@@ -168,6 +199,12 @@ class ControllerCgroups:
             _write(frozen, "THAWED")
             if not pids or pids == self.processes(group):
                 return
+
+    def limits(self, group: str) -> dict[str, str]:
+        return {}
+
+    def restore(self, group: str, limits: Mapping[str, str]) -> None:
+        """Nothing: some of v1's files say how they were changed, and not what they are."""
 
     def stats(self, group: str) -> Stats:
         cpu = _table(self._path("cpu", group) / "cpu.stat")
@@ -285,6 +322,15 @@ def _read(path: Path) -> str | None:
 def _write(path: Path, value: str) -> None:
     with suppress(OSError), path.open("w") as file:
         file.write(value)
+
+
+def _undoing(name: str, before: str, now: str) -> list[str]:
+    """The writes that turn what a file says `now` into what it said `before`; the kernel takes one device a write."""
+    if name not in _UNSET:
+        return [before]
+    devices = {line.partition(" ")[0] for line in before.splitlines()}
+    new = {line.partition(" ")[0] for line in now.splitlines()} - devices
+    return [*(f"{device} {_UNSET[name]}" for device in sorted(new)), *before.splitlines()]
 
 
 def _number(path: Path) -> int:

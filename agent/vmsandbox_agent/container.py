@@ -302,16 +302,18 @@ class Container:
             self._paused = False
 
     def update(self, resources_json: bytes) -> None:
-        """Apply OCI LinuxResources."""
+        """Apply OCI LinuxResources, all of them or none: crun stops at the first that the kernel refuses."""
         with self._lock:
             self._expect(CREATED, RUNNING, PAUSED, wanted="update")
             path = self.bundle / "resources.json"
             resources = _object(resources_json, "resources")
             path.write_text(json.dumps(resources))
             hugepages.allow(resources)
+            before = self._cgroups.limits(self.group)
             try:
                 self._crun.update(self.id, self.bundle, path)
             except CrunError:
+                self._cgroups.restore(self.group, before)
                 from vmsandbox_agent import reasons
 
                 reasons.of_resources(resources, group=self._parent())

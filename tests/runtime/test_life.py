@@ -119,6 +119,34 @@ def test_a_container_lives_as_the_specification_says(runtime: Runtime, box_rootf
     runtime.ok("delete", "--force", "one")
 
 
+def test_an_update_changes_all_of_its_limits_or_none(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("one", box_rootfs, "sleep", "100000")
+    runtime.create("one", bundle)
+    runtime.ok("start", "one")
+
+    def limits() -> list[str]:
+        names = ("memory.max", "pids.max", "cpu.max", "cpu.max.burst", "cpu.idle", "cpu.weight")
+        return runtime.ok("exec", "one", "cat", *(f"/sys/fs/cgroup/{name}" for name in names)).split("\n")[:-1]
+
+    before = limits()
+    wanted = {
+        "memory": {"limit": 100 << 20},
+        "pids": {"limit": 77},
+        "cpu": {"quota": 50000, "period": 100000, "shares": 512},
+        "unified": {"memory.high": "nonsense"},
+    }
+    assert "memory.high" in runtime.refused("update", "-r", "-", "one", stdin=json.dumps(wanted).encode())
+    assert limits() == before
+    del wanted["unified"]
+    runtime.ok("update", "-r", "-", "one", stdin=json.dumps(wanted).encode())
+    runtime.ok("update", "--cpu-burst", "20000", "one")
+    assert limits()[:4] == ["104857600", "77", "50000 100000", "20000"]
+    runtime.ok("update", "--cpu-idle", "1", "one")
+    assert limits()[4] == "1"
+    runtime.ok("update", "--cpu-idle", "0", "--cpu-burst", "0", "one")
+    assert limits()[3:5] == ["0", "0"]
+
+
 def test_run_waits_and_ends_as_the_program_does(runtime: Runtime, box_rootfs: Path) -> None:
     shared = runtime.scratch / "shared"
     shared.mkdir()

@@ -13,6 +13,7 @@ _CONTROLLERS = {"cgroup", "cpu", "cpuset", "hugetlb", "io", "memory", "misc", "p
 def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
     """LinuxResources as the guest can apply them; zeros and nulls mean nothing, as engines write them.
 
+    An `idle` or `burst` of 0 means just that: no engine writes it without being told to.
     Host cpusets are left out: they say on which of the host's processors a container may run, not on which of the
     guest's.  Device numbers are still the host's.
     """
@@ -30,7 +31,11 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedError("'linux.resources.memory.swappiness' is not supported: cgroup v2 has no such thing")
     if memory.get("swap") is not None and memory["swap"] >= 0 and not memory.get("limit"):
         del memory["swap"]
-    cpu = {key: value for key, value in (given.get("cpu") or {}).items() if value not in (None, 0, "")}
+    cpu = {
+        key: value
+        for key, value in (given.get("cpu") or {}).items()
+        if value not in (None, 0, "") or (key == "idle" and value == 0)
+    }
     for name in ("cpus", "mems"):
         cpu.pop(name, None)
     for name in ("realtimeRuntime", "realtimePeriod"):
@@ -44,6 +49,11 @@ def guest_resources(given: dict[str, Any]) -> dict[str, Any]:
                 f"'linux.resources.unified' names '{name}', which is no file of cgroup v2: one of a controller's, such "
                 "as 'memory.high', is wanted"
             )
+    burst = (given.get("cpu") or {}).get("burst")
+    cpu.pop("burst", None)
+    if burst is not None:
+        # crun 1.8 does not know it. What is in `unified` is written last, so that the quota it goes with is there.
+        unified.setdefault("cpu.max.burst", str(burst))
     if pids.get("limit", 0) < 0:
         # crun 1.8 would write the number, which the kernel does not take.
         del pids["limit"]

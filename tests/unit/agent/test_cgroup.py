@@ -64,11 +64,31 @@ def test_unified_statistics(unified: UnifiedCgroups) -> None:
     )
 
 
+def test_unified_limits_become_what_they_were(unified: UnifiedCgroups, tmp_path: Path) -> None:
+    group = tmp_path / "containers/web"
+    place(group, io__max="8:0 rbps=5\n", memory__pressure="some", cgroup__freeze="0")
+    before = unified.limits("/containers/web")
+    assert before.items() >= {"memory.max": "max\n", "pids.max": "50\n", "io.max": "8:0 rbps=5\n"}.items()
+    assert not {"memory.pressure", "cgroup.procs", "cgroup.freeze"} & before.keys()
+    place(group, pids__max="7\n", memory__max="1000\n")
+    unified.restore("/containers/web", before)
+    assert unified.limits("/containers/web") == before
+
+
+def test_a_device_that_had_no_limit_has_none_again(unified: UnifiedCgroups, tmp_path: Path) -> None:
+    place(tmp_path / "containers/web", io__max="")
+    before = unified.limits("/containers/web")
+    place(tmp_path / "containers/web", io__max="8:16 rbps=5 wbps=max riops=max wiops=max\n")
+    unified.restore("/containers/web", before)
+    assert (tmp_path / "containers/web/io.max").read_text() == "8:16 rbps=max wbps=max riops=max wiops=max"
+
+
 def test_a_group_that_is_gone_has_nothing(unified: UnifiedCgroups, tmp_path: Path) -> None:
     for groups in (unified, ControllerCgroups(tmp_path)):
         assert groups.stats("/containers/gone") == Stats()
         assert groups.processes("/containers/gone") == []
         assert groups.oom_kills("/containers/gone") == 0
+        assert groups.limits("/containers/gone") == {}
         groups.kill("/containers/gone")
 
 

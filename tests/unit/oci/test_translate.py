@@ -276,3 +276,12 @@ def test_no_limit_of_processes_is_said_as_the_kernel_takes_it() -> None:
 def test_what_control_groups_do_not_have_is_named(resources: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         limits.guest_resources(resources)
+
+
+def test_a_burst_and_an_idle_group_can_be_asked_for_and_undone() -> None:
+    for number in (1, 0):
+        assert limits.guest_resources({"cpu": {"burst": number, "idle": number, "shares": 0}}) == {
+            "cpu": {"idle": number},
+            "unified": {"cpu.max.burst": str(number)},
+        }
+    assert limits.guest_resources({"cpu": {"burst": None, "idle": None}}) == {}
