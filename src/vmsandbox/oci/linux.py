@@ -188,6 +188,13 @@ SeccompAction = Annotated[
     str, Field(pattern="^SCMP_ACT_(KILL|KILL_PROCESS|KILL_THREAD|TRAP|ERRNO|TRACE|ALLOW|LOG|NOTIFY)$")
 ]
 
+SeccompFlag = Literal[
+    "SECCOMP_FILTER_FLAG_TSYNC",
+    "SECCOMP_FILTER_FLAG_LOG",
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
+]
+
 
 class SeccompRule(Part):
     """What happens at some system calls, if all the conditions hold."""
@@ -204,10 +211,25 @@ class Seccomp(Part):
     default_action: SeccompAction
     default_errno_ret: UInt32 | None = None
     architectures: Many[Annotated[str, Field(pattern="^SCMP_ARCH_[A-Z0-9_]{1,32}$")]] = ()
-    flags: Texts = ()
+    flags: Many[SeccompFlag] = ()
     listener_path: Text = ""
     listener_metadata: Text = ""
     syscalls: Many[SeccompRule] = ()
+
+    @model_validator(mode="after")
+    def _is_listened_to(self) -> Self:
+        if self.listener_path:
+            return self
+        actions = {self.default_action, *(rule.action for rule in self.syscalls)}
+        needing = {
+            "SCMP_ACT_NOTIFY": "SCMP_ACT_NOTIFY" in actions,
+            "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" in self.flags,
+            "listenerMetadata": bool(self.listener_metadata),
+        }
+        for name, used in needing.items():
+            if used:
+                raise ValueError(f"'{name}' is of no use without 'listenerPath'")
+        return self
 
 
 class IntelRdt(Part):

@@ -244,6 +244,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("linux.devices.0.major", ..., "'linux.devices[0]': device '/d' has no major or minor number"),
         ("linux.resources.memory.limit", "1g", "'linux.resources.memory.limit' should be a valid integer"),
         ("linux.seccomp.syscalls.0.args.0.index", 6, "'linux.seccomp.syscalls[0].args[0].index' should be less"),
+        ("linux.seccomp.flags.0", "X", "'linux.seccomp.flags[0]' should be 'SECCOMP_FILTER_FLAG_TSYNC'"),
+        ("linux.seccomp.listenerPath", ..., "'linux.seccomp': 'listenerMetadata' is of no use without 'listenerPath'"),
         ("linux.timeOffsets.tai", {}, "should be 'monotonic' or 'boottime'"),
         ("hooks.prestart.0.path", "h", "'hooks.prestart[0].path' has to be an absolute path"),
         ("annotations.a", 1, "'annotations.a' should be a valid string"),

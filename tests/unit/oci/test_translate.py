@@ -201,6 +201,22 @@ def test_what_cannot_be_honoured_is_an_error_that_names_it(tmp_path: Path, chang
         (_linux(uidMappings=[{"containerID": 0, "hostID": 1, "size": 1}]), "has no user namespace"),
         (lambda spec: spec["linux"]["namespaces"].append({"type": "user"}), "'linux.uidMappings' is empty"),
         (_linux(timeOffsets={"boottime": {"secs": 1}}), "has no time namespace"),
+        (_linux(seccomp={"defaultAction": "SCMP_ACT_NOTIFY"}), "'SCMP_ACT_NOTIFY' is of no use"),
+        (
+            _linux(
+                seccomp={
+                    "defaultAction": "SCMP_ACT_ALLOW",
+                    "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+                }
+            ),
+            "'SCMP_ACT_NOTIFY' is of no use",
+        ),
+        (
+            _linux(
+                seccomp={"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]},
+            ),
+            "WAIT_KILLABLE_RECV' is of no use",
+        ),
         (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_FIFO"}), "priority is '0'"),
         (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_DEADLINE", "runtime": 3}), "SCHED_DEADLINE"),
         (lambda spec: spec["process"].update(scheduler={"policy": "SCHED_IDLE", "flags": ["X"]}), "flag 'X'"),
