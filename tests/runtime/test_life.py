@@ -147,6 +147,22 @@ def test_an_update_changes_all_of_its_limits_or_none(runtime: Runtime, box_rootf
     assert limits()[3:5] == ["0", "0"]
 
 
+def test_what_is_not_given_is_warned_of(runtime: Runtime, box_rootfs: Path) -> None:
+    bundle = runtime.bundle("one", box_rootfs, "sleep", "100000")
+    document = json.loads((bundle / "config.json").read_text())
+    document["process"]["capabilities"]["bounding"].append("CAP_NOSUCH")
+    (bundle / "config.json").write_text(json.dumps(document))
+    runtime.create("one", bundle)
+    runtime.ok("start", "one")
+    runtime.ok("exec", "--cap", "CAP_NEITHER", "one", "true")
+    warnings = [json.loads(line) for line in runtime.log.read_text().splitlines()]
+    assert [(each["level"], each["msg"].split("'")[3]) for each in warnings] == [
+        ("warning", "CAP_NOSUCH"),
+        ("warning", "CAP_NOSUCH"),
+        ("warning", "CAP_NEITHER"),
+    ]
+
+
 def test_run_waits_and_ends_as_the_program_does(runtime: Runtime, box_rootfs: Path) -> None:
     shared = runtime.scratch / "shared"
     shared.mkdir()

@@ -35,6 +35,19 @@ SHM = "/dev/shm"
 _SHM_BYTES = 64 << 20
 #: options that map ids of the mount
 _MAPPING = ("idmap", "ridmap")
+#: what the guest's crun takes for a bind mount; anything else it would hand to a kernel that does not look at it
+OPTIONS = frozenset(
+    {
+        *("async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "mand", "noatime", "nodev"),
+        *("nodiratime", "noexec", "nomand", "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime"),
+        *("remount", "ro", "rprivate", "rro", "rrw", "rshared", "rslave", "runbindable", "rw", "shared", "slave"),
+        *("strictatime", "suid", "sync", "tmpcopyup", "unbindable"),
+        *("rdev", "rdiratime", "rexec", "rnoatime", "rnodev", "rnodiratime", "rnoexec", "rnorelatime"),
+        *("rnostrictatime", "rnosuid", "rrelatime", "rstrictatime", "rsuid"),
+    }
+)
+#: crun knows of no such flag of a mount
+_UNKNOWN = frozenset({"nosymfollow", "symfollow"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,7 @@ def sorted_out(bundle: Bundle, *, in_pod: bool) -> Mounts:
             raise UnsupportedError(
                 f"'mounts[{index}]' maps ids, which is not supported: the guest cannot map those of shared directories"
             )
+        _check_options(mount, index)
         entry = {
             "destination": mount.destination,
             "type": mount.type,
@@ -90,6 +104,16 @@ def sorted_out(bundle: Bundle, *, in_pod: bool) -> Mounts:
 
 def _maps(option: str) -> bool:
     return option in _MAPPING or option.startswith(("idmap=", "ridmap="))
+
+
+def _check_options(mount: Mount, index: int) -> None:
+    # Of /dev/shm, which is the guest's, they are not used.
+    known = OPTIONS | {""} if is_bind(mount) and mount.destination != SHM else None
+    for option in mount.options:
+        if option in _UNKNOWN or (known is not None and option not in known):
+            raise UnsupportedError(
+                f"'mounts[{index}].options' has '{option[:64]}', which is not supported: 'features' lists what is"
+            )
 
 
 def is_bind(mount: Mount) -> bool:

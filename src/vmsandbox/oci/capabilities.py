@@ -108,6 +108,15 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in KNOWN if name in wanted)
 
 
+def complaints(process: object) -> list[str]:
+    """What is to be said of capabilities of an OCI process that no kernel has, and that it is therefore not given."""
+    sets = process.get("capabilities") if isinstance(process, dict) else None
+    named: dict[str, None] = {}
+    for names in sets.values() if isinstance(sets, dict) else ():
+        named.update((str(name), None) for name in names or () if str(name).upper() not in KNOWN)
+    return [f"'process.capabilities' has '{name[:64]}', which is unknown and not given" for name in named]
+
+
 def _named(text: str, verb: str) -> str:
     name = text.strip().upper()
     if name == ALL:

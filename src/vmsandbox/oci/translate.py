@@ -87,6 +87,10 @@ def translated(bundle: Bundle, *, kind: Kind, cache: Path | None, root: nodes.Nu
     InvalidBundleError and UnsupportedError naming the member that cannot be honoured.
     """
     document = copy.deepcopy(dict(bundle.document))
+    if document.pop("vm", None):
+        raise UnsupportedError(
+            "'vm' is not supported: hypervisor, kernel and image are those of vmsandbox's own configuration"
+        )
     for name in ("hooks", "annotations", "hostname", "domainname"):
         document.pop(name, None)
     if bundle.spec.process is None:
@@ -140,6 +144,10 @@ def _linux(
     if linux.intel_rdt:
         raise UnsupportedError("'linux.intelRdt' is not supported: the host's processors are not the guest's")
     given.pop("intelRdt", None)
+    if linux.personality is not None and linux.personality.flags:
+        raise UnsupportedError(
+            f"'linux.personality.flags' has '{linux.personality.flags[0][:64]}': the specification knows no flags"
+        )
     given["namespaces"] = _namespaces(bundle, kind=kind)
     own = {namespace["type"] for namespace in given["namespaces"]}
     if "uts" in own:

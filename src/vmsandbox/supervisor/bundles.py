@@ -21,7 +21,7 @@ from vmsandbox.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from vmsandbox.oci import limits, nodes, translate
+from vmsandbox.oci import capabilities, limits, nodes, translate
 from vmsandbox.oci.annotations import Role, role
 from vmsandbox.oci.texts import Volume
 from vmsandbox.resources import disks, share
@@ -80,7 +80,7 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         except BaseException:
             await container.release()
             raise
-    return {"id": container_id}
+    return {"id": container_id, "warnings": capabilities.complaints(parts.document["process"])}
 
 
 def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> SandboxSpec:

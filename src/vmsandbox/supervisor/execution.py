@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import wire
 from vmsandbox.errors import AlreadyExistsError, NotFoundError, SandboxError, UnavailableError
+from vmsandbox.oci import capabilities
 from vmsandbox.supervisor import bundled, composition
 from vmsandbox.supervisor.streams import Link, exit_of
 
@@ -50,7 +51,7 @@ async def exec_(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     process.settled.set()
     watch(service, process)
     service.spawn(retire(service, container, process), name=f"retire {process}")
-    return {"exec": exec_id}
+    return {"exec": exec_id, "warnings": capabilities.complaints(request.get("process"))}
 
 
 async def retire(service: Service, container: Container, process: Process) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmsandbox.errors import InvalidArgumentError
-from vmsandbox.oci.capabilities import DEFAULT, KNOWN, adjusted
+from vmsandbox.oci.capabilities import DEFAULT, KNOWN, adjusted, complaints
 
 
 def test_the_numbers_are_the_kernels() -> None:
@@ -51,3 +51,10 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     assert str(caught.value) == (
         "cannot add capability 'SYS_ADMN': there is none of that name: did you mean 'CAP_SYS_ADMIN'?"
     )
+
+
+def test_unknown_ones_of_a_process_are_told_of_once() -> None:
+    process = {"capabilities": {"bounding": ["CAP_NOSUCH", "CAP_KILL"], "permitted": ["CAP_NOSUCH"], "ambient": None}}
+    assert complaints(process) == ["'process.capabilities' has 'CAP_NOSUCH', which is unknown and not given"]
+    for nothing in (None, {}, {"capabilities": None}, {"capabilities": {"bounding": ["CAP_KILL"]}}):
+        assert complaints(nothing) == []

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vmsandbox.cli.runtime import static
 from vmsandbox.cli.runtime.static import default_spec
 from vmsandbox.errors import InvalidBundleError, UnsupportedError
-from vmsandbox.oci import bundle, limits, translate
+from vmsandbox.oci import bindings, bundle, limits, translate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,6 +188,11 @@ def _mount(**members: Any) -> Any:
         (_mount(type="nfs", source="host:/x"), "mounts[7].type"),
         (_mount(type="bind", source="/dev/hwrng", options=["bind"]), "mounts[7]"),
         (_mount(type="bind", source="/tmp", options=["bind", "idmap"]), "mounts[7]"),
+        (_mount(type="bind", source="/tmp", options=["bind", "nosuch"]), "'mounts[7].options' has 'nosuch'"),
+        (_mount(type="bind", source="/tmp", options=["bind", "nosymfollow"]), "mounts[7].options"),
+        (_mount(type="tmpfs", source="tmpfs", options=["nosymfollow"]), "mounts[7].options"),
+        (_linux(personality={"domain": "LINUX", "flags": ["X"]}), "linux.personality.flags"),
+        (lambda spec: spec.update(vm={"kernel": {"path": "/boot/vmlinuz"}}), "'vm'"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_that_names_it(tmp_path: Path, change: Any, member: str) -> None:
@@ -270,6 +276,11 @@ def test_sockets_are_shared_and_common_devices_are_the_guests(tmp_path: Path) ->
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidBundleError, match="/no/such"):
         made(tmp_path, _mount(type="bind", source="/no/such", options=["bind"]))
+
+
+def test_the_options_of_a_bind_mount_are_those_that_are_told_of(tmp_path: Path) -> None:
+    assert {*static.MOUNT_OPTIONS} == bindings.OPTIONS
+    made(tmp_path, _mount(type="bind", source="/tmp", options=[*static.MOUNT_OPTIONS, ""]))
 
 
 def test_zeros_of_an_update_mean_nothing() -> None:

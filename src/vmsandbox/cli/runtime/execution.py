@@ -44,6 +44,8 @@ SHORT = {"p": "process", "e": "env", "t": "tty", "u": "user", "g": "additional-g
 
 def exec_verb(options: Options, argv: list[str]) -> int:
     """Run a process; in the foreground the exit code is its own."""
+    from vmsandbox.cli.runtime.main import warn
+
     # Options may follow the id, but what follows the program is the program's.
     given = parse(argv, KNOWN, short=SHORT, stop_after=2)
     if not given.positional:
@@ -93,7 +95,7 @@ def exec_verb(options: Options, argv: list[str]) -> int:
         )
         request["standin"] = standing.document()
         try:
-            client.request_once(roots, container.sandbox, sock, request)
+            warn(options, client.request_once(roots, container.sandbox, sock, request))
             standing.announce(given.text("pid-file"))
         except SandboxError as error:
             standing.end()

@@ -167,6 +167,8 @@ def create(
     foreground: bool = False,
 ) -> standins.Standing:
     """Make the container; answers its stand-in.  If it fails nothing is left."""
+    from vmsandbox.cli.runtime.main import warn
+
     made = cgroups.make(plan.cgroups)
     hooked = any(plan.hooks.values())
     try:
@@ -195,7 +197,7 @@ def create(
                 for name in ("prestart", "createRuntime"):
                     hooks.run(plan.hooks[name], name, plan.state(standing.pid))
                 hooks.run_inside(plan.hooks["createContainer"], "createContainer", plan.state(standing.pid))
-                client.request(sock, _request(plan, standing, made, foreground=foreground))
+                warn(options, client.request(sock, _request(plan, standing, made, foreground=foreground)))
                 standing.announce(pid_file)
             except BaseException as error:
                 standing.end()

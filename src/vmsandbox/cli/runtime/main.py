@@ -19,6 +19,7 @@ from vmsandbox.paths import Roots
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 SPEC = "1.2.0"
 FAILED = 1
@@ -167,6 +168,12 @@ def report(options: Options, message: str, *, level: str = "error") -> None:
             line = message
     if level == "error" or not options.log:
         print(line, file=sys.stderr, flush=True)
+
+
+def warn(options: Options, answer: dict[str, Any]) -> None:
+    """Report what a supervisor's answer says beside that it was done."""
+    for warning in answer.get("warnings") or ():
+        report(options, str(warning), level="warning")
 
 
 def main() -> int:
