@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -17,6 +18,9 @@ from vmsandbox.cli.runtime.lifecycle import signal_number
 from vmsandbox.cli.runtime.main import Options, report
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
 from vmsandbox.errors import EndingError, InvalidArgumentError, InvalidBundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
 KNOWN = {"force": FLAG, "bundle": VALUE, "env": VALUES}
@@ -187,6 +191,38 @@ def test_the_command_that_is_installed_is_ours(command: str, option: str, answer
     argv = [sys.executable, str(script), option]
     said = subprocess.run(argv, capture_output=True, text=True, check=True, env={}, cwd="/").stdout
     assert said.startswith(answer)
+
+
+def placed(root: Path, container_id: str, content: bytes) -> None:
+    """A container whose document says this."""
+    directory = root / "s/pod/containers"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{container_id}.json").write_bytes(content)
+    (root / "c").mkdir(exist_ok=True)
+    (root / "c" / container_id).symlink_to("../s/pod")
+
+
+@pytest.fixture
+def short_root() -> Iterator[Path]:
+    """A root whose sockets would have short enough paths."""
+    with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
+        yield Path(scratch)
+
+
+def test_a_broken_container_is_told_of_and_spoils_no_other(short_root: Path) -> None:
+    whole = {"version": 1, "kind": "bundle", "status": "stopped", "created": 1.0}
+    whole |= {"oci_version": "1.2.0", "bundle": "/b", "rootfs": "/b/rootfs"}
+    placed(short_root, "broken", b"{")
+    placed(short_root, "partial", json.dumps({"version": 1, "kind": "bundle"}).encode())
+    placed(short_root, "whole", json.dumps(whole).encode())
+    done = run("--root", str(short_root), "list", "-q")
+    assert (done.returncode, done.stdout) == (0, "whole\n")
+    assert done.stderr.count("load container broken: ") == 2
+    assert f"{short_root}/s/pod/containers/broken.json" in done.stderr
+    assert "the document of 'partial' has no" in done.stderr
+    done = run("--root", str(short_root), "delete", "--force", "broken")
+    assert done.returncode == 1
+    assert f"'vmsandbox gc' removes it, given '--root {short_root}'" in done.stderr
 
 
 class Asked:

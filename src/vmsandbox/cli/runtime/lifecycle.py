@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from vmsandbox import cgroups, lent, records, remains
+from vmsandbox import cgroups, documents, lent, records, remains
 from vmsandbox.cli import client, launch, standin
 from vmsandbox.cli.runtime import hooks, known, standins
 from vmsandbox.cli.runtime.known import entries, part
@@ -387,6 +387,11 @@ def delete_verb(options: Options, argv: list[str]) -> int:
         if force:
             return 0
         raise
+    except documents.ForeignDocumentError:
+        raise
+    except documents.DamagedDocumentError as error:
+        # Engines have roots of their own.
+        raise documents.DamagedDocumentError(f"{error}, given '--root {roots.run_dir}'") from None
     delete(options, roots, container, force=force)
     return 0
 

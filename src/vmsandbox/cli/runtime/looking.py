@@ -6,7 +6,7 @@ import time
 
 from vmsandbox import plainjson, records
 from vmsandbox.cli.runtime import known
-from vmsandbox.cli.runtime.main import stamp
+from vmsandbox.cli.runtime.main import report, stamp
 from vmsandbox.cli.runtime.options import FLAG, VALUE, parse
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
@@ -50,11 +50,7 @@ def list_verb(options: Options, argv: list[str]) -> int:
     kind = given.text("format", "table")
     if kind not in ("table", "json"):
         raise InvalidArgumentError("invalid format option")
-    rows = [
-        {**_row(each), "owner": "root"}
-        for each in records.containers(options.roots())
-        if not isinstance(each, SandboxError) and each.document.get("kind") == "bundle"
-    ]
+    rows = _rows(options)
     if given.flag("quiet"):
         for row in rows:
             print(row["id"])
@@ -69,6 +65,20 @@ def list_verb(options: Options, argv: list[str]) -> int:
         for line in table:
             print("".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
     return 0
+
+
+def _rows(options: Options) -> list[dict[str, Any]]:
+    """What can be told of each container; of a broken one, which runc lists as little, why it cannot."""
+    rows = []
+    for each in records.containers(options.roots()):
+        if isinstance(each, SandboxError):
+            report(options, f"load container broken: {each}")
+        elif each.document.get("kind") == "bundle":
+            try:
+                rows.append({**_row(each), "owner": "root"})
+            except KeyError as error:
+                report(options, f"load container broken: the document of '{each.id}' has no {error}")
+    return rows
 
 
 def ps_verb(options: Options, argv: list[str]) -> int:
