@@ -15,7 +15,7 @@ from vmsandbox import documents, remains
 from vmsandbox.admin import gc
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
 from vmsandbox.oci.texts import Volume
-from vmsandbox.paths import Roots
+from vmsandbox.paths import SHORT_ID, Roots
 from vmsandbox.resources import share
 from vmsandbox.supervisor import shares
 from vmsandbox_protocol import agent_pb2 as pb
@@ -118,6 +118,33 @@ def test_a_process_in_a_namespace_of_its_own_sees_later_mounts_come_and_go(direc
 def test_opening_the_directory_twice_mounts_it_once(directory: str) -> None:
     share.open_directory(directory)
     assert remains.mounts_below(directory) == [directory]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_who_shares_everything_holds_up_nobody_who_takes_back(place: Path, source: Path, kind: str) -> None:
+    first, second = (str(place / f"r/s/{digit * SHORT_ID}/shared") for digit in "ab")
+    for directory in (first, second):
+        share.open_directory(directory)
+    share.bind(first, "one", str(source if kind == "directory" else source / "file"), read_only=False)
+    share.bind(second, "all", str(place), read_only=False)
+    share.unbind(first, "one")
+    assert os.listdir(first) == []
+    assert Path(second, "all/source/sub/deep").read_text() == "deep"
+
+
+def test_a_name_that_stays_busy_is_an_error(
+    directory: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(share, "BUSY_TIMEOUT", 0.0)
+    share.bind(directory, "one", str(source), read_only=False)
+    (place / "copy").mkdir()
+    subprocess.run(["mount", "--rbind", directory, place / "copy"], check=True)
+    subprocess.run(["mount", "--make-rprivate", place / "copy"], check=True)
+    with pytest.raises(OSError, match="busy"):
+        share.unbind(directory, "one")
+    remains.unmount_below(str(place / "copy"))
+    share.unbind(directory, "one")
+    assert os.listdir(directory) == []
 
 
 def test_a_missing_source_is_made_where_that_was_asked_for(directory: str, place: Path) -> None:

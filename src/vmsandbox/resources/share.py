@@ -15,11 +15,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import stat
+import time
 from typing import TYPE_CHECKING
 
 from vmsandbox import remains
 from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
+from vmsandbox.paths import SHORT_ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,6 +44,10 @@ _MS_SHARED = 1 << 20
 SYSTEM = ("/proc", "/sys", "/dev")
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _LONGEST_BASENAME = 64
+#: a pod's shared directory, whatever root it is below
+_SHARED = re.compile(rf"/s/[0-9a-f]{{{SHORT_ID}}}/shared$")
+#: seconds that a name may be a mount point in somebody else's copy, and between looks
+BUSY_TIMEOUT, BUSY_PAUSE = 2.0, 0.02
 
 
 class _Attributes(ctypes.Structure):
@@ -168,6 +175,7 @@ def bind(directory: str, name: str, source: str, *, read_only: bool, create: boo
             _move(tree, target)
         finally:
             os.close(tree)
+        _leave_out_shares(target)
     except BaseException as error:
         unbind(directory, name)
         for path in reversed(made):
@@ -177,10 +185,34 @@ def bind(directory: str, name: str, source: str, *, read_only: bool, create: boo
         raise
 
 
+def _leave_out_shares(target: str) -> None:
+    """Detach what pods share from a source that contains their directories.
+
+    The kernel lets nobody remove a name on which anything is mounted, be it in a copy of the tree: for as long as a
+    container had, say, all of the host's files, no other pod could take back what it has shared.
+    """
+    for place in remains.mounts_below(target):
+        if place != target and _SHARED.search(place):
+            remains.unmount_below(place)
+
+
 def unbind(directory: str, name: str) -> None:
     """Undo `bind`, even while something still holds the mount; what is not mounted is fine.  Blocks."""
     target = f"{directory}/{name}"
     remains.unmount_below(target)
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            _remove_name(target)
+            return
+        except OSError as error:
+            # Somebody else is just about to leave it out of a copy.
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(BUSY_PAUSE)
+
+
+def _remove_name(target: str) -> None:
     try:
         # Never recursive: whatever is in there is not ours.
         os.rmdir(target)
