@@ -16,7 +16,7 @@ from vmsandbox.errors import InvalidBundleError, UnsupportedError
 from vmsandbox.oci import cpusets, translate
 from vmsandbox.resources import disks
 from vmsandbox.resources.network import names
-from vmsandbox.supervisor import shares
+from vmsandbox.supervisor import labels, shares
 from vmsandbox.supervisor.container import HOST_DISK, Container
 from vmsandbox.supervisor.imaged import ImageContainer
 from vmsandbox.supervisor.sandbox import Demand
@@ -304,6 +304,7 @@ def exec_request(request: dict[str, Any], document: dict[str, Any]) -> pb.ExecRe
     process = checked(Process, json.dumps(given).encode(), name="process")
     if not process.args:
         raise InvalidBundleError("process is not valid: 'args' is empty: there is no program to run")
+    labels.require_known(process, name="")
     columns, rows = request.get("size") or (0, 0)
     return pb.ExecRequest(
         container_id=document["id"],

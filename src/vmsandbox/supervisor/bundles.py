@@ -26,7 +26,7 @@ from vmsandbox.oci.annotations import Role, role
 from vmsandbox.oci.texts import Volume
 from vmsandbox.resources import disks, share
 from vmsandbox.resources.network.options import NetworkOptions
-from vmsandbox.supervisor import bundled, creation, shares
+from vmsandbox.supervisor import bundled, creation, labels, shares
 from vmsandbox.supervisor.regulation import wider
 from vmsandbox.supervisor.sandbox import Demand, SandboxSpec
 
@@ -58,6 +58,7 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         try:
             # In a thread: the bundle may lie on a file system that does not answer.
             bundle = await asyncio.to_thread(_loaded, str(request.get("bundle")))
+            labels.require_known(bundle.spec.process, bundle.spec.linux.mount_label)
             place = role(bundle.spec.annotations, container_id=container_id)
             root = await asyncio.to_thread(_block_root, around, bundle)
             parts = await asyncio.to_thread(_translated, around, bundle, place, root)
