@@ -209,7 +209,7 @@ class Container:
     def exec(self, request: pb.ExecRequest, ended: Callable[[Process], None]) -> Process:
         """Make and start another process; answers when it runs."""
         with self._lock:
-            wanted_states = (RUNNING, PAUSED) if request.ignore_paused else (RUNNING,)
+            wanted_states = (CREATED, RUNNING, PAUSED) if request.ignore_paused else (CREATED, RUNNING)
             self._expect(*wanted_states, wanted="run a process in")
             assert self.init is not None
             if self._table.has(self.id, request.exec_id):

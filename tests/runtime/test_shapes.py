@@ -40,12 +40,24 @@ class Runc:
         self.scratch = scratch
 
     def __call__(self, *words: str) -> str:
+        code, said = self._run(*words)
+        assert code == 0, said
+        return said
+
+    def refused(self, *words: str) -> str:
+        """What it says about a command that fails."""
+        log = self.scratch / "log"
+        code, said = self._run("--log", str(log), "--log-format", "json", *words)
+        assert code != 0, said
+        return str(json.loads(log.read_text().splitlines()[-1])["msg"])
+
+    def _run(self, *words: str) -> tuple[int, str]:
         argv = ["runc", "--root", str(self.scratch / "root"), *words]
         with (self.scratch / "out").open("w+b") as out:
             # Not a pipe: what it starts keeps it.
-            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=TIMEOUT, check=True)
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=TIMEOUT, check=False)
             out.seek(0)
-            return out.read().decode()
+            return done.returncode, out.read().decode()
 
 
 @pytest.fixture
@@ -88,6 +100,10 @@ def test_looking_at_a_container_is_what_it_is_with_runc(runtime: Runtime, runc: 
     def both(*words: str) -> tuple[str, str]:
         return runtime.ok(*words), runc(*words)
 
+    def neither(*words: str) -> None:
+        assert runtime.refused(*words) == runc.refused(*words)
+
+    assert both("exec", "same", "echo", "there") == ("there\n", "there\n")
     for status in ("created", "running"):
         ours, theirs = (json.loads(text) for text in both("state", "same"))
         assert (ours["id"], ours["status"]) == ("same", status)
@@ -120,9 +136,24 @@ def test_looking_at_a_container_is_what_it_is_with_runc(runtime: Runtime, runc: 
     extra = {name for name in ours if not name.startswith(("data.memory.raw", "data.blkio.ioServiceBytesRecursive["))}
     assert extra <= known
 
+    both("kill", "same", "0")
+    neither("start", "same")
+    # What pauses a container is not there for runc on every machine.
+    runtime.ok("pause", "same")
+    assert runtime.refused("start", "same") == "cannot start a container in the paused state"
+    runtime.ok("resume", "same")
+
     runtime.ok("kill", "same", "KILL")
     runc("kill", "same", "KILL")
     runtime.await_status("same", "stopped")
+    while json.loads(runc("state", "same"))["status"] != "stopped":
+        pass
+    for words in (("start", "same"), ("events", "--stats", "same"), ("kill", "same", "0")):
+        neither(*words)
+    assert runc.refused("exec", "same", "true") == f"exec failed: {runtime.refused('exec', 'same', 'true')}"
+    assert both("ps", "--format", "json", "same") == ("null\n", "null\n")
+    ours_ps, theirs_ps = both("ps", "same")
+    assert [line.split() for line in ours_ps.splitlines()] == [line.split() for line in theirs_ps.splitlines()]
     ours = runtime.state("same")
     assert (ours["pid"], ours["status"]) == (0, "stopped")
     runtime.ok("delete", "same")

@@ -300,6 +300,8 @@ def start(options: Options, roots: Roots, container: records.Container) -> None:
     status = container.status()
     if status == "stopped":
         raise UnavailableError("cannot start a container that has stopped")
+    if status == "paused":
+        raise UnavailableError("cannot start a container in the paused state")
     if status != "created":
         raise UnavailableError("cannot start an already running container")
     stopped = "cannot start a container that has stopped"
@@ -334,6 +336,8 @@ def kill_verb(options: Options, argv: list[str]) -> int:
         if everybody:
             return 0
         raise known.StoppedError("container not running")
+    if not number:
+        return 0  # as the system call, which looks and sends nothing
     try:
         known.ask(
             roots,
@@ -359,7 +363,7 @@ def signal_number(text: str) -> int:
     """A signal by number or name, with or without ``SIG``."""
     import signal
 
-    if text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= 64:
+    if text.isascii() and text.isdigit() and len(text) < 4 and int(text) <= 64:
         return int(text)
     name = "SIG" + text.upper().removeprefix("SIG")
     for base, lowest in (("SIGRTMIN", int(signal.SIGRTMIN)), ("SIGRTMAX", int(signal.SIGRTMAX))):

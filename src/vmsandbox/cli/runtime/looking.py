@@ -100,10 +100,17 @@ def ps_verb(options: Options, argv: list[str]) -> int:
     roots = options.roots()
     container = known.find(roots, words[0] if words else "")
     if kind == "json":
-        print(f"[{', '.join(map(str, _pids(container)))}]")
+        pids = _pids(container)
+        print(f"[{', '.join(map(str, pids))}]" if pids else "null")
         return 0
-    answer = known.ask(roots, container, {"verb": "top"}, stopped="container not running")
-    print(processes.table(answer["processes"], chosen))
+    rows: list[dict[str, Any]] = []
+    if container.status() != "stopped":
+        try:
+            rows = known.ask(roots, container, {"verb": "top"}, stopped="container not running")["processes"]
+        except SandboxError:
+            if known.find(roots, container.id).status() != "stopped":
+                raise
+    print(processes.table(rows, chosen))
     return 0
 
 
@@ -124,7 +131,7 @@ def events_verb(options: Options, argv: list[str]) -> int:
     container_id = known.one(given.positional)
     container = known.find(roots, container_id)
     if container.status() == "stopped":
-        raise known.StoppedError("container is not running")
+        raise known.StoppedError(_not_running(container))
     if given.flag("stats"):
         _print(_stats(roots, container))
         return 0
@@ -147,9 +154,13 @@ def events_verb(options: Options, argv: list[str]) -> int:
     return 0
 
 
+def _not_running(container: records.Container) -> str:
+    return f"container with id {container.id} is not running"
+
+
 def _follow(roots: Roots, container: records.Container, interval: float, told: list[str]) -> NoReturn:
     """Print until the container ends, which is an error; `told` gets the kinds of what was printed, in a row once."""
-    stopped = "container is not running"
+    stopped = _not_running(container)
     killed = known.ask(roots, container, {"verb": "oom"}, stopped=stopped)["oom_kills"]
     due = time.monotonic()
     while True:
@@ -185,7 +196,7 @@ def _seconds(text: str) -> float:
 
 
 def _reading(roots: Roots, container: records.Container) -> dict[str, Any]:
-    read: dict[str, Any] = known.ask(roots, container, {"verb": "stats"}, stopped="container is not running")["stats"]
+    read: dict[str, Any] = known.ask(roots, container, {"verb": "stats"}, stopped=_not_running(container))["stats"]
     return read
 
 
