@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.cli import TIMEOUT
+from tests.harness.runc import Runc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,37 +31,9 @@ OF_V1 = {
 }
 
 
-class Runc:
-    """The real one."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-
-    def __call__(self, *words: str) -> str:
-        code, said = self._run(*words)
-        assert code == 0, said
-        return said
-
-    def refused(self, *words: str) -> str:
-        """What it says about a command that fails."""
-        log = self.scratch / "log"
-        code, said = self._run("--log", str(log), "--log-format", "json", *words)
-        assert code != 0, said
-        return str(json.loads(log.read_text().splitlines()[-1])["msg"])
-
-    def _run(self, *words: str) -> tuple[int, str]:
-        argv = ["runc", "--root", str(self.scratch / "root"), *words]
-        with (self.scratch / "out").open("w+b") as out:
-            # Not a pipe: what it starts keeps it.
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=TIMEOUT, check=False)
-            out.seek(0)
-            return done.returncode, out.read().decode()
-
-
 @pytest.fixture
 def runc(tmp_path: Path) -> Iterator[Runc]:
     made = Runc(tmp_path)
-    (tmp_path / "root").mkdir()
     yield made
     made("delete", "--force", "same")
 
@@ -89,13 +59,7 @@ def test_looking_at_a_container_is_what_it_is_with_runc(runtime: Runtime, runc: 
     # An engine's pod is a clone, too.
     (pod,) = runtime.root.glob("s/*/sandbox.json")
     assert json.loads(pod.read_text())["boot"] == "template"
-    # What is in runc's way: a version that it is too old for, and a cgroup with somebody else in it.
-    document["ociVersion"] = "1.0.2"
-    document["linux"]["cgroupsPath"] = f"/vmsandbox-test-{os.getpid()}"
-    theirs_bundle = runc.scratch / "bundle"
-    theirs_bundle.mkdir()
-    (theirs_bundle / "config.json").write_text(json.dumps(document))
-    runc("create", "--bundle", str(theirs_bundle), "same")
+    runc.create("same", document)
 
     def both(*words: str) -> tuple[str, str]:
         return runtime.ok(*words), runc(*words)

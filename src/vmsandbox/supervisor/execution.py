@@ -31,7 +31,9 @@ SIGKILL = 9
 async def exec_(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     """Start another process in a running container."""
     container = service.container(request)
-    container.require("exec")
+    # The agent lets a paused container go on for as long as it takes to add the process.
+    if container.status != "paused" or request.get("ignore_paused") is not True:
+        container.require("exec")
     exec_id = composition.identifier(request, "exec")
     if exec_id in container.execs:
         raise AlreadyExistsError(f"an exec with id '{exec_id}' already exists in {container}")

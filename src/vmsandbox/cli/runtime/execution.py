@@ -127,13 +127,21 @@ def _process(given: Parsed, base: dict[str, Any]) -> dict[str, Any]:
         user["additionalGids"] = [*(user.get("additionalGids") or []), _number(text, "additional-gids")]
     process["user"] = user
     if given.texts("cap"):
-        sets = dict(base.get("capabilities") or {})
-        # Not the inheritable set, without which there is no ambient one: what it has any program gets whose file has
-        # it as well, whoever runs that.
-        for kind in ("bounding", "effective", "permitted"):
-            sets[kind] = [*dict.fromkeys([*(sets.get(kind) or []), *given.texts("cap")])]
-        process["capabilities"] = sets
+        process["capabilities"] = _with_capabilities(base.get("capabilities") or {}, given.texts("cap"))
     return process
+
+
+def _with_capabilities(base: dict[str, Any], more: list[str]) -> dict[str, Any]:
+    """Sets with more capabilities, as runc has them: a program of another user than root gets none by this alone.
+
+    What is added is not inheritable, and only what is can be ambient.
+    """
+    sets = dict(base)
+    inheritable = sets.get("inheritable") or []
+    for kind in ("bounding", "effective", "permitted", "ambient"):
+        added = [each for each in more if kind != "ambient" or each in inheritable]
+        sets[kind] = [*dict.fromkeys([*(sets.get(kind) or []), *added])]
+    return sets
 
 
 def _number(text: str, option: str) -> int:
