@@ -21,6 +21,7 @@ from vmsandbox_agent.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     InvalidStateError,
+    UnsupportedError,
 )
 from vmsandbox_agent.layout import put
 from vmsandbox_agent.process import Ending, Process, Processes
@@ -90,7 +91,7 @@ class Container:
             put(self.bundle / "config.json", json.dumps(self._spec))
             begun = time.monotonic_ns()
             undo.callback(self._delete)
-            hugepages.allow((self._spec.get("linux") or {}).get("resources") or {})
+            self._allow((self._spec.get("linux") or {}).get("resources") or {})
             process = self._spec.get("process") or {}
             at_once = request.start and not scheduling.asked(process) and self._is_executable_as_seen_from_outside()
             self._create_init(request, ended, at_once=at_once)
@@ -308,7 +309,7 @@ class Container:
             path = self.bundle / "resources.json"
             resources = _object(resources_json, "resources")
             path.write_text(json.dumps(resources))
-            hugepages.allow(resources)
+            self._allow(resources)
             before = self._cgroups.limits(self.group)
             try:
                 self._crun.update(self.id, self.bundle, path)
@@ -318,6 +319,17 @@ class Container:
 
                 reasons.of_resources(resources, group=self._parent())
                 raise
+
+    def _allow(self, resources: dict[str, Any]) -> None:
+        """Prepare for resources; of what this kernel does not have crun would only name a file."""
+        block_io = resources.get("blockIO") or {}
+        weights = [name for name in ("weight", "weightDevice") if block_io.get(name)]
+        if weights and not self._cgroups.has_io_weights(self.group.rpartition("/")[0]):
+            raise UnsupportedError(
+                f"'linux.resources.blockIO.{weights[0]}' is not supported: "
+                "the guest's kernel has no weights of block I/O"
+            )
+        hugepages.allow(resources)
 
     def stats(self) -> Stats:
         return self._cgroups.stats(self.group)

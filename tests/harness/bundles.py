@@ -16,10 +16,18 @@ from tests.harness.cli import TIMEOUT, Result
 from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 CODE = "import sys; from vmsandbox.cli.runtime.main import main; sys.exit(main())"
 SANDBOX = {"io.kubernetes.cri.container-type": "sandbox"}
+
+
+def edited(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The bundle, after `change` has had its document."""
+    document = json.loads((bundle / "config.json").read_text())
+    change(document)
+    (bundle / "config.json").write_text(json.dumps(document))
+    return bundle
 
 
 class Runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,16 @@ def runtime(data_root: Path) -> Iterator[Runtime]:
         yield made
         made.remove_all()
         assert made.leftovers() == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    """A disk of the host: a loop device."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"first\n".ljust(8 << 20, b"\0"))
+    device = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, check=True, text=True).stdout
+    yield device.strip()
+    subprocess.run(["losetup", "-d", device.strip()], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from tests.harness.boxes import make_rootfs
+from tests.harness.bundles import edited
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.harness.bundles import Runtime
 
 MIB = 1 << 20
 MAPPING = [{"containerID": 0, "hostID": 200000, "size": 65536}]
-
-
-def edited(bundle: Path, change: Any) -> Path:
-    document = json.loads((bundle / "config.json").read_text())
-    change(document)
-    (bundle / "config.json").write_text(json.dumps(document))
-    return bundle
 
 
 def test_a_user_namespace_and_scheduling(runtime: Runtime, tmp_path: Path) -> None:
@@ -59,15 +49,6 @@ def test_a_user_namespace_and_scheduling(runtime: Runtime, tmp_path: Path) -> No
     assert lines[2:5] == ["3", "5", "best-effort: prio 6"], lines
     assert lines[5:] == ["mine", "example.org", "other", "1"]
     assert (rootfs / "made").stat().st_uid == 200000
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[str]:
-    image = tmp_path / "disk.img"
-    image.write_bytes(b"first\n".ljust(8 * MIB, b"\0"))
-    device = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, check=True, text=True).stdout
-    yield device.strip()
-    subprocess.run(["losetup", "-d", device.strip()], check=True)
 
 
 def test_devices_sockets_limits_and_hooks_of_a_pod(runtime: Runtime, box_rootfs: Path, disk: str) -> None:

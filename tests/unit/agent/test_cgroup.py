@@ -44,6 +44,12 @@ def test_the_version_is_seen(tmp_path: Path, unified: UnifiedCgroups) -> None:
     assert isinstance(detect(tmp_path / "containers"), ControllerCgroups)
 
 
+@pytest.mark.parametrize(("file", "known"), [("io.weight", True), ("io.bfq.weight", True), ("io.max", False)])
+def test_weights_are_known_by_their_files(unified: UnifiedCgroups, tmp_path: Path, file: str, known: bool) -> None:
+    (tmp_path / "containers" / file).touch()
+    assert unified.has_io_weights("/containers") is known
+
+
 def test_unified_statistics(unified: UnifiedCgroups) -> None:
     assert unified.stats("/containers/web") == Stats(
         cpu_usage_us=100,
