@@ -81,6 +81,13 @@ BOX = "localhost/box:1"
 #: the same with a program of its own, as the first container of a pod needs one
 PAUSE = "localhost/pause:1"
 
+#: prints limits of memory, processor time and processes; a guest has cgroup v2, and the control perhaps v1
+LIMITS = (
+    "cd /sys/fs/cgroup; cat memory.max 2>/dev/null || cat memory/memory.limit_in_bytes; "
+    "cut -d' ' -f1 cpu.max 2>/dev/null || cat cpu/cpu.cfs_quota_us; "
+    "cat pids.max 2>/dev/null || cat pids/pids.max"
+)
+
 
 @contextmanager
 def _turn() -> Iterator[None]:

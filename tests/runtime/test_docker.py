@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.daemons import CNI_DIRECTORY
+from tests.harness.engines import LIMITS
 from tests.harness.terminals import typed
 from vmsandbox import __version__
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tests.harness.engines import Engines
 
 BOX = "box:1"
+MIB = 1 << 20
 SERVING = (
     'trap "exit 9" TERM; mkdir /www; echo page > /www/index.html; httpd -h /www -p 80; echo up; '
     "while :; do sleep 0.1; done"
@@ -84,7 +86,10 @@ def test_docker_keeps_a_container_on_its_bridge(docker: Engines, name: str) -> N
     usage = docker.ok("docker", "stats", "--no-stream", "--format", "{{.MemUsage}} {{.PIDs}}", "kept")
     assert not usage.startswith("0B"), usage
     assert len(docker.ok("docker", "top", "kept", "-eo", "pid,args").splitlines()) > 1
-    docker.ok("docker", "update", "-m", "200m", "--memory-swap", "200m", "kept")
+    assert docker.ok("docker", "exec", "kept", "sh", "-c", LIMITS).split()[0] == str(100 * MIB)
+    limits = ("-m", "200m", "--memory-swap", "200m", "--pids-limit", "66", "--cpus", "1.5")
+    docker.ok("docker", "update", *limits, "kept")
+    assert docker.ok("docker", "exec", "kept", "sh", "-c", LIMITS).split() == [str(200 * MIB), "150000", "66"]
     docker.ok("docker", "pause", "kept")
     assert docker.ok("docker", "inspect", "-f", "{{.State.Status}}", "kept") == "paused\n"
     docker.ok("docker", "unpause", "kept")

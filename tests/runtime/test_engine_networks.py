@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.harness.cri import Cri, container_config, pod_config
 from tests.harness.engines import BOX
 
@@ -15,8 +17,9 @@ SERVE = "mkdir /www; echo page > /www/index.html; httpd -h /www -p 80; exec slee
 FETCH = "until printf 'GET /index.html HTTP/1.0\\r\\n\\r\\n' | socat -t 20 - {} | grep page; do sleep 0.1; done"
 
 
-def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines) -> None:
-    podman = ("podman", "--runtime", "vmsandbox")
+@pytest.mark.parametrize("name", ["crun", "vmsandbox"])
+def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines, name: str) -> None:
+    podman = ("podman", "--runtime", name)
     engines.ok("podman", "network", "create", "--ipv6", "-o", "mtu=9000", "pair")
     engines.ok("podman", "network", "create", "late")
     try:
@@ -31,11 +34,11 @@ def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines)
         ping = ("ping", "-c", "1", "-W", "20", "-s", "8900")
         assert "1 packets received" in engines.ok("podman", "exec", "asker", *ping, networks["pair"]["IPAddress"])
 
-        for name in ("web", "asker"):
-            engines.ok("podman", "network", "connect", "late", name)
+        for each in ("web", "asker"):
+            engines.ok("podman", "network", "connect", "late", each)
         address = engines.inspect("web")["NetworkSettings"]["Networks"]["late"]["IPAddress"]
-        for name in ("web", "asker"):
-            engines.ok("podman", "exec", name, "sh", "-c", "until ip route | grep -q eth1; do sleep 0.1; done")
+        for each in ("web", "asker"):
+            engines.ok("podman", "exec", each, "sh", "-c", "until ip route | grep -q eth1; do sleep 0.1; done")
         assert engines.ok("podman", "exec", "asker", "sh", "-c", FETCH.format(f"TCP4:{address}:80")) == "page\n"
         engines.ok("podman", "network", "disconnect", "late", "web")
         engines.ok("podman", "exec", "web", "sh", "-c", "while grep -q eth1 /proc/net/dev; do sleep 0.1; done")
@@ -45,15 +48,16 @@ def test_podman_connects_containers_by_name_and_while_they_run(engines: Engines)
         engines("podman", "network", "rm", "-f", "pair", "late")
 
 
-def test_pods_of_a_kubelet_reach_each_other_and_have_ports_of_the_host(containerd: Engines) -> None:
+@pytest.mark.parametrize("runtime", ["runc", "vmsandbox"])
+def test_pods_of_a_kubelet_reach_each_other_and_have_ports_of_the_host(containerd: Engines, runtime: str) -> None:
     cri = Cri(containerd)
     made = []
     try:
         for number, name in enumerate(("one", "two")):
-            logs = containerd.scratch / f"logs-net-{name}"
+            logs = containerd.scratch / f"logs-net-{runtime}-{name}"
             logs.mkdir()
             pod = {**pod_config(name, logs), "port_mappings": [{"container_port": 80, "host_port": 8090 + number}]}
-            pod_id = cri("RunPodSandbox", config=pod, runtime_handler="vmsandbox")["pod_sandbox_id"]
+            pod_id = cri("RunPodSandbox", config=pod, runtime_handler=runtime)["pod_sandbox_id"]
             ip = cri("PodSandboxStatus", pod_sandbox_id=pod_id)["status"]["network"]["ip"]
             config = container_config("main", BOX, "sh", "-c", SERVE)
             request = {"pod_sandbox_id": pod_id, "config": config, "sandbox_config": pod}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import machine
 from tests.harness.cli import kill, wait_until_gone
-from tests.harness.engines import BOX
+from tests.harness.engines import BOX, LIMITS
 from tests.harness.nurseries import await_nursery, origin, title
 from tests.harness.terminals import typed
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.harness.engines import Engines
 
 OBEDIENT = 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done'
+MIB = 1 << 20
 
 runtimes = pytest.mark.parametrize("name", ["crun", "vmsandbox"])
 
@@ -48,7 +49,7 @@ def test_podman_has_a_terminal(engines: Engines, name: str) -> None:
 def test_podman_keeps_a_container_with_its_own_network(engines: Engines, name: str) -> None:
     files = ("--read-only", "-v", "kept:/data", "--tmpfs", "/scratch")
     health = ("--health-cmd", "test -e /tmp/well", "--health-interval", "disable")
-    options = ("--name", "kept", "--runtime", name, "-m", "100m", *files, *health)
+    options = ("--name", "kept", "--runtime", name, "-m", "100m", "--pids-limit", "77", *files, *health)
     engines.ok("podman", "run", "-d", *options, BOX, "sh", "-c", OBEDIENT)
     done = engines.podman("exec", "kept", "sh", "-c", "echo inside; exit 6")
     assert (done.code, done.stdout) == (6, "inside\n")
@@ -73,7 +74,10 @@ def test_podman_keeps_a_container_with_its_own_network(engines: Engines, name: s
     assert OBEDIENT in engines.ok("podman", "top", "kept", "-o", "pid,args")
     usage = engines.ok("podman", "stats", "--no-stream", "--format", "{{.MemUsage}}", "kept")
     assert not usage.startswith("0B"), usage
-    engines.ok("podman", "update", "--memory", "200m", "--cpus", "1", "--cpuset-cpus", "0", "kept")
+    assert engines.ok("podman", "exec", "kept", "sh", "-c", LIMITS).split()[0] == str(100 * MIB)
+    limits = ("--memory", "200m", "--memory-swap", "200m", "--cpus", "1", "--cpuset-cpus", "0")
+    engines.ok("podman", "update", *limits, "kept")
+    assert engines.ok("podman", "exec", "kept", "sh", "-c", LIMITS).split() == [str(200 * MIB), "100000", "77"]
     engines.ok("podman", "pause", "kept")
     assert engines.inspect("kept")["State"]["Status"] == "paused"
     engines.ok("podman", "unpause", "kept")
@@ -88,8 +92,9 @@ def test_podman_keeps_a_container_with_its_own_network(engines: Engines, name: s
     engines.ok("podman", "rm", "-v", "kept")
 
 
-def test_a_copy_never_reaches_the_host(engines: Engines) -> None:
-    engines.ok("podman", "run", "-d", "--name", "copied", "--runtime", "vmsandbox", BOX, "sleep", "1000")
+@runtimes
+def test_a_copy_never_reaches_the_host(engines: Engines, name: str) -> None:
+    engines.ok("podman", "run", "-d", "--name", "copied", "--runtime", name, BOX, "sleep", "1000")
     engines.ok("podman", "cp", "/etc/hostname", "copied:/var/copy")
     assert engines("test", "-e", "/var/copy").code == 1
     assert engines.ok("podman", "exec", "copied", "cat", "/var/copy") == engines.ok("cat", "/etc/hostname")
@@ -115,25 +120,28 @@ def test_what_no_virtual_machine_can_do_is_said(engines: Engines) -> None:
         assert f"'linux.namespaces' has no {word} namespace" in done.stderr
 
 
-def test_a_privileged_container_gets_the_machines_devices_and_no_disk_of_the_host(engines: Engines) -> None:
+@runtimes
+def test_a_privileged_container_gets_the_machines_devices_and_no_disk_of_the_host(engines: Engines, name: str) -> None:
     script = "ls /dev; grep CapEff /proc/self/status"
-    done = engines.podman("run", "--rm", "--privileged", "--runtime", "vmsandbox", BOX, "sh", "-c", script)
+    done = engines.podman("run", "--rm", "--privileged", "--runtime", name, BOX, "sh", "-c", script)
     assert done.code == 0, (done, engines.logs())
     words = done.stdout.split()
     assert {"null", "tty", "zero"} <= set(words)
-    assert not [word for word in words if word.startswith(("vd", "sd", "loop0", "nvme", "dm-"))]
+    if name == "vmsandbox":
+        assert not [word for word in words if word.startswith(("vd", "sd", "loop0", "nvme", "dm-"))]
     assert int(words[-1], 16) & (1 << 21)  # CAP_SYS_ADMIN
 
 
-def test_a_root_of_a_driver_without_layers_is_shared_as_any_directory(engines: Engines) -> None:
+@runtimes
+def test_a_root_of_a_driver_without_layers_is_shared_as_any_directory(engines: Engines, name: str) -> None:
     driver = ("--root", "/run/engines/vfs", "--runroot", "/run/engines/vfs-run", "--storage-driver", "vfs")
     tar = subprocess.run(["tar", "-C", engines.rootfs, "-c", "."], capture_output=True, check=True).stdout
     engines.ok("podman", *driver, "import", "-q", "-", BOX, stdin=tar)
     words = ("run", "--rm", "--network", "none", BOX, "sh", "-c", "echo x > /made; cat /made; grep ' / ' /proc/mounts")
-    done = engines.podman(*driver, "--runtime", "vmsandbox", *words)
+    done = engines.podman(*driver, "--runtime", name, *words)
     assert done.code == 0, (done, engines.logs())
     assert done.stdout.startswith("x\n")
-    assert " virtiofs " in done.stdout
+    assert (" virtiofs " in done.stdout) is (name == "vmsandbox")
 
 
 def nurseries(engines: Engines) -> list[psutil.Process]:
