@@ -45,6 +45,7 @@ class NameServer:
         self._waiting: dict[int, Callable[[bytes], object]] = {}
         self._number = 0
         self._connections: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
         self._datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -56,7 +57,9 @@ class NameServer:
             self.close()
             raise UnavailableError(f"cannot listen for names at {address}: {error.strerror}") from error
         for target in (self._take_datagrams, self._take_connections):
-            threading.Thread(target=target, name="names", daemon=True).start()
+            thread = threading.Thread(target=target, name="names", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     @property
     def port(self) -> int:
@@ -85,6 +88,8 @@ class NameServer:
             with suppress(OSError):  # a thread that waits at it is woken by this, not by closing
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+        for thread in self._threads:
+            thread.join()  # as long as one waits at a socket, its address is taken
         self._questions.put(None)
 
     def _asked(self, message: bytes, reply: Callable[[bytes], object], *, by_tcp: bool) -> None:
