@@ -23,5 +23,7 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, word: str) -> str:
         import difflib
 
-        fits = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
-        return f" (did you mean '{fits[0]}'?)" if fits else ""
+        # Without the dashes, which all have in common.
+        known = {option.lstrip("-"): option for option in self._option_string_actions}
+        fits = difflib.get_close_matches(word.partition("=")[0].lstrip("-"), known, n=1)
+        return f" (did you mean '{known[fits[0]]}'?)" if fits else ""

@@ -20,6 +20,15 @@ def test_an_unknown_option_is_named_with_the_nearest_one() -> None:
         parser.parse_args(["--tial"])
 
 
+@pytest.mark.parametrize("word", ["--bogus", "--x", "-q"])
+def test_an_option_that_is_like_none_is_not_guessed_at(word: str) -> None:
+    parser = Parser(prog="vmsandbox run", allow_abbrev=False)
+    for option in ("--user", "-u", "--rm", "--volume", "--sysctl"):
+        parser.add_argument(option)
+    with pytest.raises(InvalidArgumentError, match=rf"^run: unknown option or argument '{word}': see"):
+        parser.parse_args([word])
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -69,9 +69,14 @@ def test_layers_do_not_share_what_is_written_to_them(tmp_path: Path) -> None:
     assert (tmp_path / "two").read_bytes()[:8] == bytes(8)
 
 
-@pytest.mark.parametrize("size_mib", [-1, 0, 15, 1 << 24, 1 << 40])
-def test_a_size_that_cannot_be_is_refused(tmp_path: Path, size_mib: int) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"{size_mib} MiB"):
+@pytest.mark.parametrize(
+    ("size_mib", "shown"), [(-1, "-1m"), (0, "0m"), (15, "15m"), (1 << 24, "16t"), ((1 << 24) + 1024, "16385g")]
+)
+def test_a_size_that_cannot_be_is_refused_in_the_units_that_users_write(
+    tmp_path: Path, size_mib: int, shown: str
+) -> None:
+    said = rf"^a writable layer of {shown} is not possible: choose 16m to 16777215m \('--scratch-size'\)$"
+    with pytest.raises(InvalidArgumentError, match=said):
         scratch.create(tmp_path / "layer", size_mib, tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 

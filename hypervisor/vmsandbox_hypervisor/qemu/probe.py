@@ -79,7 +79,9 @@ async def chosen(
     if failure is None:
         return AccelChoice(accel="kvm", reason="a guest ran with it")
     if accel == "kvm":
-        raise AccelError(f"KVM was asked for, but it does not work here: {failure}")
+        # QEMU's words are often those of an assertion.
+        why = obstacle(device=device, cpuinfo=cpuinfo) or failure
+        raise AccelError(f"KVM was asked for, but it does not work here: {why}")
     return AccelChoice(accel="tcg", reason=f"KVM does not work here: {failure}")
 
 

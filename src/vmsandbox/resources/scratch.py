@@ -47,10 +47,19 @@ def create(path: Path, size_mib: int, cache: Path) -> None:
     """
     if not SIZE_MIN_MIB <= size_mib <= SIZE_MAX_MIB:
         raise InvalidArgumentError(
-            f"a writable layer of {size_mib} MiB is not possible: choose {SIZE_MIN_MIB} to {SIZE_MAX_MIB}"
+            f"a writable layer of {_shown(size_mib)} is not possible: "
+            f"choose {_shown(SIZE_MIN_MIB)} to {_shown(SIZE_MAX_MIB)} ('--scratch-size')"
         )
     with _failing_as(path):
         copy(_golden(size_mib, cache), path)
+
+
+def _shown(size_mib: int) -> str:
+    """A size in the units that users write."""
+    for unit, mib in (("t", 1024 * 1024), ("g", 1024)):
+        if size_mib and size_mib % mib == 0:
+            return f"{size_mib // mib}{unit}"
+    return f"{size_mib}m"
 
 
 def copy(source: Path, path: Path) -> None:

@@ -19,7 +19,7 @@ def translated(error: HypervisorError) -> SandboxError:
         more = "remove a container of the pod, or raise 'hypervisor.pod_root_ports' ('root_ports' without a pod)"
         return ExhaustedError(f"{message}: {more}", detail=detail)
     if isinstance(error, AccelError):
-        return UnsupportedError(message, detail=detail)
+        return UnsupportedError(f"{message}: use '--accel auto' ('hypervisor.accel')", detail=detail)
     if isinstance(error, BootError):
         return UnavailableError(f"{message} ({reached({error.phase: error.seconds})})", detail=detail)
     return UnavailableError(message, detail=detail)

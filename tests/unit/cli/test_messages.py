@@ -112,7 +112,8 @@ TABLE: list[tuple[list[str], int, list[str]]] = [
     (["update", "done"], 1, ["nothing to update", "give a limit, as '--memory 512m'"]),
     (["run", "--scratch-size", "10", "box"], 125, ["invalid size '10'", "as 10g"]),
     (["run", "--cpus", "many", "box"], 125, ["'many'", "'vmsandbox run --help'"]),
-    (["run", "--env-file", "/no/such", "box"], 125, ["cannot read environment file '/no/such'", "No such file"]),
+    (["run", "--env-file", "/no/such", "box"], 125, ["cannot read environment file '/no/such': No such file"]),
+    (["run"], 125, ["the following arguments are required: IMAGE: see"]),
     (["run", "--pod", "shop", "-p", "80:80", "box"], 125, ["option '-p' belongs to the pod", "'vmsandbox pod create'"]),
     (["run", "--pod", "shop", "--ip", "10.0.0.9", "box"], 125, ["option '--ip' belongs to the pod"]),
     # options of verbs

@@ -70,6 +70,13 @@ async def test_flags_alone_are_no_proof(tmp_path: Path, capable: Path) -> None:
         await probe.chosen("kvm", binary=qemu, device=Path("/dev/null"), cpuinfo=capable)
 
 
+async def test_where_kvm_was_asked_for_the_cheap_sign_says_more_than_qemu(tmp_path: Path) -> None:
+    qemu = imitation(tmp_path, "echo 'kvm.c:3183: Assertion failed.' >&2; exit 1")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu\n")
+    with pytest.raises(AccelError, match=r"it does not work here: the CPU offers neither vmx nor svm$"):
+        await probe.chosen("kvm", binary=qemu, device=Path("/dev/null"), cpuinfo=tmp_path / "cpuinfo")
+
+
 async def test_a_guest_that_hangs_is_ended(tmp_path: Path) -> None:
     qemu = imitation(tmp_path, "exec tail -f /dev/null")
     assert (

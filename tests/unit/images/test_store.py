@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmsandbox.errors import AmbiguousError, InvalidArgumentError, InvalidStateError, NotFoundError
+from vmsandbox.errors import AmbiguousError, InvalidArgumentError, InvalidStateError, NotFoundError, SandboxError
 from vmsandbox.resources.images.store import DamagedError, Image, ImageStore
 
 if TYPE_CHECKING:
@@ -63,6 +64,19 @@ def test_a_missing_image_says_how_to_import_one(store: ImageStore, publish: Publ
         store.resolve(reference)
     assert not isinstance(caught.value, AmbiguousError)
     assert f"'{reference}'" in str(caught.value)
+
+
+def test_images_that_one_may_not_read_are_not_taken_for_missing(
+    store: ImageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("demo", image_id="01")
+
+    def refused(path: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("vmsandbox.resources.images.store.os.listdir", refused)
+    with pytest.raises(SandboxError, match=r"cannot read the images .*: run it as root, or choose .*'--data-root'"):
+        store.resolve("other")
 
 
 def test_an_empty_store_has_no_images_and_is_not_made_by_looking(store: ImageStore) -> None:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from vmsandbox.errors import ExhaustedError, UnavailableError
+from vmsandbox.errors import ExhaustedError, UnavailableError, UnsupportedError
 from vmsandbox.supervisor.translation import translating
-from vmsandbox_hypervisor.errors import BootError, DeviceError, NoSlotError
+from vmsandbox_hypervisor.errors import AccelError, BootError, DeviceError, NoSlotError
 
 
 def test_no_slot_left_is_told_from_a_broken_machine_and_says_what_to_do() -> None:
@@ -23,3 +23,8 @@ def test_a_boot_that_failed_names_the_phase_it_reached() -> None:
     assert caught.value.detail == "words"
     with pytest.raises(UnavailableError, match=r"^no \(reached: prepared\)$"), translating():
         raise BootError("no", phase="prepared")
+
+
+def test_an_acceleration_that_does_not_work_says_what_to_do() -> None:
+    with pytest.raises(UnsupportedError, match=r"^no KVM: use '--accel auto' \('hypervisor\.accel'\)$"), translating():
+        raise AccelError("no KVM")

@@ -77,7 +77,8 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--scratch-size", default=None, metavar="SIZE", help="how much the container may write, as 10g")
     add("--dry-run", action="store_true", help="print what would be run, and do nothing")
     add("image", metavar="IMAGE")
-    add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    # argparse would ask for it where the image is missing; without one the image's own is run.
+    add("command", nargs=argparse.REMAINDER, metavar="COMMAND ...").required = False
     return made
 
 
@@ -158,8 +159,10 @@ def environment_files(paths: list[str]) -> list[str]:
         try:
             with open(path, encoding="utf-8") as file:
                 lines = file.read().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgumentError(f"cannot read environment file '{path}': {error}") from error
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot read environment file '{path}': {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError(f"environment file '{path}' is not UTF-8: {error.reason}") from error
         entries += [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     return entries
 

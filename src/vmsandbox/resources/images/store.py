@@ -163,7 +163,14 @@ class ImageStore:
                 return image.id
         raise self._missing(reference)
 
-    def _missing(self, reference: str) -> NotFoundError:
+    def _missing(self, reference: str) -> SandboxError:
+        try:
+            os.listdir(self.names)
+        except PermissionError:
+            where = f"cannot read the images below '{self.root}': permission denied"
+            return SandboxError(f"{where}: run it as root, or choose another data root with '--data-root'")
+        except OSError:
+            pass  # nothing has been imported
         return NotFoundError(
             f"no image '{reference}': 'vmsandbox image ls' lists those there are, "
             "'vmsandbox image import oci:DIR:TAG --name NAME' makes one"
