@@ -193,6 +193,10 @@ def test_an_image_that_is_broken(cli: Cli, box: str, tmp_path: Path) -> None:
     check(result, cli, "erofs", "vmsandbox: cannot mount the guest image '/dev/vda'; Kernel panic", "(reached: running")
     _, detail = lines_of(result)
     assert "cannot mount the guest image" in detail, "the lines before the kernel's registers and calls"
+    # What is often booted first is a machine for a template.
+    result = cli("template", "build")
+    check(result, cli, "cannot mount the guest image '/dev/vda'; Kernel panic", "(reached: running", code=1)
+    assert "last lines of the console:" in lines_of(result)[1]
 
 
 @pytest.mark.parametrize(("member", "said"), [("kernel", "neither a vmlinux"), ("image", "no erofs")])

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import lent, remains
-from vmsandbox.errors import SandboxError, TimedOutError, UnavailableError
+from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest import replies
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
@@ -24,13 +24,14 @@ from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
 from vmsandbox.supervisor import cards, clock, shares, slots, store, template
 from vmsandbox.supervisor.aio import together
+from vmsandbox.supervisor.answering import first_answer
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Sandbox, SandboxSpec, Surroundings
-from vmsandbox.supervisor.translation import reached, translating
+from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -43,8 +44,6 @@ log = logging.getLogger(__name__)
 AGENT_PORT = "vmsandbox.agent"
 BULK_PORT = "vmsandbox.bulk"
 ROOT_DISK = "guest-root"
-#: letters of a console's last line that go into a message
-LAST_WORDS_MAX = 200
 #: The kernel derives these from the small memory at boot; the pod's limits are the containers' own.
 GUEST_SYSCTLS = {
     "kernel.pid_max": "4194304",
@@ -221,7 +220,7 @@ async def introduced(sandbox: Sandbox, *, began: float) -> Sandbox:
         sandbox.phases["vm"] = time.monotonic() - began
         # Written before the agent answers, so that a pod whose supervisor dies now can still be found.
         sandbox.save("creating")
-        sandbox.details = await _unless_vm_ends(sandbox, _introduce(sandbox, timeout=config.boot_timeout))
+        sandbox.details = await first_answer(sandbox.vm, _introduce(sandbox, timeout=config.boot_timeout))
         sandbox.phases["agent"] = time.monotonic() - began
         if sandbox.network.seconds:
             sandbox.phases["network"] = sandbox.network.seconds
@@ -247,7 +246,7 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
         ):
             network.recognise(vm)
             sandbox = Sandbox(around, spec, vm, agent, network)
-            sandbox.details = await _unless_vm_ends(sandbox, agent.details(timeout=config.boot_timeout))
+            sandbox.details = await first_answer(vm, agent.details(timeout=config.boot_timeout))
             sandbox.note("ready")
             yield sandbox
 
@@ -297,35 +296,3 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
     details = await sandbox.agent.create_sandbox(request, timeout=timeout)
     await clock.settle(sandbox.agent, clock.after_setting(replies.moment(details.time_ns), lead=lead))
     return details
-
-
-async def _unless_vm_ends(sandbox: Sandbox, call: Awaitable[pb.GuestDetails]) -> pb.GuestDetails:
-    """Await the agent's first answer, or the VM's death, whichever comes first."""
-    vm = sandbox.vm
-    answering = asyncio.ensure_future(call)
-    dying = asyncio.create_task(sandbox.watch_vm(), name="watch-vm during boot")
-    try:
-        await asyncio.wait({answering, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
-            await dying
-        return await answering
-    except TimedOutError as error:
-        raise TimedOutError(
-            f"the guest's agent did not answer within {vm.config.boot_timeout:g} s ({reached(vm.phases)}; "
-            f"{_last_words(vm)}): 'hypervisor.boot_timeout' sets the limit, '--debug' shows more",
-            detail=vm.evidence(),
-        ) from error
-    except UnavailableError as error:
-        # Of a guest that switched itself off nobody but its console says why.
-        words = f"; {_last_words(vm)}" if dying.done() and vm.ended() is None else ""
-        detail = error.detail or vm.evidence()
-        raise UnavailableError(f"{error} ({reached(vm.phases)}{words})", detail=detail) from error
-    finally:
-        for task in (answering, dying):
-            task.cancel()
-        await asyncio.gather(answering, dying, return_exceptions=True)
-
-
-def _last_words(vm: Vm) -> str:
-    lines = vm.console().strip().splitlines()
-    return f"last on the console: {lines[-1].strip()[:LAST_WORDS_MAX]}" if lines else "the console is empty"

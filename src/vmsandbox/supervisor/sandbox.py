@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import documents
-from vmsandbox.errors import ExhaustedError, SandboxError, UnavailableError
-from vmsandbox.supervisor import leaving, shares, store
-from vmsandbox.supervisor.translation import translated, translating
+from vmsandbox.errors import ExhaustedError, SandboxError
+from vmsandbox.supervisor import answering, leaving, shares, store
+from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory
 
 if TYPE_CHECKING:
@@ -181,11 +181,7 @@ class Sandbox:
 
     async def watch_vm(self) -> None:
         """Turn the VM's death, which nobody asked for, into an error for everybody."""
-        status = await self.vm.wait()
-        error = self.vm.ended()
-        if error is not None:
-            raise translated(error) from error
-        raise UnavailableError(f"the virtual machine ended (QEMU's exit status {status})", detail=self.vm.evidence())
+        await answering.death(self.vm)
 
     # ------------------------------------------------------------ size
 

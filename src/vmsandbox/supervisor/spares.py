@@ -29,10 +29,10 @@ from vmsandbox import documents, remains, surroundings
 from vmsandbox.config.load import files
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.resources.network.options import requested
-from vmsandbox.supervisor import bringup, slots, template, warming
+from vmsandbox.supervisor import answering, bringup, slots, template, warming
 from vmsandbox.supervisor.network import connected
 from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec
-from vmsandbox.supervisor.translation import translated, translating
+from vmsandbox.supervisor.translation import translating
 from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, Watch
 from vmsandbox_hypervisor.aio import readable
 from vmsandbox_hypervisor.api import Disk
@@ -88,7 +88,7 @@ class Spare:
             config = await asyncio.to_thread(slots.for_clone, clone, own, saved)
             config = await self._network.card.put_into(config)
             self._vm, self._agent = await bringup.started(around, config, stack)
-            await self._agent.details(timeout=config.boot_timeout)
+            await answering.first_answer(self._vm, self._agent.details(timeout=config.boot_timeout))
             with translating():
                 await self._network.plug(self._vm)
             await warming.warm(around, self._agent, slots.address(config, slots.IMAGE), None)
@@ -125,9 +125,7 @@ class Spare:
 
     async def ended(self) -> None:
         """Raises when the machine has ended by itself."""
-        status = await self._vm.wait()
-        error = self._vm.ended()
-        raise translated(error) if error else UnavailableError(f"the virtual machine ended ({status})")
+        await answering.death(self._vm)
 
 
 async def asked_for(

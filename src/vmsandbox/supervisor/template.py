@@ -32,6 +32,7 @@ from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
 from vmsandbox.supervisor import cards, slots, warming
+from vmsandbox.supervisor.answering import first_answer
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
@@ -328,7 +329,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             async with cards.idle(booted) as booted, around.hypervisor.running(booted) as vm:
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
-                    await agent.details(timeout=config.boot_timeout)
+                    await first_answer(vm, agent.details(timeout=config.boot_timeout))
                     # Not at the end: what the container needs, those of the clones need too.
                     await warming.clear(agent, caches=True)
                     async with AsyncExitStack() as stack:

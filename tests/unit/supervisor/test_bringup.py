@@ -1,23 +1,14 @@
-"""A machine kept ready is a pod's, or it is ended; one whose agent does not answer says what is known of it."""
+"""A machine that was kept ready is a pod's, or it is ended."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, cast
 
 import pytest
 
-from vmsandbox.errors import NotFoundError, SandboxError, TimedOutError, UnavailableError
+from vmsandbox.errors import NotFoundError
 from vmsandbox.supervisor import bringup
-from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec, Surroundings
-from vmsandbox_hypervisor.api import Kernel, Memory, VmConfig
-from vmsandbox_hypervisor.testing import FakeHypervisor
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from pathlib import Path
-
-    from vmsandbox_hypervisor.testing import FakeVm
+from vmsandbox.supervisor.sandbox import SandboxSpec, Surroundings
 
 SPEC = SandboxSpec(id="ab" * 32)
 
@@ -66,56 +57,3 @@ async def test_one_is_ended_where_nobody_can_tell_what_machine_is_wanted(monkeyp
     with pytest.raises(NotFoundError):
         await suiting(spare)
     assert spare.closed
-
-
-class Pod:
-    """As much of a pod as waiting for its agent asks for."""
-
-    def __init__(self, vm: FakeVm) -> None:
-        self.vm = vm
-
-    async def watch_vm(self) -> None:
-        await Sandbox.watch_vm(cast("Sandbox", self))
-
-
-async def failing(tmp_path: Path, call: Awaitable[Any], *, happening: Callable[[FakeVm], None]) -> SandboxError:
-    config = VmConfig(name="p", directory=tmp_path, kernel=Kernel(path=tmp_path), memory=Memory(size_mib=128))
-    async with FakeHypervisor().running(config) as vm:
-        happening(vm)
-        with pytest.raises(SandboxError) as caught:
-            await bringup._unless_vm_ends(cast("Any", Pod(vm)), call)
-    return caught.value
-
-
-async def late() -> NoReturn:
-    raise TimedOutError("the agent did not answer")
-
-
-REACHED = "reached: running after 0.0 s"
-
-
-async def test_an_agent_that_does_not_answer_is_told_with_what_was_reached_and_what_the_console_shows(
-    tmp_path: Path,
-) -> None:
-    error = await failing(tmp_path, late(), happening=lambda vm: None)
-    assert f"within 60 s ({REACHED}; the console is empty): 'hypervisor.boot_timeout'" in str(error)
-    assert isinstance(error, TimedOutError)
-    assert error.detail
-    error = await failing(tmp_path, late(), happening=lambda vm: vm.print("one\nno root\n\n"))
-    assert f"({REACHED}; last on the console: no root)" in str(error)
-
-
-async def test_a_machine_that_ends_before_its_agent_answers_is_told_with_what_was_reached(tmp_path: Path) -> None:
-    error = await failing(tmp_path, asyncio.Event().wait(), happening=lambda vm: vm.die(1, "its guest reset itself"))
-    assert str(error).endswith(f"ended with status 1: its guest reset itself ({REACHED})")
-    assert isinstance(error, UnavailableError)
-
-
-async def test_a_guest_that_switches_itself_off_is_told_with_its_last_words(tmp_path: Path) -> None:
-    def happening(vm: FakeVm) -> None:
-        vm.print("cannot serve\n")
-        vm.guest_powers_off()
-
-    error = await failing(tmp_path, asyncio.Event().wait(), happening=happening)
-    assert str(error).endswith(f"exit status 0) ({REACHED}; last on the console: cannot serve)")
-    assert "cannot serve" in error.detail
