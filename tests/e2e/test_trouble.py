@@ -117,6 +117,34 @@ def test_a_data_root_without_room_for_a_writable_layer(data_root: Path, box: str
         check(cli("run", "--rm", box, "true"), cli, "cannot make writable layer", "no space left on device: free some")
 
 
+def test_a_log_goes_on_when_a_full_data_root_has_room_again(data_root: Path, box: str) -> None:
+    with mounted("size=2m") as place, tempfile.TemporaryDirectory(prefix="vs-") as run:
+        for name in ("guest", "images", "templates"):
+            (place / name).symlink_to(data_root / name)
+        cli = Cli(Path(run), place)
+        words = ("run", "-i", "--name", "web", box, "cat")
+        # Files grow by pages: the first of these still has room, the second has it in part and waits for more.
+        room, waits = b"r" * 3000 + b"\n", b"w" * 3000 + b"\n"
+        with cli.popen(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            for text in (b"before\n", room, waits, b"lost\n", b"after\n"):
+                if text == room:
+                    fill(place)
+                elif text == b"after\n":
+                    (place / "fill").unlink()
+                client.stdin.write(text)
+                client.stdin.flush()
+                # What has come back has been through the log.
+                assert client.stdout.readline() == text
+            client.stdin.close()
+        result = cli("logs", "web")
+        assert result.raw == b"before\n" + room + waits + b"after\n", result
+        assert "vmsandbox: 5 bytes of output are missing here: the log could not be written: No space" in result.stderr
+        cli.ok("rm", "web")
+        assert cli.leftovers() == []
+
+
 @pytest.mark.parametrize(("binary", "said"), [("binary", "cannot use"), ("virtiofsd", "cannot start virtiofsd")])
 def test_a_program_that_is_missing(cli: Cli, box: str, tmp_path: Path, binary: str, said: str) -> None:
     cli.config = tmp_path / "config.toml"
