@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from tests.harness.cli import kill, wait_until_gone
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.harness.cli import Cli
 
 SCRIPT = "trap 'exit 3' TERM; echo life >> /lives; wc -l < /lives; while :; do sleep 0.1; done"
@@ -75,6 +77,16 @@ def test_what_the_death_of_everything_left_starts_again(cli: Cli, box: str) -> N
     cli.ok("start", "web")
     assert cli.ok("exec", "web", "sh", "-c", "wc -l < /lives") in ("1\n", "2\n")  # what was not synced may be lost
     assert cli.inspect("web")["status"] == "running"
+
+
+def test_what_shares_files_starts_again_each_time_its_machine_has_died(cli: Cli, box: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("the host's")
+    cli.ok("run", "-d", "--name", "again", "-v", f"{tmp_path}:/data", box, "sleep", "100000")
+    for _ in range(4):
+        kill(cli.inspect("again")["pod"]["vm"]["pid"])
+        cli.ok("wait", "again")
+        cli.ok("start", "again")
+        assert cli.ok("exec", "again", "cat", "/data/file") == "the host's"
 
 
 def test_a10_a_start_that_fails_leaves_the_container_stopped_as_it_was(cli: Cli, box: str) -> None:

@@ -55,6 +55,7 @@ async def run(service: Service, request: dict[str, Any], *, start: bool = True) 
                 container.hold(image)  # the machine's slot has its layer there
                 service.want(spec)
                 in_slot = spec.layer == str(container.layer)
+                await service.tidy.wait()
                 await container.create(service.sandbox, image, composed, options, start=start, in_slot=in_slot)
 
             await admit(service, container, creating, verb="run" if start else "create")
@@ -208,6 +209,7 @@ async def _start_again(service: Service, old: Container, request: dict[str, Any]
                 # The last of its output and its exit first: the new stand-in is for the new life alone.
                 await old.init.delivered.wait()
                 await old.release()
+                await service.tidy.wait()
                 fresh.starting = True
                 service.containers[old.id] = fresh
                 service.notify()

@@ -206,11 +206,13 @@ async def _pod(
         if start.revive:
             # Before anything is awaited: what is started again meanwhile is not meant.
             service.end_processes("its virtual machine is gone")
+            service.tidy.clear()
         # A supervisor may have been killed before it wrote down which one it had started.
         await asyncio.to_thread(machines.end_all, around.paths.dir)
         if not start.revive:
             raise UnavailableError("the pod's virtual machine has ended")
         await swept(around, spec, document)
+        service.tidy.set()
     if start.spare:
         return await _spare(around, service, start), False
     return opened(around, await _wanted(service, control, revive=start.known)), False

@@ -57,6 +57,9 @@ class Service:
         #: set by the first request that needs the machine: what pod to bring up
         self.wanted: asyncio.Future[SandboxSpec] = asyncio.get_running_loop().create_future()
         self.sandbox: asyncio.Future[Sandbox] = asyncio.get_running_loop().create_future()
+        #: nothing that an earlier machine left on the host is in the way of what is made for the next
+        self.tidy = asyncio.Event()
+        self.tidy.set()
         self.reason: SandboxError | None = None
         #: the pod is over, and nothing new will come about in it
         self.over = False
@@ -115,6 +118,7 @@ class Service:
     def lost(self, error: SandboxError) -> None:
         """The pod is gone: every container is stopped with the reason, every waiter hears of it."""
         self.reason = error
+        self.tidy.set()
         self.notify()
         if not self.sandbox.done():
             self.sandbox.set_exception(error)
