@@ -169,3 +169,12 @@ def test_two_builders_make_it_once_and_a_killed_one_leaves_nothing_that_is_used(
     apart.ok("gc", "-q")
     assert apart.processes() == []
     assert list((apart.data_root / "templates").glob(".staging-*")) == []
+
+
+def test_the_end_of_a_template_s_machine_is_told_at_once(apart: Cli) -> None:
+    building = apart.popen("template", "build", "--force", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    (machine,) = awaited(lambda: [each for each in apart.processes() if each.name().startswith("qemu")])
+    machine.kill()
+    said = building.communicate(timeout=30)[1].decode()
+    assert (building.returncode, "was killed by SIGKILL" in said) == (1, True), said
+    assert list((apart.data_root / "templates").glob(".staging-*")) == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+T = TypeVar("T")
 
 
 async def together(*work: Coroutine[Any, Any, object]) -> None:
@@ -21,3 +23,17 @@ async def together(*work: Coroutine[Any, Any, object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless(ending: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`, which is given up with its error when `ending` comes first."""
+    working, other = asyncio.create_task(work), asyncio.create_task(ending)
+    try:
+        await asyncio.wait({working, other}, return_when=asyncio.FIRST_COMPLETED)
+        if other.done():
+            other.result()
+        return await working
+    finally:
+        for task in (working, other):
+            task.cancel()
+        await asyncio.gather(working, other, return_exceptions=True)

@@ -32,7 +32,8 @@ from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
 from vmsandbox.supervisor import cards, slots, warming
-from vmsandbox.supervisor.answering import first_answer
+from vmsandbox.supervisor.aio import unless
+from vmsandbox.supervisor.answering import death, first_answer
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from vmsandbox.supervisor.sandbox import Surroundings
-    from vmsandbox_hypervisor.api import Hypervisor, VmConfig
+    from vmsandbox_hypervisor.api import Hypervisor, Vm, VmConfig
 
 log = logging.getLogger(__name__)
 
@@ -311,8 +312,6 @@ def _sweep(root: Path, key: str) -> None:
 
 
 async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) -> None:
-    from vmsandbox.supervisor.storages import layer_storage
-
     memory = empty_memory(config.memory.size_mib)
     cache = around.roots.data / "cache"
     try:
@@ -329,22 +328,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             async with cards.idle(booted) as booted, around.hypervisor.running(booted) as vm:
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
-                    await first_answer(vm, agent.details(timeout=config.boot_timeout))
-                    # Not at the end: what the container needs, those of the clones need too.
-                    await warming.clear(agent, caches=True)
-                    async with AsyncExitStack() as stack:
-                        disk = run / "warm.img"
-                        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, cache)
-                        image = await vm.attach_disk(Disk(id="warm-image", path=config.disks[0].path, read_only=True))
-                        stack.push_async_callback(vm.detach_disk, "warm-image")
-                        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
-                        stack.push_async_callback(vm.detach_disk, "warm-scratch")
-                        async with asyncio.timeout(warming.TIMEOUT):
-                            await warming.warm(around, agent, image.pci_path, writable.pci_path)
-                            await warming.warm_share(vm, agent, run / "share")
-                    if slots.has(booted):
-                        await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
-                    await warming.clear(agent)
+                    await unless(death(vm), _prepare(around, booted, vm, agent))
                 await save_template(vm, saved)
                 if slots.has(booted):
                     await asyncio.to_thread(scratch.copy, booted.disks[-1].path, saved / LAYER)
@@ -352,6 +336,28 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
         raise UnavailableError(f"the template's container did not end within {warming.TIMEOUT:g} s") from None
     finally:
         os.close(memory)
+
+
+async def _prepare(around: Surroundings, booted: VmConfig, vm: Vm, agent: AgentClient) -> None:
+    """Have the guest do once what it does for each container, and forget it again."""
+    from vmsandbox.supervisor.storages import layer_storage
+
+    await first_answer(vm, agent.details(timeout=booted.boot_timeout))
+    # Not at the end: what the container needs, those of the clones need too.
+    await warming.clear(agent, caches=True)
+    async with AsyncExitStack() as stack:
+        disk = booted.directory / "warm.img"
+        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, around.roots.data / "cache")
+        image = await vm.attach_disk(Disk(id="warm-image", path=booted.disks[0].path, read_only=True))
+        stack.push_async_callback(vm.detach_disk, "warm-image")
+        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
+        stack.push_async_callback(vm.detach_disk, "warm-scratch")
+        async with asyncio.timeout(warming.TIMEOUT):
+            await warming.warm(around, agent, image.pci_path, writable.pci_path)
+            await warming.warm_share(vm, agent, booted.directory / "share")
+    if slots.has(booted):
+        await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
+    await warming.clear(agent)
 
 
 def missing(around: Surroundings, key: str) -> bool:
