@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox_agent import clock_offsets, hugepages, programs, scheduling, users
+from vmsandbox_agent import clock_offsets, hugepages, programs, scheduling, storage, users
 from vmsandbox_agent import process as processes
 from vmsandbox_agent.crun import Crun, CrunError
 from vmsandbox_agent.errors import (
@@ -384,6 +384,8 @@ class Container:
         linux["cgroupsPath"] = self.group
         # crun's own may be that its addresses do not vary; a container's programs get what every process has.
         linux["personality"] = linux.get("personality") or {"domain": "LINUX"}
+        if any(each.get("type") == "user" for each in linux.get("namespaces") or []):
+            storage.mount_on_demand([str(each.get("source") or "") for each in self._spec.get("mounts") or []])
 
     def _complete_process(self, document: dict[str, Any], user: str, *, default_home: bool, stdio: pb.Stdio) -> None:
         if user:

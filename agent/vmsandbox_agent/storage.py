@@ -286,3 +286,14 @@ class Storages:
 def _escaped(path: str) -> str:
     """A path in overlayfs' options, where commas and colons separate."""
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def mount_on_demand(sources: list[str]) -> None:
+    """Have the kernel mount what it mounts when somebody goes there: the parts of a share that are file systems.
+
+    For a user namespace crun takes its copies of sources without going there.  What is mounted in a copy later
+    has not all of the copy's options.
+    """
+    for source in sources:
+        with suppress(OSError):  # no directory, or none of a bind mount
+            os.stat(f"{source}/.")

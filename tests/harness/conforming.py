@@ -39,6 +39,10 @@ BEGIN {
   for (number = 1; number < ARGC; number++) say("argument " number, ARGV[number])
   split("hostname domainname shmmni msgmax shm_rmid_forced", names, " ")
   for (number in names) say("kernel " names[number], first("/proc/sys/kernel/" names[number]))
+  split("core/somaxconn ipv4/ip_unprivileged_port_start", names, " ")
+  for (number in names) say("net " names[number], first("/proc/sys/net/" names[number]))
+  split("uid_map gid_map", names, " ")
+  for (number in names) say(names[number], first("/proc/self/" names[number]))
   say("oom_score_adj", first("/proc/self/oom_score_adj"))
   say("personality", first("/proc/self/personality"))
   while ((getline line < "/proc/self/limits") > 0) say("limit " substr(line, 1, 26), substr(line, 27, 42))
@@ -59,8 +63,8 @@ BEGIN {
     sub(/ [A-Z][a-z][a-z] +[0-9]+ +[0-9:]+/, "", line)
     say("line", line)
   }
-  split("memory pids cpu", names, " ")
-  for (number in names) say("cgroup " names[number], first("/sys/fs/cgroup/" names[number] ".max"))
+  split("memory.max pids.max cpu.max memory.high hugetlb.2MB.max", names, " ")
+  for (number in names) say("cgroup " names[number], first("/sys/fs/cgroup/" names[number]))
 }
 """
 
@@ -88,6 +92,14 @@ ATTRIBUTES = (
     # With all that is mounted below; crun takes these for directories only.
     *("rro", "rnosuid", "rnodev", "rnoexec"),
 )
+#: settings of a network that a pod has, and its members may repeat
+NETWORK = {"net.core.somaxconn": "333", "net/ipv4/ip_unprivileged_port_start": "81"}
+#: a user namespace in which everybody is who they are; ids of the root file system need no change
+MAPPING = [{"containerID": 0, "hostID": 0, "size": 5_000_000}]
+#: what hooks of the host write, below the shared directory
+HOOKS_LOG = "hooks"
+#: hooks of the host
+HOOKS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
 
 names = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=12)
 
@@ -136,8 +148,13 @@ environments = st.dictionaries(
 
 
 @st.composite
-def documents(draw: st.DrawFn, *, shared: Path, args: tuple[str, ...] = ("awk", "-f", "/probe")) -> dict[str, Any]:
-    """A whole config.json; `shared` is a directory of the host with a file, a directory and a socket."""
+def documents(
+    draw: st.DrawFn, *, shared: Path, args: tuple[str, ...] = ("awk", "-f", "/probe"), guests_own: bool = True
+) -> dict[str, Any]:
+    """A whole config.json; `shared` is a directory of the host with a file, a directory and a socket.
+
+    With `guests_own` there may be members that crun does not take everywhere, see `for_control`.
+    """
     spec = copy.deepcopy(default_spec())
     spec["ociVersion"] = draw(st.sampled_from(("1.0.0", "1.0.2", "1.0.2-dev")))
     spec["process"] = {**draw(processes()), "args": [*args], "terminal": False}
@@ -159,12 +176,17 @@ def documents(draw: st.DrawFn, *, shared: Path, args: tuple[str, ...] = ("awk", 
                 "kernel.shmmni": st.integers(100, 4000).map(str),
                 "kernel.msgmax": st.integers(1000, 8000).map(str),
                 "kernel/shm_rmid_forced": st.sampled_from(("0", "1")),
+                **{name: st.just(value) for name, value in NETWORK.items()},
             },
         )
     )
-    linux["resources"] = draw(resources())
+    linux["resources"] = draw(resources(guests_own=guests_own))
     _mounts(draw, spec, shared)
     _devices(draw, spec)
+    _hooks(draw, spec, shared)
+    if draw(st.integers(0, 3)) == 0:
+        linux["namespaces"].append({"type": "user"})
+        linux.update(uidMappings=MAPPING, gidMappings=MAPPING)
     if draw(st.integers(0, 2)) == 0:
         linux["seccomp"] = {
             "defaultAction": "SCMP_ACT_ALLOW",
@@ -181,13 +203,17 @@ def documents(draw: st.DrawFn, *, shared: Path, args: tuple[str, ...] = ("awk", 
 
 
 @st.composite
-def resources(draw: st.DrawFn) -> dict[str, Any]:
+def resources(draw: st.DrawFn, *, guests_own: bool) -> dict[str, Any]:
     """Limits of such a size that the probe can run."""
     made: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if draw(st.booleans()):
         made["memory"] = {"limit": draw(st.integers(32, 256)) << 20}
     if draw(st.booleans()):
         made["pids"] = {"limit": draw(st.integers(50, 5000))}
+    if guests_own and draw(st.integers(0, 2)) == 0:
+        made["unified"] = {"memory.high": str(draw(st.integers(32, 256)) << 20)}
+    if guests_own and draw(st.integers(0, 2)) == 0:
+        made["hugepageLimits"] = [{"pageSize": "2MB", "limit": draw(st.integers(0, 8)) << 21}]
     if draw(st.booleans()):
         made["cpu"] = {"shares": draw(st.integers(2, 4096))}
         if draw(st.booleans()):
@@ -237,6 +263,21 @@ def _devices(draw: st.DrawFn, spec: dict[str, Any]) -> None:
         spec["linux"]["devices"].append(device)
 
 
+def _hooks(draw: st.DrawFn, spec: dict[str, Any], shared: Path) -> None:
+    """Hooks that write down that they were called, and one in the container, which makes a pipe where its user may."""
+    chosen = draw(st.lists(st.sampled_from((*HOOKS, "startContainer")), unique=True, max_size=3))
+    if chosen:
+        spec["hooks"] = {}
+    for name in chosen:
+        script = (
+            "cat > /dev/null; mkfifo /dev/hooked; true"
+            if name == "startContainer"
+            else f"cat > /dev/null; echo {name} $0 $A >> {shared}/{HOOKS_LOG}"
+        )
+        hook = {"path": "/bin/sh", "args": ["sh", "-c", script, draw(names)], "env": ["PATH=/bin", "A=a b"]}
+        spec["hooks"][name] = [hook] * draw(st.integers(1, 1 if name == "startContainer" else 2))
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -255,7 +296,7 @@ def places(value: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @st.composite
 def damaged(draw: st.DrawFn, *, shared: Path) -> tuple[bytes, str]:
     """The text of a config.json with one defect, and what that is."""
-    spec = draw(documents(shared=shared, args=("true",)))
+    spec = draw(documents(shared=shared, args=("true",), guests_own=False))
     if draw(st.integers(0, 9)) == 0:
         text = json.dumps(spec).encode()
         cut = draw(st.integers(1, len(text) - 1))
@@ -274,6 +315,14 @@ def damaged(draw: st.DrawFn, *, shared: Path) -> tuple[bytes, str]:
 
 
 # ---------------------------------------------------------------- crun
+
+
+def for_control(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without what crun needs control groups of version 2, or huge pages, for."""
+    spec = copy.deepcopy(spec)
+    for name in ("unified", "hugepageLimits"):
+        spec["linux"]["resources"].pop(name, None)
+    return spec
 
 
 class Control:

@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from tests.harness.bundles import SANDBOX, edited
+from tests.harness.members import CGROUP, Members
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tests.harness.bundles import Runtime
 
 MIB = 1 << 20
-CGROUP = "/sys/fs/cgroup"
 #: a policy that only a program without children can have
 DEADLINE = {"policy": "SCHED_DEADLINE", "runtime": 10_000_000, "deadline": 30_000_000, "period": 30_000_000}
 #: files of a control group that updates are about
@@ -25,29 +24,6 @@ NO_WEIGHTS = "the guest's kernel has no weights of block I/O"
 def weight(shares: int) -> str:
     """What cgroup v2 makes of v1's shares, as runc and crun say it."""
     return str(1 + (shares - 2) * 9999 // 262142)
-
-
-class Members:
-    """A pod whose members have limits: starting a machine is what costs."""
-
-    def __init__(self, runtime: Runtime, rootfs: Path) -> None:
-        self.runtime, self.rootfs = runtime, rootfs
-        annotations = {**SANDBOX, "io.kubernetes.cri.sandbox-id": "pause"}
-        self.pid = runtime.create("pause", runtime.bundle("pause", rootfs, "sleep", "100000", annotations=annotations))
-        runtime.ok("start", "pause")
-
-    def bundle(self, name: str, change: Any, *args: str) -> Path:
-        return edited(self.runtime.member(name, self.rootfs, *args, pod="pause", pid=self.pid), change)
-
-    def start(self, name: str, change: Any) -> None:
-        self.runtime.create(name, self.bundle(name, change, "sleep", "100000"))
-        self.runtime.ok("start", name)
-
-    def read(self, name: str, *files: str) -> dict[str, str]:
-        """Files of a container's control group."""
-        script = f"cd {CGROUP}; for file; do echo $file=$(cat $file); done"
-        lines = self.runtime.ok("exec", name, "sh", "-c", script, "sh", *files).splitlines()
-        return dict(line.split("=", 1) for line in lines)
 
 
 def test_limits_are_the_guests_control_group_and_updates_change_it(
