@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import pty
@@ -10,9 +11,14 @@ import signal
 import struct
 import termios
 import time
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
+
+from tests.harness.cli import awaited
 
 if TYPE_CHECKING:
     import subprocess
@@ -26,6 +32,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.master, self.slave = pty.openpty()
+        self.path = os.ttyname(self.slave)
         self.resize(100, 30)
         self.seen = b""
 
@@ -44,6 +51,11 @@ class Terminal:
     def type(self, text: bytes) -> None:
         os.write(self.master, text)
 
+    def silent(self) -> None:
+        """Nothing more has come."""
+        ready, _, _ = select.select([self.master], [], [], 0)
+        assert (self.seen.strip(), ready) == (b"", [])
+
     def mode(self) -> list[object]:
         return termios.tcgetattr(self.slave)
 
@@ -56,14 +68,23 @@ def terminal() -> Iterator[Terminal]:
     os.close(made.slave)
 
 
-def on(terminal: Terminal, cli: Cli, *words: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def on(terminal: Terminal, cli: Cli, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the command with a terminal of its own; it has ended when the block is left."""
     fd = terminal.slave
 
     def take_terminal() -> None:
         os.setsid()
         fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
 
-    return cli.popen(*words, stdin=fd, stdout=fd, stderr=fd, preexec_fn=take_terminal)
+    client = cli.popen(*words, stdin=fd, stdout=fd, stderr=fd, preexec_fn=take_terminal)
+    try:
+        yield client
+    except BaseException:
+        client.kill()
+        raise
+    finally:
+        client.wait()
 
 
 def test_a_shell_has_a_terminal_of_the_right_size_that_follows(pod: tuple[Cli, str], terminal: Terminal) -> None:
@@ -110,17 +131,106 @@ def test_the_terminal_is_given_back_when_the_container_is_killed(pod: tuple[Cli,
     assert terminal.mode() == before
 
 
-def test_the_terminal_is_given_back_when_the_client_is_killed(pod: tuple[Cli, str], terminal: Terminal) -> None:
+def test_the_terminal_is_given_back_when_the_client_of_an_exec_is_killed(
+    pod: tuple[Cli, str], terminal: Terminal
+) -> None:
     cli, container = pod
     before = terminal.mode()
     with on(terminal, cli, "exec", "-it", container, "sh") as client:
         terminal.until(b"# ")
         assert terminal.mode() != before
         client.kill()
-    deadline = time.monotonic() + 30
-    while terminal.mode() != before:
-        assert time.monotonic() < deadline
-        cli.ok("exec", container, "true")
+    awaited(lambda: terminal.mode() == before)
+
+
+@pytest.mark.parametrize("options", [(), ("--rm",)], ids=["stays", "rm"])
+def test_the_terminal_is_given_back_when_the_client_of_a_container_is_killed(
+    cli: Cli, box: str, terminal: Terminal, options: tuple[str, ...]
+) -> None:
+    before = terminal.mode()
+    script = "echo ready; read line; echo got $line; while [ ! -e /go ]; do sleep 0.1; done; echo late; sleep 1000"
+    with on(terminal, cli, "run", "-it", *options, "--name", "web", box, "sh", "-c", script) as client:
+        terminal.until(b"ready")
+        standin = psutil.Process(cli.inspect("web")["standin"]["pid"])
+        terminal.type(b"once\r")
+        terminal.until(b"got once")
+        assert terminal.mode() != before
+        client.kill()
+    # Neither read nor written to any more: what is typed next is the shell's.
+    awaited(lambda: terminal.path not in open_in(standin))
+    assert terminal.mode() == before
+    if options:
+        awaited(lambda: not cli.ps())
+        return
+    cli.ok("exec", "web", "touch", "/go")
+    cli.await_line("web", "late")
+    assert cli.inspect("web")["status"] == "running"
+    terminal.silent()
+
+
+def open_in(process: psutil.Process) -> list[str]:
+    """What a process has open; nothing once it has ended."""
+    try:
+        return [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def in_a_shell(cli: Cli) -> Cli:
+    """The command, run by a shell with job control that reads a line once it stops and then lets it go on."""
+    shell = copy.copy(cli)
+    shell.prefix = ("sh", "-mc", '"$@"; read line; echo "shell got $line"; fg', "sh")
+    return shell
+
+
+def test_a_stopped_client_leaves_the_terminal_to_the_shell_until_it_goes_on(
+    pod: tuple[Cli, str], terminal: Terminal
+) -> None:
+    cli, container = pod
+    script = "echo ready; while read line; do echo box got $line; done; exit 5"
+    with on(terminal, in_a_shell(cli), "exec", "-i", container, "sh", "-c", script) as shell:
+        terminal.until(b"ready")
+        terminal.type(b"one\n")
+        terminal.until(b"box got one")
+        (client,) = psutil.Process(shell.pid).children()
+        terminal.type(b"\x1a")
+        awaited(lambda: client.status() == psutil.STATUS_STOPPED)
+        terminal.type(b"two\n")
+        terminal.until(b"shell got two")
+        awaited(lambda: client.status() != psutil.STATUS_STOPPED)
+        terminal.type(b"three\n")
+        terminal.until(b"box got three")
+        terminal.type(b"\x04")
+        assert shell.wait(60) == 5
+
+
+def test_a_client_that_is_stopped_gives_a_raw_terminal_back_and_takes_it_again(
+    pod: tuple[Cli, str], terminal: Terminal
+) -> None:
+    cli, container = pod
+    before = terminal.mode()
+    with on(terminal, in_a_shell(cli), "exec", "-it", container, "sh") as shell:
+        terminal.until(b"# ")
+        (client,) = psutil.Process(shell.pid).children()
+        client.send_signal(signal.SIGTSTP)
+        awaited(lambda: client.status() == psutil.STATUS_STOPPED)
+        assert terminal.mode() == before
+        terminal.type(b"two\n")
+        terminal.until(b"shell got two")
+        awaited(lambda: terminal.mode() != before)
+        terminal.type(b"echo $((2+3))x; exit 6\r")
+        terminal.until(b"5x")
+        assert shell.wait(60) == 6
+
+
+def test_ctrl_c_before_the_container_is_there_gives_it_up(cli: Cli, box: str, terminal: Terminal) -> None:
+    before = terminal.mode()
+    with on(terminal, cli, "run", "-it", "--template", "off", box, "sh") as client:
+        awaited(lambda: any("qemu-system" in process.name() for process in cli.processes()))
+        terminal.type(b"\x03")
+        assert client.wait(60) == 130
+    assert terminal.mode() == before
+    assert cli.leftovers() == []
 
 
 def test_t_without_a_terminal_is_refused(pod: tuple[Cli, str]) -> None:

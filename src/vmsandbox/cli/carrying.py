@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 
 from vmsandbox import wire
-from vmsandbox.cli import launch
+from vmsandbox.cli import launch, terminal
 from vmsandbox.cli.containerlog import LogWriter
 from vmsandbox.cli.standin import LOST
 from vmsandbox.plainsocket import MSG_DONTWAIT
@@ -47,8 +47,10 @@ ATOMIC = 4096
 RECONNECT_PAUSE = 0.2
 NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
 KINDS = {name: kind for kind, name in NAMES.items()}
-#: Not forwarded: what the kernel raises for our own doings, and job control of the caller's terminal.
-KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT}
+#: by which a client says that it has lost its terminal, and that it has it
+JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
+#: Not taken: what the kernel raises for our own doings, and the rest of job control.
+KEPT = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGTTIN, signal.SIGTTOU}
 
 
 class Output:
@@ -90,6 +92,13 @@ class Output:
         del self.pending[:count]
         return True
 
+    def detach(self) -> None:
+        """Write nothing more, as if everything had been taken."""
+        if self.fd > 2:
+            os.close(self.fd)
+        self.fd = -1
+        self.pending.clear()
+
 
 class Standin:
     def __init__(self, roots: Roots, sandbox: SandboxPaths, plan: Plan) -> None:
@@ -111,8 +120,10 @@ class Standin:
         self.exit: dict[str, Any] | None = None
         #: not yet taken by the supervisor: said again over the next connection
         self.signals: list[int] = []
-        #: pidfd of the client whose death ends the process
+        #: pidfd of the client in the foreground
         self.client = -1
+        #: stdin is left alone: a terminal before the client says that it has it, and while the client is stopped
+        self.paused = plan.client is not None and plan.stdin and os.isatty(0)
         # In a pid namespace of its own it is number 1; what counts is what others know it by.
         pid = int(os.readlink("/proc/self"))
         self.me = {"pid": pid, "start_time": start_time(pid)}
@@ -128,12 +139,12 @@ class Standin:
         self._close_inherited({wake_in, wake_out, self.plan.starter})
         what = (self.plan.exec_id or self.plan.container_id)[:12]
         set_title(f"vmsandbox stand-in {what}" + (f": {self.plan.command}" if self.plan.command else ""))
-        if self.plan.kill_with:
-            try:
-                self.client = os.pidfd_open(self.plan.kill_with)
-            except ProcessLookupError:  # it is dead already
-                self.signals.append(int(signal.SIGKILL))
         self._connect(first=True)
+        if self.plan.client is not None:
+            try:
+                self.client = os.pidfd_open(self.plan.client)
+            except ProcessLookupError:
+                self._client_died()
         if self.plan.root:
             from vmsandbox.cli.runtime import namespaces
 
@@ -151,13 +162,16 @@ class Standin:
 
     def _catch_signals(self, wake: int) -> None:
         for number in signal.valid_signals():
-            if number in (signal.SIGKILL, signal.SIGSTOP) or number in KEPT - {signal.SIGWINCH}:
+            if number in (signal.SIGKILL, signal.SIGSTOP) or number in KEPT:
+                continue
+            if number in JOB_CONTROL and self.plan.client is None:
                 continue
             if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
                 continue
             signal.signal(number, lambda _number, _frame: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
     def _close_inherited(self, keep: set[int]) -> None:
         keep |= {output.fd for output in self.outputs.values()}
@@ -239,8 +253,7 @@ class Standin:
         poll.register(wake, select.POLLIN)
         if self.client >= 0:
             poll.register(self.client, select.POLLIN)
-        reading = not self.input_eof and len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
-        if reading:
+        if self._reads():
             poll.register(0, select.POLLIN)
         for output in self.outputs.values():
             if output.pending:
@@ -250,7 +263,7 @@ class Standin:
             self._take_signals(os.read(wake, 256))
         if self.client in ready:
             self._client_died()
-        if reading and 0 in ready:
+        if 0 in ready and self._reads():
             self._read_input()
         for kind, output in self.outputs.items():
             if output.pending and output.fd in ready:
@@ -262,9 +275,15 @@ class Standin:
             if self.sock is not None and ready[sock] & ~select.POLLOUT:
                 self._read_socket()
 
+    def _reads(self) -> bool:
+        room = len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
+        return room and not self.input_eof and not self.paused
+
     def _take_signals(self, numbers: bytes) -> None:
         for number in numbers:
-            if number == signal.SIGWINCH:
+            if number in JOB_CONTROL:
+                self.paused = number == signal.SIGTSTP
+            elif number == signal.SIGWINCH:
                 size = self._window_size()
                 if size:
                     self._send({"size": size})
@@ -286,14 +305,24 @@ class Standin:
         return None
 
     def _client_died(self) -> None:
-        os.close(self.client)
-        self.client = -1
-        if self.plan.mode:
-            try:
-                termios.tcsetattr(0, termios.TCSANOW, self.plan.mode)
-            except termios.error:
-                pass  # hung up
-        self._signal(int(signal.SIGKILL))
+        """Give its stdio up, which others have now; what still comes is for the log."""
+        if self.client >= 0:
+            os.close(self.client)
+            self.client = -1
+        terminal.give_back(self.plan.mode)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.close(null)
+        for kind, output in self.outputs.items():
+            output.detach()
+            self._acknowledge(kind, output)
+        if not self.input_eof:
+            self.input_eof = True
+            if not self.plan.terminal:  # of which there is no end while the container has it
+                self._end_input()
+        if self.plan.ends_with_client:
+            self._signal(int(signal.SIGKILL))
 
     def _read_input(self) -> None:
         try:
@@ -305,8 +334,12 @@ class Standin:
             self.unsent += wire.encode_data(wire.STDIN, self.input_sent, data)
             self.input_sent += len(data)
         else:
-            self.input_eof = self.eof_sent = True
-            self._send({"eof": "stdin", "offset": self.input_sent})
+            self.input_eof = True
+            self._end_input()
+
+    def _end_input(self) -> None:
+        self.eof_sent = True
+        self._send({"eof": "stdin", "offset": self.input_sent})
 
     def _write_output(self, kind: int, output: Output) -> None:
         if not output.flush():

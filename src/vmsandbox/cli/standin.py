@@ -31,11 +31,12 @@ class Plan:
 
     __slots__ = (
         "cgroups",
+        "client",
         "command",
         "container_id",
         "controlling",
+        "ends_with_client",
         "exec_id",
-        "kill_with",
         "mode",
         "root",
         "starter",
@@ -52,7 +53,8 @@ class Plan:
         stdin: bool,
         stdout: bool,
         terminal: bool,
-        kill_with: int | None = None,
+        client: int | None = None,
+        ends_with_client: bool = False,
         controlling: bool = False,
         root: str = "",
         command: str = "",
@@ -64,8 +66,10 @@ class Plan:
         #: False: output goes to the log only
         self.stdout = stdout
         self.terminal = terminal
-        #: the client whose death ends the process
-        self.kill_with = kill_with
+        #: in the foreground, whose stdio this is: when it dies we have none any more
+        self.client = client
+        #: the process is killed when its client dies
+        self.ends_with_client = ends_with_client
         #: of the terminal on stdin while nobody has it: a client that is killed cannot give it back
         self.mode: list[Any] | None = None
         #: stdin is a terminal of our own making: it tells us its size and when its other side is gone

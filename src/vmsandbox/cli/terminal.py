@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import termios
 from contextlib import contextmanager
@@ -15,17 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-#: Signals after which the client ends or goes on without the container.
-FORWARDED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGWINCH,
-)
+#: local modes that no shell turns off together: without both of them the terminal is as `make_raw` leaves it
+COOKED = termios.ICANON | termios.ISIG
 
 
 def require_terminal() -> None:
@@ -34,14 +24,24 @@ def require_terminal() -> None:
         raise InvalidArgumentError("the input device is not a terminal: leave '-t' out, or run it in a terminal")
 
 
-@contextmanager
-def raw(*, wanted: bool) -> Iterator[list[Any] | None]:
-    """Put the terminal on stdin into raw mode for the block; yields the mode it has outside."""
-    if not wanted or not os.isatty(0):
-        yield None
+def current_mode(*, wanted: bool) -> list[Any] | None:
+    """The mode of the terminal on stdin, if a container is to have it."""
+    return termios.tcgetattr(0) if wanted and os.isatty(0) else None
+
+
+def is_ours() -> bool:
+    """Whether we may read stdin: no terminal, or one in whose foreground we are, or that is not our session's."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return True
+
+
+def make_raw(outside: list[Any] | None) -> None:
+    """Put the terminal on stdin, whose mode is `outside`, into raw mode; with None, leave it alone."""
+    if outside is None:
         return
-    saved = termios.tcgetattr(0)
-    mode = termios.tcgetattr(0)
+    mode = [*outside[:6], [*outside[6]]]
     mode[0] &= ~(
         termios.BRKINT | termios.ICRNL | termios.INLCR | termios.IGNCR | termios.INPCK | termios.ISTRIP | termios.IXON
     )
@@ -50,27 +50,35 @@ def raw(*, wanted: bool) -> Iterator[list[Any] | None]:
     mode[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN | termios.ISIG)
     mode[6][termios.VMIN] = 1
     mode[6][termios.VTIME] = 0
-    termios.tcsetattr(0, termios.TCSANOW, mode)
+    _set(mode)
+
+
+def give_back(outside: list[Any] | None) -> None:
+    """Give the terminal on stdin the mode that it has outside, unless somebody has given it another since."""
+    if outside is None:
+        return
     try:
-        yield saved
-    finally:
-        sys.stdout.flush()
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        raw = not termios.tcgetattr(0)[3] & COOKED
+    except termios.error:
+        return  # hung up
+    if raw:
+        _set(outside)
+
+
+def _set(mode: list[Any]) -> None:
+    try:
+        termios.tcsetattr(0, termios.TCSANOW, mode)
+    except termios.error:
+        return  # hung up
 
 
 @contextmanager
-def forwarding(pid: int) -> Iterator[None]:
-    """Pass the signals we get on to the stand-in for the duration of the block."""
-
-    def forward(number: int, _frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+def raw(*, wanted: bool) -> Iterator[None]:
+    """Put the terminal on stdin into raw mode for the block."""
+    mode = current_mode(wanted=wanted)
+    make_raw(mode)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.stdout.flush()
+        give_back(mode)

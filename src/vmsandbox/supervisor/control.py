@@ -132,6 +132,9 @@ class Control:
         try:
             if verb in copying.VERBS:
                 answer = await self.service.copy(request, reader, writer)
+            elif verb in ("run", "create"):
+                with self._giving_up(reader):
+                    answer = await self.service.dispatch(request)
             else:
                 answer = await self.service.dispatch(request)
         except SandboxError as error:
@@ -151,6 +154,27 @@ class Control:
         if verb in ("run", "create", "create-bundle") and self.service.implicit():
             return True
         return verb in UNTIL_RELEASED and self.service.ending()
+
+    @contextmanager
+    def _giving_up(self, reader: asyncio.StreamReader) -> Iterator[None]:
+        """While a request is carried out, its caller may say that it wants nothing of it any more.
+
+        One that only goes away has not said so: what it asked for is made.
+        """
+        hearing = self.tasks.create_task(self._hear(reader), name="caller of a request")
+        try:
+            yield
+        finally:
+            hearing.cancel()
+
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
+        try:
+            frame = await wire.read(reader)
+            given_up = frame is not None and frame.message().get("give_up")
+        except (wire.WireError, OSError):
+            return
+        if given_up:
+            self.service.give_up()
 
 
 async def refuse(listener: socket.socket, error: SandboxError, *, timeout: float) -> None:

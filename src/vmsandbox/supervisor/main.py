@@ -256,11 +256,20 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 async def _until_ended(holding: AbstractAsyncContextManager[Sandbox], service: Service, *, adopt: bool) -> None:
+    async with asyncio.TaskGroup() as opening:
+        giving_up = opening.create_task(service.given_up(), name="given-up")
+        async with holding as sandbox:
+            giving_up.cancel()
+            await _watched(sandbox, service, adopt=adopt)
+
+
+async def _watched(sandbox: Sandbox, service: Service, *, adopt: bool) -> None:
+    """Let the pod be used, and look after it, until it is told to end."""
     loop = asyncio.get_running_loop()
     from vmsandbox.supervisor import clock
     from vmsandbox.supervisor.execution import watch_events
 
-    async with holding as sandbox, asyncio.TaskGroup() as watchers:
+    async with asyncio.TaskGroup() as watchers:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, sandbox.ended.set)
         watching = [

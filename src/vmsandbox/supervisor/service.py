@@ -70,6 +70,8 @@ class Service:
         self._change = asyncio.Event()
         #: ids whose creation failed, or that were removed: nobody need wait for them
         self.gone: set[str] = set()
+        #: whoever had an implicit pod made does not want it any more
+        self._given_up = asyncio.Event()
         #: execs that are being started in the guest: more at once only make each slower
         self.starting = asyncio.Semaphore(STARTING)
         #: stand-ins whose process never came to be
@@ -114,6 +116,16 @@ class Service:
     def ready(self, sandbox: Sandbox) -> None:
         self.sandbox.set_result(sandbox)
         self.end_if_idle()
+
+    def give_up(self) -> None:
+        """What a container was to be made for is over: if the machine is only for that, it need not come up."""
+        if self.implicit() and not self.sandbox.done():
+            self._given_up.set()
+
+    async def given_up(self) -> None:
+        """Wait for `give_up`, and raise that as the error that ends the pod."""
+        await self._given_up.wait()
+        raise UnavailableError("whoever asked for the pod gave it up before its virtual machine was there")
 
     def lost(self, error: SandboxError) -> None:
         """The pod is gone: every container is stopped with the reason, every waiter hears of it."""

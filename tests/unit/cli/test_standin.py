@@ -102,14 +102,16 @@ def supervisor(roots: Roots) -> Iterator[Supervisor]:
     made.close()
 
 
-def start(roots: Roots, *, stdin: bool = True, kill_with: int | None = None) -> Started:
+def start(roots: Roots, *, stdin: bool = True, client: int | None = None, ends_with_client: bool = False) -> Started:
     ends = [os.pipe() for _ in range(3)]
     saved = [os.dup(fd) for fd in range(3)]
     inside = (ends[0][0], ends[1][1], ends[2][1])
     for fd, end in enumerate(inside):
         os.dup2(end, fd)
     try:
-        plan = standin.Plan(CONTAINER, stdin=stdin, stdout=True, terminal=False, kill_with=kill_with)
+        plan = standin.Plan(
+            CONTAINER, stdin=stdin, stdout=True, terminal=False, client=client, ends_with_client=ends_with_client
+        )
         pid = standin.fork(roots, roots.sandbox(CONTAINER), plan)
     finally:
         for fd, old in enumerate(saved):
@@ -255,9 +257,28 @@ def test_it_gives_up_when_the_supervisor_does_not_know_its_process(roots: Roots,
     assert process.exit_code() == standin.LOST
 
 
+def test_after_the_death_of_its_client_the_process_goes_on_without_its_stdio(
+    roots: Roots, supervisor: Supervisor, tmp_path: Path
+) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as client:
+        process = start(roots, client=client.pid)
+        supervisor.accept()
+        log = tmp_path / "log"
+        supervisor.say(log={"path": str(log), "max_bytes": 1 << 20, "files": 1})
+        client.kill()
+        assert supervisor.until("eof") == {"eof": "stdin", "offset": 0}
+    assert process.read() == b""  # its reader sees the end
+    supervisor.output(0, b"late\n")
+    assert supervisor.until("ack") == {"ack": "stdout", "offset": 5}
+    supervisor.say(exit={"code": 4})
+    assert supervisor.until("done") == {"done": True}
+    assert process.exit_code() == 4
+    assert "late" in log.read_text()
+
+
 def test_the_death_of_its_client_kills_the_process_once(roots: Roots, supervisor: Supervisor) -> None:
     with subprocess.Popen(["sleep", "1000"]) as client:
-        process = start(roots, stdin=False, kill_with=client.pid)
+        process = start(roots, stdin=False, client=client.pid, ends_with_client=True)
         supervisor.accept()
         client.kill()
         assert supervisor.until("signal") == {"signal": int(signal.SIGKILL)}

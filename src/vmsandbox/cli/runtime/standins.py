@@ -62,9 +62,9 @@ class Standing:
 
     def wait(self) -> int:
         """Wait for its end and pass signals on meanwhile; what to exit with."""
-        from vmsandbox.cli import terminal
+        from vmsandbox.cli import foreground, terminal
 
-        with terminal.raw(wanted=self._raw), terminal.forwarding(self.pid):
+        with terminal.raw(wanted=self._raw), foreground.forwarding(self.pid):
             _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 

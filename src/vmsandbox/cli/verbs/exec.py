@@ -7,12 +7,14 @@ import os
 
 from vmsandbox import records
 from vmsandbox.arguments import Parser
-from vmsandbox.cli import client, launch, standin, terminal
+from vmsandbox.cli import client, foreground, launch, standin, terminal
 from vmsandbox.cli.verbs.run import client_environment, end_standin, environment_files, fork_standin
 from vmsandbox.errors import EndingError, InvalidStateError, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from vmsandbox.cli.main import Options
 
 
@@ -69,29 +71,34 @@ def main(options: Options, argv: list[str]) -> int:
         stdin=arguments.interactive and not arguments.detach,
         stdout=not arguments.detach,
         terminal=arguments.tty and not arguments.detach,
-        kill_with=None if arguments.detach else os.getpid(),
+        client=None if arguments.detach else os.getpid(),
+        ends_with_client=True,
     )
-    with (
-        launch.connect_or_take_over(roots, container.sandbox) as sock,
-        terminal.raw(wanted=plan.terminal and plan.stdin) as plan.mode,
-    ):
+    plan.mode = terminal.current_mode(wanted=plan.terminal and plan.stdin)
+    with launch.connect_or_take_over(roots, container.sandbox) as sock:
         pid = fork_standin(roots, container.sandbox, plan, detach=arguments.detach)
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
-        with terminal.forwarding(pid):
-            try:
+
+        def give_up(number: int) -> NoReturn:
+            end_standin(pid)  # and with it what it stands for
+            os._exit(128 + number)
+
+        try:
+            with foreground.until_answered(give_up):
                 client.request_once(roots, container.sandbox, sock, request)
-            except EndingError:
-                # Not tried again, since nobody knows how far it came.
-                end_standin(pid)
-                if records.load(roots, container.id).status() == "stopped":
-                    raise InvalidStateError(
-                        f"container '{arguments.container}'", state="stopped", wanted="exec in"
-                    ) from None
-                raise
-            except SandboxError:
-                end_standin(pid)
-                raise
-            if arguments.detach:
-                return 0
+        except EndingError:
+            # Not tried again, since nobody knows how far it came.
+            end_standin(pid)
+            if records.load(roots, container.id).status() == "stopped":
+                raise InvalidStateError(
+                    f"container '{arguments.container}'", state="stopped", wanted="exec in"
+                ) from None
+            raise
+        except SandboxError:
+            end_standin(pid)
+            raise
+        if arguments.detach:
+            return 0
+        with foreground.attending(pid, plan.mode, reads=plan.stdin):
             _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)

@@ -9,7 +9,7 @@ import sys
 
 from vmsandbox import records, remains
 from vmsandbox.arguments import Parser
-from vmsandbox.cli import client, launch, spares, standin, terminal
+from vmsandbox.cli import client, foreground, launch, spares, standin, terminal
 from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
@@ -284,23 +284,33 @@ def stay(
         stdin=arguments.interactive and not arguments.detach,
         stdout=not arguments.detach,
         terminal=arguments.tty and not arguments.detach,
-        kill_with=os.getpid() if arguments.autoremove and not arguments.detach else None,
+        client=None if arguments.detach else os.getpid(),
+        ends_with_client=arguments.autoremove,
     )
-    with connection as sock, terminal.raw(wanted=plan.terminal and plan.stdin) as plan.mode:
-        pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
-        request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
-        with terminal.forwarding(pid):
+    plan.mode = terminal.current_mode(wanted=plan.terminal and plan.stdin)
+    with connection as sock:
+        asking = foreground.Asking(sock)
+        with foreground.until_answered(asking.give_up):
+            pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
+            request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
             try:
-                client.request(sock, request)
+                asking.request(request)
             except SandboxError:
                 end_standin(pid)
                 if request["sandbox"]["implicit"]:
                     client.wait_for_end(sock)
                 clear_up(options, roots, request["id"])
+                if asking.given_up:
+                    return 128 + asking.given_up
                 raise
-            if arguments.detach:
-                print(request["id"])
-                return 0
+        if asking.given_up:
+            take_back(roots, request["id"])
+            end_standin(pid)
+            return 128 + asking.given_up
+        if arguments.detach:
+            print(request["id"])
+            return 0
+        with foreground.attending(pid, plan.mode, reads=plan.stdin):
             _, status = os.waitpid(pid, 0)
             client.wait_for_end(sock)
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
@@ -309,7 +319,8 @@ def stay(
 def fork_standin(roots: Roots, sandbox: SandboxPaths, plan: standin.Plan, *, detach: bool) -> int:
     """Fork the stand-in; a detached one has none of our stdio."""
     if not detach:
-        return standin.fork(roots, sandbox, plan)
+        with foreground.held_back():
+            return standin.fork(roots, sandbox, plan)
     sys.stdout.flush()
     saved = [os.dup(fd) for fd in range(3)]
     null = os.open(os.devnull, os.O_RDWR)
@@ -328,6 +339,16 @@ def end_standin(pid: int) -> None:
     """Reap the stand-in of a process that never came to be."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def take_back(roots: Roots, container_id: str) -> None:
+    """Remove a container that was given up too late for not being made."""
+    from vmsandbox.cli.verbs.rm import remove_by_supervisor
+
+    try:
+        client.insisting(lambda: remove_by_supervisor(roots, records.load(roots, container_id), force=True))
+    except NotFoundError:
+        return  # it has ended, and was to be removed
 
 
 def clear_up(options: Options, roots: Roots, container_id: str) -> None:

@@ -1,0 +1,74 @@
+"""A client that stays with its container: its signals before and after there is one, and its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.harness.cli import awaited
+
+if TYPE_CHECKING:
+    from tests.harness.cli import Cli
+
+#: one of each kind that does not end a program natively, or that few think of
+UNUSUAL = (
+    signal.SIGIO,
+    signal.SIGXCPU,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGURG,
+    signal.SIGRTMIN + 1,
+    signal.SIGRTMAX,
+)
+
+
+def machines_of(cli: Cli) -> list[psutil.Process]:
+    return [process for process in cli.processes() if "qemu-system" in process.name()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("verb", [("run",), ("run", "--rm"), ("run", "-d"), ("create",)], ids=" ".join)
+def test_a_signal_while_the_machine_boots_gives_the_container_up(
+    cli: Cli, box: str, verb: tuple[str, ...], number: signal.Signals
+) -> None:
+    words = (*verb, "--template", "off", "--name", "web", box, "sh", "-c", "sleep 1000")
+    with cli.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        awaited(lambda: machines_of(cli))
+        client.send_signal(number)
+        assert client.communicate(timeout=60) == (b"", b"")
+        assert client.returncode == 128 + number
+    assert cli.leftovers() == []
+
+
+def test_a_signal_before_the_container_is_there_leaves_the_pod_as_it_was(
+    cli: Cli, box: str, pod_template: None
+) -> None:
+    cli.ok("pod", "create", "--name", "shop")
+    (supervisor,) = (process for process in cli.processes() if process.name().startswith("vmsandbox-super"))
+    supervisor.suspend()
+    try:
+        with cli.popen("run", "--pod", "shop", box, "sleep", "1000", stdout=subprocess.PIPE) as client:
+            awaited(psutil.Process(client.pid).children)
+            client.send_signal(signal.SIGTERM)
+            supervisor.resume()
+            assert client.wait(60) == 143
+    finally:
+        supervisor.resume()
+    assert cli.ps() == []
+    assert [row["status"] for row in cli.pods()] == ["running"]
+
+
+@pytest.mark.parametrize("number", UNUSUAL)
+def test_every_signal_that_can_be_forwarded_is(pod: tuple[Cli, str], number: int) -> None:
+    cli, container = pod
+    script = f"trap 'echo got; exit 9' {int(number)}; echo ready; while :; do sleep 0.1; done"
+    with cli.popen("exec", container, "sh", "-c", script, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+        client.send_signal(number)
+        assert client.stdout.read() == b"got\n"
+        assert client.wait(60) == 9
