@@ -94,10 +94,31 @@ def test_a_dry_run_prints_what_would_be_run_and_does_nothing(cli: Cli, box: str)
     assert cli.leftovers() == []
 
 
+def test_a_dry_run_of_what_cannot_be_run_ends_as_the_run_would(cli: Cli, box: str) -> None:
+    for words in (["nothing"], ["--memory", "12q", box]):
+        result = cli("run", "--dry-run", *words)
+        assert (result.code, result.stdout) == (125, ""), result
+
+
+def test_a_zero_takes_a_limit_off_from_the_start_and_later(cli: Cli, box: str) -> None:
+    limits = "cd /sys/fs/cgroup; cat pids.max cpu.max cpu.weight"
+    zeros = ("--pids-limit", "0", "--cpus", "0", "--cpu-shares", "0")
+    name = cli.ok("run", "-d", *zeros, box, "sleep", "1000").strip()
+    free = ["max", "max", "100000", "100"]
+    assert cli.ok("exec", name, "sh", "-c", limits).split() == free
+    cli.ok("update", "--pids-limit", "9", "--cpus", "0.5", "--cpu-shares", "4", name)
+    assert cli.ok("exec", name, "sh", "-c", limits).split()[:2] == ["9", "50000"]
+    cli.ok("update", *zeros, name)
+    assert cli.ok("exec", name, "sh", "-c", limits).split() == free
+    refused = cli("update", "--cpuset-cpus", "", name)
+    assert (refused.code, "names no vCPU" in refused.stderr) == (1, True), refused
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["-e", "=x"], "=x"),
+        (["-v", "/tmp:/x:ro,rw"], "both 'ro' and 'rw'"),
         (["--tmpfs", "relative"], "relative"),
         (["--memory", "12q"], "12q"),
         (["--memory", "900t"], "memory"),

@@ -90,6 +90,16 @@ def test_a11_a_container_that_ignores_the_stop_signal_is_killed(cli: Cli, box: s
     assert cli.inspect("deaf")["exit"]["code"] == 137
 
 
+def test_a11_a_container_may_have_all_the_time_there_is(cli: Cli, box: str) -> None:
+    script = "trap 'until [ -e /go ]; do sleep 0.1; done; exit 4' TERM; echo up; while :; do sleep 0.1; done"
+    cli.ok("run", "-d", "--name", "slow", box, "sh", "-c", script)
+    cli.await_line("slow", "up")
+    with cli.popen("stop", "-t", "-1", "slow") as client:
+        cli.ok("exec", "slow", "touch", "/go")
+        assert client.wait(60) == 0
+    assert cli.inspect("slow")["exit"]["code"] == 4
+
+
 def test_removing_a_running_container_needs_force(cli: Cli, box: str) -> None:
     cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
     refused = cli("rm", "web")

@@ -20,6 +20,10 @@ VERBS = {
 }
 
 
+#: the code of `run` for an error of ours, which `run --dry-run` is
+PLAN_FAILED = 125
+
+
 def main() -> int:
     """Take the global options off, run the verb, report its error in one line."""
     words = sys.argv[1:]
@@ -52,7 +56,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             report(refused(error, wanted=words[0]), debug=debug)
-    return 1
+    return PLAN_FAILED if words[:1] == ["plan"] else 1
 
 
 def report(error: SandboxError, *, debug: bool) -> None:

@@ -318,9 +318,9 @@ def _resources(options: RunOptions, defaults: Defaults, devices: Sequence[Device
     if options.memory_bytes is not None:
         resources["memory"] = {"limit": options.memory_bytes}
     cpu: dict[str, Any] = {}
-    if options.cpus is not None:
+    if options.cpus:
         cpu.update(quota=max(1000, round(options.cpus * CPU_PERIOD)), period=CPU_PERIOD)
-    if options.cpu_shares is not None:
+    if options.cpu_shares:
         cpu["shares"] = options.cpu_shares
     if options.cpuset_cpus:
         cpu["cpus"] = options.cpuset_cpus

@@ -65,7 +65,9 @@ class RunOptions:
     volumes: tuple[Volume, ...] = ()
     disks: tuple[Disk, ...] = ()
     memory_bytes: int | None = None
+    #: 0: no limit
     cpus: float | None = None
+    #: 0: the kernel's own
     cpu_shares: int | None = None
     cpuset_cpus: str = ""
     #: 0: no limit; None: the configured one
@@ -158,9 +160,10 @@ def _check(options: RunOptions) -> None:
         raise InvalidArgumentError(f"memory '{options.memory_bytes}' is too little: give at least '6m'")
     if options.shm_bytes is not None and options.shm_bytes < 4096:
         raise InvalidArgumentError(f"shm_size '{options.shm_bytes}' is too little: give at least '4k'")
-    if options.cpus is not None and not (math.isfinite(options.cpus) and 0.01 <= options.cpus <= 1024):
-        raise InvalidArgumentError(f"cpus '{options.cpus}' is out of range: give 0.01 to 1024")
-    _bounded("cpu_shares", options.cpu_shares, 2, 262_144)
+    if options.cpus and not (math.isfinite(options.cpus) and 0.01 <= options.cpus <= 1024):
+        raise InvalidArgumentError(f"cpus '{options.cpus}' is out of range: give 0.01 to 1024, or 0 for no limit")
+    if options.cpu_shares != 0:
+        _bounded("cpu_shares", options.cpu_shares, 2, 262_144)
     _bounded("pids_limit", options.pids_limit, -1, 4_194_304)
     _bounded("oom_score_adj", options.oom_score_adj, -1000, 1000)
     if options.cpuset_cpus and not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", options.cpuset_cpus):

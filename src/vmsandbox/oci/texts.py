@@ -174,14 +174,14 @@ def volume(text: str, *, cwd: str = "/") -> Volume:
             f"volume '{text}' names no path: named volumes do not exist here, write './{parts[0]}' for a directory"
         )
     source = _source(parts[0], cwd, f"volume '{text}'")
-    read_only = False
-    for option in parts[2].split(",") if len(parts) == 3 else ():
-        if option in ("ro", "rw"):
-            read_only = option == "ro"
-        else:
+    given = parts[2].split(",") if len(parts) == 3 else []
+    if "ro" in given and "rw" in given:
+        raise InvalidArgumentError(f"volume '{text}' is both 'ro' and 'rw': give one of them")
+    for option in given:
+        if option not in ("ro", "rw"):
             _check_propagation(option, f"volume '{text}'")
     where = destination(parts[1], f"volume '{text}'")
-    return Volume(source=source, destination=where, read_only=read_only, create=True)
+    return Volume(source=source, destination=where, read_only="ro" in given, create=True)
 
 
 def mount(text: str, *, cwd: str = "/") -> Volume | Tmpfs:

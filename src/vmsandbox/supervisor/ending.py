@@ -74,7 +74,7 @@ async def stop(service: Service, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def stop_container(service: Service, container: Container, timeout: object) -> None:
-    """End a container in order; `timeout` seconds (None: the configured ones) before SIGKILL."""
+    """End a container in order; `timeout` seconds (None: the configured ones; -1: for ever) before SIGKILL."""
     if container.status == "stopped":
         return
     sandbox = await _machine_of(service, container)
@@ -85,11 +85,12 @@ async def stop_container(service: Service, container: Container, timeout: object
         return
     given = timeout if isinstance(timeout, int | float) else None
     grace = float(service.around.settings.sandbox.grace_seconds if given is None else given)
+    deadline = None if grace == -1 else max(0.0, grace)
     await _signal_quietly(sandbox, container, int(container.document.get("stop_signal") or 15))
     if container.status == "paused":
         await regulation.resume(container, sandbox, {})  # it cannot obey otherwise
     try:
-        async with asyncio.timeout(grace):
+        async with asyncio.timeout(deadline):
             await container.init.exited.wait()
     except TimeoutError:
         await kill_and_wait(service, sandbox, container)

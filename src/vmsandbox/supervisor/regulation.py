@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 #: seconds a request for the next OOM kill may last: its client may be gone
 OOM_TIMEOUT = 5.0
+#: of a control group that was given none
+WEIGHT = "100"
 #: what `update` takes, by the names of `oci.options`
 CHANGEABLE = frozenset({"cpus", "memory", "pids_limit", "cpu_shares", "cpuset_cpus"})
 
@@ -154,6 +156,8 @@ def changes(request: dict[str, Any]) -> RunOptions:
     foreign = sorted(set(given) - CHANGEABLE)
     if foreign:
         raise InvalidArgumentError(f"option '{foreign[0]}' cannot be changed while a container exists")
+    if given.get("cpuset_cpus") == "":
+        raise InvalidArgumentError("cpuset_cpus '' names no vCPU: write for example '0-2,4'")
     return options.run_options(given)
 
 
@@ -162,9 +166,11 @@ def resources(chosen: RunOptions) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     cpu: dict[str, Any] = {}
     if chosen.cpus is not None:
-        cpu.update(quota=max(1000, round(chosen.cpus * CPU_PERIOD)), period=CPU_PERIOD)
-    if chosen.cpu_shares is not None:
+        cpu.update(quota=max(1000, round(chosen.cpus * CPU_PERIOD)) if chosen.cpus else -1, period=CPU_PERIOD)
+    if chosen.cpu_shares:
         cpu["shares"] = chosen.cpu_shares
+    elif chosen.cpu_shares == 0:
+        changed["unified"] = {"cpu.weight": WEIGHT}
     if chosen.cpuset_cpus:
         cpu["cpus"] = chosen.cpuset_cpus
     if cpu:

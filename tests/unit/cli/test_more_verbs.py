@@ -7,7 +7,7 @@ import pytest
 
 from vmsandbox.cli import table
 from vmsandbox.cli.main import VERBS, Options
-from vmsandbox.cli.verbs import stats, top, update
+from vmsandbox.cli.verbs import run, stats, stop, top, update
 from vmsandbox.errors import InvalidArgumentError
 
 
@@ -27,6 +27,28 @@ def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -
 def test_an_update_of_nothing_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="nothing to update"):
         update.main(Options(), ["web"])
+
+
+@pytest.mark.parametrize("verb", ["run", "create"])
+def test_a_zero_is_a_choice(verb: str) -> None:
+    words = ["--pids-limit", "0", "--cpus", "0", "--cpu-shares", "0", "box"]
+    options = run.container_options(run.parser(verb=verb).parse_args(words))
+    assert options == {"pids_limit": 0, "cpus": 0.0, "cpu_shares": 0}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("2.5", 2.5), ("-1", -1)])
+def test_a_time_to_obey(text: str, expected: float) -> None:
+    assert stop.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["nan", "-2", "-0.5", "inf", "1e9", "soon"])
+@pytest.mark.parametrize("verb", ["stop", "restart", "pod"])
+def test_a_time_that_is_none_is_refused(verb: str, text: str) -> None:
+    from importlib import import_module
+
+    words = ["stop"] if verb == "pod" else []
+    with pytest.raises(InvalidArgumentError, match="--time"):
+        import_module(f"vmsandbox.cli.verbs.{verb}").main(Options(), [*words, "-t", text, "web"])
 
 
 def test_an_update_says_what_was_not_given_back() -> None:

@@ -183,7 +183,7 @@ def test_d7_what_is_not_asked_is_not_limited_but_for_processes() -> None:
     resources = composed().spec["linux"]["resources"]
     assert set(resources) == {"devices", "pids"}
     assert resources["pids"] == {"limit": 2048}
-    assert set(composed(pids_limit=0).spec["linux"]["resources"]) == {"devices"}
+    assert set(composed(pids_limit=0, cpus=0, cpu_shares=0).spec["linux"]["resources"]) == {"devices"}
 
 
 def test_a_container_never_inherits_the_agents_protection_from_the_oom_killer() -> None:

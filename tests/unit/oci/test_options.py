@@ -107,7 +107,7 @@ def test_null_means_not_asked() -> None:
         ({"memory": -1}, "memory '-1' is too little: give at least '6m'"),
         ({"shm_size": 0}, "shm_size '0' is too little: give at least '4k'"),
         ({"cpus": "two"}, "option 'cpus' is 'two' but has to be a number"),
-        ({"cpus": 0}, "cpus '0.0' is out of range: give 0.01 to 1024"),
+        ({"cpus": 0.001}, "cpus '0.001' is out of range: give 0.01 to 1024, or 0 for no limit"),
         ({"cpu_shares": 1}, "cpu_shares '1' is out of range: give 2 to 262144"),
         ({"cpuset_cpus": "0-"}, "cpuset_cpus '0-' is not understood: write for example '0-2,4'"),
         ({"pids_limit": True}, "option 'pids_limit' is 'True' but has to be a whole number"),

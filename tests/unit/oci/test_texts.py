@@ -76,6 +76,7 @@ def test_volumes(text: str, expected: Volume) -> None:
         ("/src:dst", "destination 'dst' of volume '/src:dst' has to be an absolute path"),
         ("/src:/", "cannot be the root directory"),
         ("/src:/x/..", "cannot be the root directory"),
+        ("/src:/dst:ro,rw", "volume '/src:/dst:ro,rw' is both 'ro' and 'rw': give one of them"),
         ("/src:/dst:z", "volume '/src:/dst:z' has unknown option 'z'"),
     ],
 )

@@ -18,13 +18,15 @@ from vmsandbox.supervisor.sandbox import Demand
         ({"pids_limit": 0}, {"pids": {"limit": -1}}),
         ({"pids_limit": 9, "cpu_shares": 20}, {"cpu": {"shares": 20}, "pids": {"limit": 9}}),
         ({"cpuset_cpus": "0-1"}, {"cpu": {"cpus": "0-1"}}),
+        ({"cpus": 0}, {"cpu": {"quota": -1, "period": 100_000}}),
+        ({"cpu_shares": 0}, {"unified": {"cpu.weight": "100"}}),
     ],
 )
 def test_only_what_changes_is_sent(given: dict[str, Any], expected: dict[str, Any]) -> None:
     assert resources(changes({"options": given})) == expected
 
 
-@pytest.mark.parametrize("given", [None, {}, {"privileged": True}, {"memory": "1k"}, {"cpus": -1}])
+@pytest.mark.parametrize("given", [None, {}, {"privileged": True}, {"memory": "1k"}, {"cpus": -1}, {"cpuset_cpus": ""}])
 def test_an_update_that_makes_no_sense_is_refused(given: object) -> None:
     with pytest.raises(InvalidArgumentError):
         changes({"options": given})

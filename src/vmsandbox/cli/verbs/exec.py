@@ -8,7 +8,7 @@ import os
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, foreground, launch, standin, terminal
-from vmsandbox.cli.verbs.run import client_environment, end_standin, environment_files, fork_standin
+from vmsandbox.cli.verbs.run import chosen, client_environment, end_standin, environment_files, fork_standin
 from vmsandbox.errors import EndingError, InvalidStateError, SandboxError
 
 TYPE_CHECKING = False
@@ -48,7 +48,7 @@ def main(options: Options, argv: list[str]) -> int:
         raise InvalidStateError(f"container '{arguments.container}'", state=container.status(), wanted="exec in")
     exec_id = os.urandom(16).hex()
     environment = [*environment_files(arguments.env_file), *arguments.env]
-    chosen = {
+    given = {
         "args": arguments.command,
         "env": environment,
         "client_env": client_environment(environment),
@@ -61,7 +61,7 @@ def main(options: Options, argv: list[str]) -> int:
         "verb": "exec",
         "container": container.id,
         "exec": exec_id,
-        "options": {key: value for key, value in chosen.items() if value not in ("", [], {}, False)},
+        "options": chosen(given),
         "tty": arguments.tty,
         "stdin": arguments.interactive,
     }

@@ -12,6 +12,7 @@ from vmsandbox.cli import client, launch, table
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs.ps import ago
 from vmsandbox.cli.verbs.run import add_pod_options, clear_up, network_options, new_id
+from vmsandbox.cli.verbs.stop import seconds
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, one_line
 
 TYPE_CHECKING = False
@@ -44,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     inspecting = verbs.add_parser("inspect", help="show everything known about pods")
     starting = verbs.add_parser("start", help="start stopped pods with all their containers")
     stopping = verbs.add_parser("stop", help="stop the containers of pods, then the virtual machines")
-    stopping.add_argument("-t", "--time", type=float, default=None, metavar="SECONDS", help="before SIGKILL")
+    help_of_time = "before SIGKILL; -1: never"
+    stopping.add_argument("-t", "--time", type=seconds, default=None, metavar="SECONDS", help=help_of_time)
     removing = verbs.add_parser("rm", help="remove pods with their containers")
     removing.add_argument("-f", "--force", action="store_true", help="with running containers as well: they are killed")
     for each_verb in (inspecting, starting, stopping, removing):

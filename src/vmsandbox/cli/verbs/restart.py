@@ -5,7 +5,7 @@ from __future__ import annotations
 from vmsandbox.arguments import Parser
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs.start import start
-from vmsandbox.cli.verbs.stop import stop
+from vmsandbox.cli.verbs.stop import seconds, stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def main(options: Options, argv: list[str]) -> int:
         prog="vmsandbox restart",
         description="Stops containers and starts them again, on the same writable layer; a stopped one is started.",
     )
-    made.add_argument("-t", "--time", type=float, default=None, metavar="SECONDS", help="before SIGKILL")
+    made.add_argument("-t", "--time", type=seconds, default=None, metavar="SECONDS", help="before SIGKILL; -1: never")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)
     roots = options.roots()

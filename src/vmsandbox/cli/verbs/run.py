@@ -62,9 +62,9 @@ def parser(*, verb: str = "run") -> argparse.ArgumentParser:
     add("--mount", action="append", default=[], metavar="type=bind|tmpfs,...", help="the same spelled out, or a tmpfs")
     add_pod_options(made)
     add("--device", action="append", default=[], metavar="DISK[:PATH[:rwm]]", help="a block device or raw file")
-    add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
+    add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs; 0: no limit")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
-    add("--pids-limit", type=int, default=None, metavar="N")
+    add("--pids-limit", type=int, default=None, metavar="N", help="0 or -1: no limit")
     add("--cpu-shares", type=int, default=None, metavar="N")
     add("--cpuset-cpus", default="", metavar="LIST", help="vCPUs of the guest")
     add("--shm-size", default=None, metavar="SIZE", help="size of /dev/shm")
@@ -113,7 +113,12 @@ def container_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.entrypoint is not None:
         given["entrypoint"] = [arguments.entrypoint]
     given["client_env"] = client_environment(given["env"])
-    return {key: value for key, value in given.items() if value not in (None, "", [], {}, False)}
+    return chosen(given)
+
+
+def chosen(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that say something; a zero does."""
+    return {key: value for key, value in given.items() if value or (value == 0 and value is not False)}
 
 
 def network_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
@@ -12,10 +14,13 @@ if TYPE_CHECKING:
     from vmsandbox.cli.main import Options
     from vmsandbox.paths import Roots
 
+#: that `--time` takes; who wants more wants to wait for ever
+MOST_SECONDS = 1_000_000
+
 
 def main(options: Options, argv: list[str]) -> int:
     made = Parser(prog="vmsandbox stop")
-    made.add_argument("-t", "--time", type=float, default=None, metavar="SECONDS", help="before SIGKILL")
+    made.add_argument("-t", "--time", type=seconds, default=None, metavar="SECONDS", help="before SIGKILL; -1: never")
     made.add_argument("containers", nargs="+", metavar="CONTAINER")
     arguments = made.parse_args(argv)
     roots = options.roots()
@@ -24,6 +29,14 @@ def main(options: Options, argv: list[str]) -> int:
         stop(roots, name, arguments.time)
 
     return each(arguments.containers, act, debug=options.debug)
+
+
+def seconds(text: str) -> float:
+    """How long a container has to obey; -1 is for ever."""
+    value = float(text)
+    if value == -1 or 0 <= value <= MOST_SECONDS:
+        return value
+    raise argparse.ArgumentTypeError(f"'{text}' is out of range: give 0 to {MOST_SECONDS}, or -1 to wait for ever")
 
 
 def stop(roots: Roots, name: str, timeout: float | None) -> None:

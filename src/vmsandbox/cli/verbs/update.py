@@ -26,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
         description="Changes the limits of containers while they run; the virtual machine grows and shrinks with them.",
     )
     add = made.add_argument
-    add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs")
+    add("--cpus", type=float, default=None, metavar="N", help="how much CPU time, and so how many vCPUs; 0: no limit")
     add("-m", "--memory", default=None, metavar="SIZE", help="limit of the container's memory, as 512m")
-    add("--pids-limit", type=int, default=None, metavar="N", help="-1 for none")
-    add("--cpu-shares", type=int, default=None, metavar="N", help="weight among the pod's containers")
+    add("--pids-limit", type=int, default=None, metavar="N", help="0 or -1: no limit")
+    add("--cpu-shares", type=int, default=None, metavar="N", help="weight among the pod's containers; 0: as without")
     add("--cpuset-cpus", default=None, metavar="LIST", help="vCPUs of the guest")
     add("containers", nargs="+", metavar="CONTAINER")
     return made
