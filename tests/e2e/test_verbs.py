@@ -8,8 +8,9 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
 
-from tests.harness.cli import wait_until_gone
+from tests.harness.cli import awaited, wait_until_gone
 
 if TYPE_CHECKING:
     from tests.harness.cli import Cli
@@ -63,9 +64,32 @@ def test_a_detached_container_is_listed_by_name_and_prefix(pod: tuple[Cli, str])
     assert described["args"] == ["sleep", "100000"]
 
 
-def test_the_console_shows_what_the_guest_printed(pod: tuple[Cli, str]) -> None:
-    cli, container = pod
-    assert isinstance(cli.ok("console", container), str)
+def print_on_the_console(cli: Cli, container: str, text: str) -> None:
+    script = f"[ -e /dev/kmsg ] || mknod /dev/kmsg c 1 11; echo '<1>{text}' > /dev/kmsg"
+    cli.ok("exec", "--privileged", container, "sh", "-c", script)
+    awaited(lambda: text in cli.ok("console", container))
+
+
+@pytest.mark.both_ways
+def test_the_console_shows_what_the_guest_printed(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--privileged", "--name", "web", box, "sleep", "1000")
+    if cli.inspect("web")["pod"]["boot"] == "template":
+        silent = cli("console", "web")
+        assert (silent.code, silent.stdout) == (0, "")
+        assert "is a clone and has printed nothing since it was restored" in silent.stderr
+    else:
+        awaited(lambda: "serving" in cli.ok("console", "web"))
+    print_on_the_console(cli, "web", "written by hand")
+    cli.ok("stop", "-t", "0", "web")
+    assert "its console is gone" in cli("console", "web").stderr
+
+
+def test_the_console_of_a_pod_is_found_by_its_name_and_id(cli: Cli, pod_template: None, box: str) -> None:
+    pod = cli.ok("pod", "create", "--name", "shop").strip()
+    container = cli.ok("run", "-d", "--pod", "shop", "--privileged", box, "sleep", "1000").strip()
+    print_on_the_console(cli, container, "written by hand")
+    for name in ("shop", pod, pod[:9]):
+        assert "written by hand" in cli.ok("console", name)
 
 
 def test_a11_stop_ends_in_order_and_kill_ends_at_once(cli: Cli, box: str) -> None:

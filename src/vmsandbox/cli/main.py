@@ -39,7 +39,7 @@ VERBS = {
     "inspect": "show everything known about containers",
     "wait": "wait for containers to end and print their exit codes",
     "pod": "make, list, start, stop, remove pods: virtual machines that several containers share",
-    "console": "show what a container's guest kernel printed",
+    "console": "show what the guest kernel of a container or pod printed",
 }
 ADMIN_VERBS = {
     "image": "import, list, remove container images",

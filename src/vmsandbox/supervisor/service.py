@@ -331,8 +331,9 @@ class Service:
         return {"container": self.container(request).document}
 
     async def console(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """What the guest's kernel and agent printed."""
-        return {"console": (await self.running_sandbox()).vm.console()}
+        """What the guest's kernel and agent printed; a clone's have printed the rest where it was cloned from."""
+        vm = (await self.running_sandbox()).vm
+        return {"console": vm.console(), "clone": vm.config.restore is not None}
 
     async def ping(self, _request: dict[str, Any]) -> dict[str, Any]:
         """Answers when the pod is up."""
