@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.harness.cli import awaited
+from tests.harness.cli import awaited, kill
 
 if TYPE_CHECKING:
     from tests.harness.cli import Cli
@@ -60,6 +60,25 @@ def test_a_signal_before_the_container_is_there_leaves_the_pod_as_it_was(
         supervisor.resume()
     assert cli.ps() == []
     assert [row["status"] for row in cli.pods()] == ["running"]
+
+
+@pytest.mark.parametrize("options", [(), ("--rm",)], ids=["stays", "rm"])
+def test_the_death_of_the_machine_is_told_to_whoever_waits(cli: Cli, box: str, options: tuple[str, ...]) -> None:
+    script = ("sh", "-c", "echo ready; sleep 1000")
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with cli.popen("run", *options, "--name", "web", box, *script, **both) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+        with cli.popen("exec", "web", *script, **both) as further:
+            assert further.stdout is not None
+            assert further.stdout.readline() == b"ready\n"
+            kill(machines_of(cli)[0].pid)
+            ends = [(*each.communicate(timeout=60), each.returncode) for each in (client, further)]
+    for output, said, code in ends:
+        assert (output, code) == (b"", 137)
+        assert said.startswith(b"vmsandbox: ")
+        assert b"virtual machine" in said
+        assert said.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("number", UNUSUAL)

@@ -24,6 +24,7 @@ from vmsandbox import wire
 from vmsandbox.cli import launch, terminal
 from vmsandbox.cli.containerlog import LogWriter
 from vmsandbox.cli.standin import LOST
+from vmsandbox.errors import one_line
 from vmsandbox.plainsocket import MSG_DONTWAIT
 from vmsandbox.records import start_time
 from vmsandbox.title import set_title
@@ -154,6 +155,7 @@ class Standin:
                 if not self.heard:
                     time.sleep(RECONNECT_PAUSE)
                 if not self._connect(first=False):
+                    self._explain("its pod is gone")
                     return LOST
             self._turn(wake_in)
             if self.exit is not None and self._drained():
@@ -431,9 +433,22 @@ class Standin:
     def _drained(self) -> bool:
         return not any(output.pending for output in self.outputs.values())
 
+    def _explain(self, reason: str) -> None:
+        """Tell whoever waits for the process what ended it, where that was not its own doing."""
+        if self.plan.client is None:
+            return
+        terminal.give_back(self.plan.mode)  # in which a line ends as it should
+        what = f"exec '{self.plan.exec_id[:12]}' in container" if self.plan.exec_id else "container"
+        try:
+            os.write(2, f"vmsandbox: {what} '{self.plan.container_id[:12]}' was ended: {one_line(reason)}\n".encode())
+        except OSError:
+            return  # nobody reads it
+
     def _finish(self) -> None:
         """Say that everything was written, so that the supervisor may forget the process."""
         assert self.exit is not None
+        if self.exit.get("reason"):
+            self._explain(str(self.exit["reason"]))
         if self.log is not None:
             self.log.close()
         if self.sock is not None:
