@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psutil
@@ -12,6 +13,8 @@ import pytest
 from tests.harness.cli import awaited, kill
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.harness.cli import Cli
 
 #: one of each kind that does not end a program natively, or that few think of
@@ -26,6 +29,17 @@ UNUSUAL = (
 )
 
 
+@contextmanager
+def running(cli: Cli, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the command; a test that fails does not wait for its end."""
+    with cli.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        try:
+            yield client
+        except BaseException:
+            client.kill()
+            raise
+
+
 def machines_of(cli: Cli) -> list[psutil.Process]:
     return [process for process in cli.processes() if "qemu-system" in process.name()]
 
@@ -36,7 +50,7 @@ def test_a_signal_while_the_machine_boots_gives_the_container_up(
     cli: Cli, box: str, verb: tuple[str, ...], number: signal.Signals
 ) -> None:
     words = (*verb, "--template", "off", "--name", "web", box, "sh", "-c", "sleep 1000")
-    with cli.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+    with running(cli, *words) as client:
         awaited(lambda: machines_of(cli))
         client.send_signal(number)
         assert client.communicate(timeout=60) == (b"", b"")
@@ -51,7 +65,7 @@ def test_a_signal_before_the_container_is_there_leaves_the_pod_as_it_was(
     (supervisor,) = (process for process in cli.processes() if process.name().startswith("vmsandbox-super"))
     supervisor.suspend()
     try:
-        with cli.popen("run", "--pod", "shop", box, "sleep", "1000", stdout=subprocess.PIPE) as client:
+        with running(cli, "run", "--pod", "shop", box, "sleep", "1000") as client:
             awaited(psutil.Process(client.pid).children)
             client.send_signal(signal.SIGTERM)
             supervisor.resume()
