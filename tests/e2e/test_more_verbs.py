@@ -84,6 +84,9 @@ def test_a15_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, st
     assert shrunk.code == 0, shrunk
     *seen, small = inside(cli, container, limits)
     assert seen == [str(64 << 20), "50", "100000", "100000", "1"]
+    # Nor is a vCPU that cannot be taken out.
+    kept = cli.inspect(container)["pod"]["accel_used"]["accel"] == "tcg"
+    assert ("the virtual machine keeps 2 vCPUs, 1 of them offline" in shrunk.stderr) == kept, shrunk
     # What the guest did not give back is answered, not hidden.
     assert int(small) < int(large) - 256 * 1024 or "could not give back" in shrunk.stderr
     cli.ok("update", "--cpus", "2", container)

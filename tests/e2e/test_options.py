@@ -48,6 +48,21 @@ def test_cpus_are_what_nproc_shows_and_memory_what_can_be_had(cli: Cli, box: str
     assert int(total.split()[1]) > 300 * 1024
 
 
+def test_limits_of_the_command_line_hold_inside(cli: Cli, box: str) -> None:
+    limits = ("--cpu-shares", "2048", "--cpuset-cpus", "1", "--pids-limit", "40", "--shm-size", "3m")
+    ulimits = ("--ulimit", "nofile=123:456", "--ulimit", "core=0")
+    script = (
+        "cd /sys/fs/cgroup; cat cpu.weight cpuset.cpus.effective pids.max; ulimit -Sn; ulimit -Hn; ulimit -c;"
+        "df -k /dev/shm | awk 'END { print $2 }'; grep Cpus_allowed_list /proc/self/status | cut -f2; nproc;"
+        "for i in $(seq 50); do sleep 100 & done 2>/dev/null; echo unreached"
+    )
+    result = cli("run", "--rm", "--cpus", "2", *limits, *ulimits, box, "sh", "-c", script)
+    weight, *seen = result.stdout.split()
+    # Twice the default of 1024, as crun translates it to a weight.
+    assert 70 <= int(weight) <= 80, result
+    assert seen == ["1", "40", "123", "456", "0", str(3 << 10), "1", "1"], result
+
+
 def test_memory_can_be_filled_to_nearly_its_limit(cli: Cli, box: str) -> None:
     script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=490 2>/dev/null && echo filled"
     assert cli.ok("run", "--rm", "-m", "512m", "--shm-size", "600m", box, "sh", "-c", script) == "filled\n"

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from tests.harness.cli import awaited, wait_until_gone
+from tests.harness.netns import namespace
+from tests.harness.terminals import typed
+from vmsandbox import remains
 
 if TYPE_CHECKING:
     from tests.harness.cli import Cli
+
+CAP_SYS_ADMIN = 21
 
 
 def test_a13_exec_has_its_own_output_code_input_and_environment(pod: tuple[Cli, str]) -> None:
@@ -147,6 +154,38 @@ def test_a12_a13_a_stopped_container_cannot_be_killed_or_execed(cli: Cli, box: s
     assert "it is stopped" in cli("exec", "done", "true").stderr
 
 
+def test_a12_what_is_no_signal_is_refused_and_nothing_is_killed(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    for text in ("NOSUCH", "0", "65"):
+        refused = cli("kill", "-s", text, container)
+        assert (refused.code, f"'{text}' is no signal" in refused.stderr) == (1, True), refused
+    assert cli.ok("exec", container, "echo", "alive") == "alive\n"
+
+
+def test_a12_a_created_and_a_paused_container_can_be_killed(cli: Cli, box: str) -> None:
+    cli.ok("create", "--name", "made", box, "sleep", "1000")
+    cli.ok("run", "-d", "--name", "held", box, "sleep", "1000")
+    cli.ok("pause", "held")
+    for name in ("made", "held"):
+        cli.ok("kill", name)
+        assert cli.ok("wait", name) == "137\n"
+        assert cli.inspect(name)["status"] == "stopped"
+
+
+def test_a13_exec_has_a_terminal_and_all_rights_where_they_are_asked_for(pod: tuple[Cli, str]) -> None:
+    cli, container = pod
+    script = "tty; grep CapEff /proc/self/status; exit 6"
+    plain = cli("exec", container, "sh", "-c", script)
+    asked = typed(cli.argv("exec", "-it", "--privileged", container, "sh", "-c", script), dict(os.environ))
+    assert (plain.code, asked.code) == (6, 6), (plain, asked)
+    assert plain.stdout.startswith("not a tty\n")
+    assert "/dev/pts/" in asked.stdout
+    more, fewer = (int(result.stdout.partition("CapEff:")[2].split()[0], 16) for result in (asked, plain))
+    assert more & fewer == fewer
+    assert more & 1 << CAP_SYS_ADMIN
+    assert not fewer & 1 << CAP_SYS_ADMIN
+
+
 def test_b2_every_datum_of_a_pod_and_its_container_is_on_disk(pod: tuple[Cli, str]) -> None:
     cli, container_id = pod
     directory = cli.run_root / "s" / container_id[:12]
@@ -163,6 +202,38 @@ def test_b2_every_datum_of_a_pod_and_its_container_is_on_disk(pod: tuple[Cli, st
     assert container["image"]["name"] == "box"
     assert " / overlay " in cli.ok("exec", container_id, "cat", "/proc/mounts")
     assert (directory / "lock").exists()
+
+
+def test_b2_what_a_pod_is_given_shares_and_is_connected_to_is_on_disk(cli: Cli, box: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    (tmp_path / "tree").mkdir()
+    given = ("-v", f"{tmp_path}/tree:/data:ro", "--device", f"{tmp_path}/disk:/dev/data:r")
+    with namespace(f"vb2-{os.getpid()}") as space:
+        space.run("ip link add eth0 type veth peer name peer0; ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")
+        kind = f"ns:{space.path}"
+        made = cli.ok("run", "-d", "--network", kind, *given, box, "sleep", "100000").strip()
+        directory = cli.run_root / "s" / made[:12]
+        sandbox = json.loads((directory / "sandbox.json").read_text())
+        container = json.loads((directory / "containers" / f"{made}.json").read_text())
+        network = json.loads((cli.run_root / "net" / f"{made[:12]}.json").read_text())
+        # The machine, as whoever takes it over has to know it: hypervisor and agent.
+        vm = sandbox["vm"]
+        assert psutil.Process(vm["pid"]).name().startswith("qemu")
+        assert vm["start_time"] == int(Path(f"/proc/{vm['pid']}/stat").read_text().rpartition(")")[2].split()[19])
+        assert Path(vm["config"]["directory"], "qmp.sock").is_socket()
+        assert [port["name"] for port in vm["config"]["ports"]] == ["vmsandbox.agent", "vmsandbox.bulk"]
+        # Mounts, and how they are shared.
+        assert container["shares"]["fs"] == "virtio-fs"
+        (name,) = container["shares"]["names"]
+        assert str(directory / "shared" / name) in remains.mounts_below(str(directory))
+        assert container["options"]["volumes"] == [f"{tmp_path}/tree:/data:ro"]
+        # Devices.
+        assert container["disks"]["device-0"][0] == f"dev-{made[:12]}-0"
+        assert container["options"]["disks"] == [f"{tmp_path}/disk:/dev/data:r"]
+        # The network.
+        assert (sandbox["network"]["kind"], network["netns"]) == ("namespace", space.path)
+        cli.ok("rm", "-f", made)
+        assert not list((cli.run_root / "net").glob("*"))
 
 
 def test_b3_what_is_on_disk_is_closed_to_others_and_an_unknown_id_is_an_error_of_its_own(pod: tuple[Cli, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,9 @@ def apart(holder: int, data_root: Path) -> Iterator[Runtime]:
         assert made.leftovers() == []
 
 
-def test_a_root_on_a_disk_is_plugged_and_given_back(apart: Runtime, holder: int, tmp_path: Path) -> None:
+def test_a7_a_root_on_a_disk_is_plugged_as_writable_as_it_is_and_given_back(
+    apart: Runtime, holder: int, tmp_path: Path
+) -> None:
     place, seen = tmp_path / "rootfs", Path(f"/proc/{holder}/root{tmp_path}/rootfs")
     before = mounted(place, holder)
     assert len(before) == 1
@@ -177,11 +180,15 @@ def test_a_root_on_a_disk_is_plugged_and_given_back(apart: Runtime, holder: int,
     (apart.scratch / "two").mkdir()
     document["root"]["readonly"] = True
     del document["linux"]["resources"]["blockIO"]
-    script = "touch /x 2>/dev/null || echo refused; cut -d' ' -f3,4 /proc/mounts | head -n1"
+    script = (
+        "touch /x 2>/dev/null || echo refused; cut -d' ' -f3,4 /proc/mounts | head -n1;"
+        "disk=$(cut -d' ' -f1 /proc/mounts | head -n1); cat /sys/class/block/${disk#/dev/}/ro 2>/dev/null; true"
+    )
     document["process"]["args"] = ["sh", "-c", script]
     (apart.scratch / "two/config.json").write_text(json.dumps(document))
     said = apart.ok("run", "--bundle", str(apart.scratch / "two"), "two")
     assert said.startswith("refused\next4 ro,"), said
+    assert said.splitlines()[2:] == ["1"], said
     with (seen / "made").open():
         said = apart.ok("run", "--bundle", str(apart.scratch / "two"), "three")
     assert said.startswith("refused\nvirtiofs "), said
@@ -203,7 +210,32 @@ def test_a_root_on_a_disk_is_plugged_and_given_back(apart: Runtime, holder: int,
     assert mounted(place, holder) == before
 
 
-def test_roots_and_mounts_over_9p(runtime: Runtime, box_rootfs: Path) -> None:
+def test_a7_a_root_on_a_disk_is_shared_where_disks_are_not_to_be_used(
+    apart: Runtime, holder: int, tmp_path: Path
+) -> None:
+    place = tmp_path / "rootfs"
+    before = mounted(place, holder)
+    settings = apart.scratch / "config.toml"
+    settings.write_text("[sandbox]\ndisable_block_device_use = true\n")
+    bundle = apart.bundle("one", place, "sh", "-c", "cut -d' ' -f3 /proc/mounts | head -n1; echo written > /made")
+    said = apart.ok("--config", str(settings), "run", "--bundle", str(bundle), "one")
+    assert said == "virtiofs\n"
+    # The host has it all the while.
+    assert mounted(place, holder) == before
+    assert Path(f"/proc/{holder}/root{place}/made").read_text() == "written\n"
+
+
+def test_a8_a_root_that_is_a_directory_is_shared_over_virtio_fs(runtime: Runtime, box_rootfs: Path) -> None:
+    root = runtime.scratch / "root"
+    shutil.copytree(box_rootfs, root, symlinks=True)
+    script = "cut -d' ' -f3 /proc/mounts | head -n1; cat /mark; echo made > /made"
+    (root / "mark").write_text("the host's\n")
+    bundle = runtime.bundle("shared", root, "sh", "-c", script)
+    assert runtime.ok("run", "--bundle", str(bundle), "shared") == "virtiofs\nthe host's\n"
+    assert (root / "made").read_text() == "made\n"
+
+
+def test_a8_roots_and_mounts_over_9p(runtime: Runtime, box_rootfs: Path) -> None:
     settings = runtime.scratch / "config.toml"
     settings.write_text('[sandbox]\nshared_fs = "9p"\n')
     shared = runtime.scratch / "shared"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.harness.cli import awaited
 from vmsandbox import documents, records
 from vmsandbox.admin import gc
+from vmsandbox.cli import launch, removal
 from vmsandbox.paths import Roots
 
 OLD = 1_000_000_000
@@ -143,3 +146,36 @@ def test_what_is_new_may_be_in_the_making_whatever_the_clock_was_put_to(
     os.utime(name, (made, made), follow_symlinks=False)
     assert gc.main([], roots) == 0
     assert os.path.lexists(name) is stays
+
+
+def is_awaited(path: str) -> bool:
+    """Whether somebody waits for the lock of a file."""
+    inode = os.stat(path).st_ino
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "-> FLOCK" in line]
+    return any(f":{inode} " in line for line in waiting)
+
+
+def test_b6_gc_waits_for_whoever_is_at_a_pod(roots: Roots, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = add(roots, A)
+    os.unlink(f"{directory}/sandbox.json")
+    with ThreadPoolExecutor(1) as beside:
+        with launch.locked(roots.sandbox(A)):
+            collecting = beside.submit(collected, roots, capsys)
+            awaited(lambda: is_awaited(f"{directory}/lock") or collecting.done())
+            assert not collecting.done()
+            assert os.path.isdir(directory)
+        assert f"removed pod '{A[:12]}'" in collecting.result(60)
+    assert not os.path.exists(directory)
+
+
+def test_b6_a_removal_waits_for_whoever_is_at_the_pod(roots: Roots) -> None:
+    directory = add(roots, A, B)
+    container = records.load(roots, B)
+    with ThreadPoolExecutor(1) as beside:
+        with launch.locked(roots.sandbox(A)):
+            removing = beside.submit(removal.remove_from_disk, roots, container)
+            awaited(lambda: is_awaited(f"{directory}/lock") or removing.done())
+            assert not removing.done()
+            assert os.path.exists(container.sandbox.container_file(B))
+        removing.result(60)
+    assert not os.path.exists(directory)
