@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness import hosts
+from tests.harness import hosts, remainders
 from tests.harness.cli import Cli, awaited
 from tests.harness.netns import namespace
-from tests.harness.nurseries import is_nursery
+from tests.harness.nurseries import is_nursery, title
+from tests.harness.rounds import OPERATIONS, Round
 from tests.harness.spares import keeping_ready, offers
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ EXPECTED = "".join(f"{number}\n" for number in range(LINES))
 SLEEP = "[ -e /note ] || { echo kept > /note; sync; }; exec sleep 100000"
 #: seconds a client may take to find out that something died
 PATIENCE = 180.0
-#: times that what is left is removed, with a second between them
-TRIES = 20
+#: seconds until what `gc` has ended is gone, and until a guest that was told to panic has
+GC_PATIENCE, PANIC_PATIENCE = 10.0, 30.0
 #: every process title by what a round calls it
 TITLES = {
     "supervisor": "vmsandbox supervisor",
@@ -53,56 +54,21 @@ TITLES = {
 }
 #: what 125 stands for: the operation did not come about
 FAILED = 125
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What is done in a round: how long it takes at most, who can be killed, and whether something is prepared."""
-
-    within: float
-    victims: tuple[str, ...] = ("supervisor", "stand-in", "machine", "client")
-    #: "": nothing, else a "container" that runs or is "stopped", a "pod" with one, or a "spare" machine
-    prepared: str = ""
-
-
-OPERATIONS = {
-    "run": Operation(3.0, ("nursery", "supervisor", "stand-in", "machine", "client")),
-    "create": Operation(2.0),
-    "exec": Operation(2.0, prepared="container"),
-    "stop": Operation(1.0, prepared="container"),
-    "rm": Operation(1.0, prepared="container"),
-    "start": Operation(2.0, prepared="stopped"),
-    "restart": Operation(3.0, prepared="container"),
-    "run with a share": Operation(3.0, ("supervisor", "virtiofsd", "machine", "client")),
-    "run with a network": Operation(4.0),
-    "run in a namespace": Operation(4.0),
-    "pod create": Operation(2.0, ("supervisor", "machine", "client")),
-    "run in a pod": Operation(2.0, prepared="pod"),
-    "pod stop": Operation(1.0, prepared="pod"),
-    "pod rm": Operation(1.0, prepared="pod"),
-    "template build": Operation(6.0, ("machine", "client")),
-    "run without its template": Operation(3.0, ("supervisor", "machine", "template")),
-    "run in what is ready": Operation(3.0, ("nursery", "supervisor", "machine", "client"), prepared="spare"),
+#: whose death takes the machine along: the agent is process 1 in it, and files that are shared are gone
+LOST = frozenset({"machine", "agent", "virtiofsd"})
+#: waits for a line, and then has the guest's kernel do what it does when process 1 dies
+CRASH = "echo ready; read line; echo c > /proc/sysrq-trigger"
+#: how a container ends that no machine's end took away, by the operation that ends it
+ORDERLY = {
+    "run": CODE,
+    "run with a network": CODE,
+    "run in a namespace": CODE,
+    "run without its template": CODE,
+    "run in what is ready": CODE,
+    "stop": 137,
+    "restart": 137,
+    "pod stop": 137,
 }
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one seed means."""
-
-    seed: int
-    operation: str
-    victims: tuple[str, ...]
-    delay: float
-
-    @classmethod
-    def of(cls, seed: int) -> Round:
-        random = Random(seed)
-        operation = list(OPERATIONS)[seed % len(OPERATIONS)]
-        about = OPERATIONS[operation]
-        count = min(random.choice((1, 1, 1, 2)), len(about.victims))
-        victims = tuple(random.sample(about.victims, count))
-        return cls(seed, operation, victims, random.uniform(0, about.within))
 
 
 @dataclass
@@ -118,6 +84,11 @@ class Ground:
     #: the host's network and that one as they were before the first round
     links: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
+
+    @property
+    def other(self) -> str:
+        """What names the pod of the container `other`."""
+        return str(self.cli.inspect("other")["sandbox"][:12])
 
     def play(self, seed: int) -> Round:
         """Play a round; an AssertionError says what was lost or left."""
@@ -172,6 +143,10 @@ class _Play:
         self.name = f"k{plan.seed}"
         self.pod = f"p{plan.seed}"
         self.killed: set[str] = set()
+        #: containers and pods that the round has made, by their ids
+        self.ids: set[str] = set()
+        #: a process in the guest that ends it when it is told to
+        self.crash: subprocess.Popen[bytes] | None = None
         self.code = 0
         self.printed = ""
         self.said = ""
@@ -183,6 +158,8 @@ class _Play:
         with keeping_ready(self.cli, self.ground.source) if self.about.prepared == "spare" else nullcontext():
             self._operate(others)
         self._remove(others)
+        if self.crash is not None:
+            self.crash.communicate(timeout=PATIENCE)
         rows, pods = self.cli.ps(), self.cli.pods()
         assert [row["name"] for row in rows] == ["other"], f"a container is left: {rows}"
         assert pods == [], f"a pod is left: {pods}"
@@ -219,10 +196,9 @@ class _Play:
         return found
 
     def _left(self) -> list[str]:
-        staging = (self.cli.data_root / "templates").glob(".staging-*")
-        return [line for line in self.cli.leftovers() if not line.startswith("process")] + [
-            str(path) for path in staging
-        ]
+        """All that may be left behind, but for processes."""
+        left = [line for line in self.cli.leftovers() if not line.startswith("process")]
+        return left + remainders.of(self.cli, {*self.ids, self.ground.other}, gone=self.ids)
 
     def _assert_host_is_as_it_was(self) -> None:
         assert (self.ground.source / "file").read_text() == "the host's\n"
@@ -235,23 +211,41 @@ class _Play:
     # ------------------------------------------------------------ the operation
 
     def _prepare(self) -> None:
-        cli, box = self.cli, self.ground.box
+        cli = self.cli
         match self.about.prepared:
-            case "container" | "stopped":
-                cli.ok("run", "-d", "--name", self.name, box, "sh", "-c", SLEEP)
-                cli.ok("exec", self.name, "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
-                if self.about.prepared == "stopped":
-                    cli.ok("stop", "-t", "0", self.name)
+            case "container":
+                self._run_sleeper(self.name)
+            case "stopped":
+                self._run_sleeper(self.name)
+                cli.ok("stop", "-t", "0", self.name)
             case "pod":
                 cli.ok("pod", "create", "--name", self.pod)
-                cli.ok("run", "-d", "--pod", self.pod, "--name", f"{self.pod}a", box, "sh", "-c", SLEEP)
-                cli.ok("exec", f"{self.pod}a", "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
+                self._run_sleeper(f"{self.pod}a", "--pod", self.pod)
+                if self.plan.operation == "start in a pod":
+                    self._run_sleeper(self.name, "--pod", self.pod)
+                    cli.ok("stop", "-t", "0", self.name)
             case "spare":
-                cli.ok("run", "--rm", box, "true")
+                cli.ok("run", "--rm", self.ground.box, "true")
                 awaited(lambda: offers(cli))
+        if "agent" in self.plan.victims:
+            within = self.name if self.about.prepared == "container" else f"{self.pod}a"
+            words = ("exec", "-i", "--privileged", within, "sh", "-c", CRASH)
+            self.crash = cli.popen(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            assert self.crash.stdout is not None
+            assert self.crash.stdout.readline() == b"ready\n"
+
+    def _run_sleeper(self, name: str, *options: str) -> None:
+        """Start a container that stays, and has written its note."""
+        words = (*options, *self._volume(), "--privileged", self.ground.box, "sh", "-c", SLEEP)
+        self.cli.ok("run", "-d", "--name", name, *words)
+        self.cli.ok("exec", name, "sh", "-c", "until [ -s /note ]; do sleep 0.05; done; sync")
+
+    def _volume(self) -> tuple[str, ...]:
+        return ("-v", f"{self.ground.source}:/data") if self.plan.shared else ()
 
     def _words(self) -> tuple[str, ...]:
-        name, pod, count = self.name, self.pod, (self.ground.box, "sh", "-c", COUNT)
+        name, pod = self.name, self.pod
+        count = (*self._volume(), self.ground.box, "sh", "-c", COUNT)
         return {
             "run": ("run", "--name", name, *count),
             "create": ("create", "--name", name, *count),
@@ -260,11 +254,12 @@ class _Play:
             "rm": ("rm", "-f", name),
             "start": ("start", name),
             "restart": ("restart", "-t", "1", name),
-            "run with a share": ("run", "--name", name, "-v", f"{self.ground.source}:/data", *count),
             "run with a network": ("run", "--name", name, "--network", "default", "-p", "8080:80", *count),
             "run in a namespace": ("run", "--name", name, "--network", f"ns:{self.ground.space.path}", *count),
             "pod create": ("pod", "create", "--name", pod),
             "run in a pod": ("run", "--pod", pod, "--name", name, *count),
+            "create in a pod": ("create", "--pod", pod, "--name", name, *count),
+            "start in a pod": ("start", name),
             "pod stop": ("pod", "stop", pod),
             "pod rm": ("pod", "rm", "-f", pod),
             "template build": ("template", "build", "--force"),
@@ -279,6 +274,8 @@ class _Play:
                 return False
             client.kill()
             return True
+        if victim == "agent":
+            return self._crash(others)
         if victim == "template":
             for row in json.loads(self.cli.ok("template", "ls", "--format", "json")):
                 self.cli.ok("template", "rm", row["key"])
@@ -295,6 +292,20 @@ class _Play:
             except (psutil.NoSuchProcess, ProcessLookupError):
                 continue
         return False
+
+    def _crash(self, others: set[int]) -> bool:
+        """Have the guest's kernel panic, as it does when process 1 dies; False if there is nothing left to do that."""
+        assert self.crash is not None
+        assert self.crash.stdin is not None
+        machines = [
+            each for each in self.cli.processes() if each.pid not in others and TITLES["machine"] in title(each)
+        ]
+        try:
+            self.crash.stdin.write(b"\n")
+            self.crash.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return bool(psutil.wait_procs(machines, timeout=PANIC_PATIENCE)[0])
 
     # ------------------------------------------------------------ what must hold
 
@@ -325,12 +336,20 @@ class _Play:
         self._check_lost_machine()
 
     def _check_lost_machine(self) -> None:
-        if "machine" in self.killed and self.about.prepared != "pod" and self._status() is not None:
+        if self.killed & LOST and self.about.prepared != "pod" and self._status() is not None:
             if self.plan.operation == "create" and self._is_created_all_the_same():
                 return
             assert self.cli.ok("wait", self.name, timeout=PATIENCE)
-            found = self.cli.inspect(self.name)
-            assert found["status"] == "stopped", found
+            self._assert_ended_with_a_reason(self.name)
+
+    def _assert_ended_with_a_reason(self, name: str) -> None:
+        """The container has ended with its machine and says so, unless it had ended before, as it should."""
+        found = self.cli.inspect(name)
+        assert found["status"] == "stopped", found
+        orderly = {ORDERLY.get(self.plan.operation)}
+        if "stand-in" in self.killed:
+            orderly.add(137)  # in another machine, where it was the first clone that died
+        assert found["exit"].get("reason") or found["exit"]["code"] in orderly, found
 
     def _is_created_all_the_same(self) -> bool:
         """A clone that is killed is no loss: the pod boots without its template instead."""
@@ -364,7 +383,7 @@ class _Play:
         assert self._status() is not None, "a container that was there is not listed"
         if not self.killed:
             assert (self.code, self._status()) == (0, "running"), self.said
-        if "machine" in self.killed and self._status() != "stopped":
+        if self.killed & LOST and self._status() != "stopped":
             self.cli.ok("stop", "-t", "0", self.name)
         self._assert_kept(self.name)
 
@@ -379,6 +398,8 @@ class _Play:
             shown = self.cli("exec", name, "cat", "/note")
             if shown.code == 0:
                 assert shown.stdout == "kept\n"
+                if self.plan.shared:
+                    assert self.cli.ok("exec", name, "cat", "/data/file") == "the host's\n"
                 return
             # What the killed client had asked for ends it only now.
             assert "client" in self.killed, shown
@@ -400,11 +421,17 @@ class _Play:
                 return
             case "pod stop":
                 assert self.killed or self.cli.pods()[0]["status"] == "stopped", self.said
+            case "start in a pod":
+                self._check_start()
+            case "create in a pod":
+                self._check_create()
             case _:
                 self._check_run()
         assert names == [self.pod], "a pod that was there is not listed"
-        self.cli.ok("gc", "-q")
-        self._assert_kept(f"{self.pod}a")
+        first = f"{self.pod}a"
+        if self.killed & LOST and self._status_of(first) == "stopped":
+            self._assert_ended_with_a_reason(first)
+        self._assert_kept(first)
 
     def _check_template(self) -> None:
         """Whatever there is now is whole; one that was killed while it was made changes nothing."""
@@ -414,24 +441,40 @@ class _Play:
     # ------------------------------------------------------------ the end
 
     def _remove(self, others: set[int]) -> None:
-        """Remove what there is; what a killed client had asked for may come about after that, and is removed too."""
-        for _ in range(TRIES):
-            for pods, rows in (((), self.cli.ps()), (("pod",), self.cli.pods())):
-                for row in rows:
-                    if row["name"] != "other":
-                        result = self.cli(*pods, "rm", "-f", row["id"])
-                        assert result.code == 0 or "no such" in result.stderr, result
-            self.cli.ok("gc", "-q")
-            left = [process for process in self._processes() if process.pid not in others]
-            if not left:
+        """Remove what there is; one `gc` takes what nobody owns any more."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            listed, busy = self._remove_listed(), self._busy(others)
+            if not listed and not busy:
                 break
-            psutil.wait_procs(left, timeout=1)
+            # What a killed client had asked for may come about only now, and is to be removed then.
+            assert time.monotonic() < deadline, f"does not end: {busy}"
+            psutil.wait_procs(busy, timeout=1)
         self._age()
         self.cli.ok("gc", "-q")
+        psutil.wait_procs([each for each in self._processes() if each.pid not in others], timeout=GC_PATIENCE)
+        left = [each for each in self._processes() if each.pid not in others]
         assert {process.pid for process in self._processes()} == others, left
         if "template" in self.plan.operation:
             self.cli.ok("template", "build", timeout=PATIENCE)
             self.cli.ok("run", "--rm", "--template", "require", self.ground.box, "true")
+
+    def _remove_listed(self) -> bool:
+        """Remove all containers and pods but `other`; says whether there were any."""
+        found = False
+        for pods, rows in (((), self.cli.ps()), (("pod",), self.cli.pods())):
+            for row in rows:
+                if row["name"] != "other":
+                    found = True
+                    self.ids.add(row["id"][:12])
+                    result = self.cli(*pods, "rm", "-f", row["id"])
+                    assert result.code == 0 or "no such" in result.stderr, result
+        return found
+
+    def _busy(self, others: set[int]) -> list[psutil.Process]:
+        """Processes of the round that end by themselves once there is nothing left for them to do."""
+        working = ("vmsandbox supervisor ", "vmsandbox stand-in ")
+        return [each for each in self._processes() if each.pid not in others and title(each).startswith(working)]
 
     def _age(self) -> None:
         """What is new might be in use, for a while: let it be old."""
@@ -450,6 +493,8 @@ CHECKS: dict[str, Callable[[_Play], None]] = {
     "restart": _Play._check_start,
     "pod create": _Play._check_pod,
     "run in a pod": _Play._check_pod,
+    "create in a pod": _Play._check_pod,
+    "start in a pod": _Play._check_pod,
     "pod stop": _Play._check_pod,
     "pod rm": _Play._check_pod,
     "template build": _Play._check_template,
