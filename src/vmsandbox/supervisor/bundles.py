@@ -17,6 +17,7 @@ from vmsandbox import lent
 from vmsandbox.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
+    InvalidBundleError,
     SandboxError,
     UnavailableError,
     UnsupportedError,
@@ -64,6 +65,8 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
             parts = await asyncio.to_thread(_translated, around, bundle, place, root)
             spec = service.spec or pod_spec(request, bundle, parts)
             _check_sysctls(parts, spec)
+            if place.kind == "container":
+                await asyncio.to_thread(_check_network, str(request.get("netns")), spec)
             document = _document(request, bundle, place, parts)
             shared_fs = around.settings.sandbox.shared_fs
             _share_plan(parts, container_id, shared_fs, with_root=root is None)
@@ -106,6 +109,26 @@ def _check_sysctls(parts: Translated, spec: SandboxSpec) -> None:
             raise UnsupportedError(
                 f"'linux.sysctl' sets '{name}', which is the pod's: its first container has to set it"
             )
+
+
+def _check_network(path: str, spec: SandboxSpec) -> None:
+    """Refuse a member another network than that of its pod, which it would have all the same.  Blocks."""
+    pods = str(spec.network.get("path") or "")
+    if path == pods:
+        return
+    try:
+        theirs = os.stat(pods)
+    except OSError:
+        return  # it has no name any more
+    try:
+        asked = os.stat(path)
+    except OSError as error:
+        raise InvalidBundleError(f"cannot use the network namespace '{path}': {error.strerror}") from error
+    if not os.path.samestat(asked, theirs):
+        raise UnsupportedError(
+            f"'linux.namespaces' joins the network namespace '{path}', which is not the pod's: a pod has one network "
+            "for all"
+        )
 
 
 def _block_root(around: Surroundings, bundle: Bundle) -> dict[str, Any] | None:
