@@ -131,3 +131,19 @@ def test_containers_of_a_network_of_dockers_know_each_other_by_name(docker: Engi
     finally:
         docker("docker", "rm", "-f", "db", "web")
         docker("docker", "network", "rm", "town")
+
+
+@runtimes
+def test_names_are_those_that_docker_writes(docker: Engines, name: str) -> None:
+    options = ("--hostname", "mine", "--dns", "10.1.2.3", "--dns-search", "tests", "--add-host", "other:10.9.9.9")
+    docker.ok("docker", "run", "-d", "--name", "named", "--runtime", name, *options, BOX, "sleep", "1000")
+    (written,) = json.loads(docker.ok("docker", "inspect", "named"))
+    for key, path in (("HostnamePath", "hostname"), ("HostsPath", "hosts"), ("ResolvConfPath", "resolv.conf")):
+        seen = docker.ok("docker", "exec", "named", "cat", f"/etc/{path}")
+        assert seen == docker.ok("cat", written[key])
+    assert docker.ok("docker", "exec", "named", "hostname") == "mine\n"
+    said = docker.ok("docker", "exec", "named", "cat", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+    assert said.startswith("mine\n")
+    assert "10.9.9.9\tother\n" in said
+    assert f"{written['NetworkSettings']['IPAddress']}\tmine\n" in said
+    assert {"nameserver 10.1.2.3", "search tests"} <= {*said.splitlines()}

@@ -162,3 +162,60 @@ def test_supervisors_under_podman_come_out_of_one_that_conmon_need_not_wait_for(
     (supervisor,) = (process.pid for process in processes if title(process).startswith("vmsandbox supervisor"))
     assert origin(supervisor) == origin(pid)
     assert pid not in [child.pid for child in conmon.children(recursive=True)]
+
+
+@runtimes
+def test_members_of_a_pod_reach_each_other_and_have_its_ports(engines: Engines, name: str) -> None:
+    podman = ("podman", "--runtime", name)
+    infra = ("--infra-image", BOX, "--infra-command", "/bin/sleep 100000")
+    engines.ok(*podman, "pod", "create", "--name", "group", "-p", "8095:80", *infra)
+    serve = "mkdir /www; echo page > /www/index.html; httpd -h /www -p 127.0.0.1:81; exec httpd -f -h /www -p 80"
+    engines.ok(*podman, "run", "-d", "--name", "server", "--pod", "group", BOX, "sh", "-c", serve)
+    fetch = "until wget -qO- http://127.0.0.1:{}/ 2>/dev/null; do sleep 0.1; done"
+    for port in (80, 81):
+        assert engines.ok(*podman, "run", "--rm", "--pod", "group", BOX, "sh", "-c", fetch.format(port)) == "page\n"
+    assert engines.ok("busybox", "wget", "-qO-", "http://127.0.0.1:8095/") == "page\n"
+    engines.ok(*podman, "pod", "rm", "-f", "-t", "0", "group")
+
+
+@runtimes
+def test_names_are_those_that_podman_writes(engines: Engines, name: str) -> None:
+    options = ("--hostname", "mine", "--dns", "10.1.2.3", "--dns-search", "tests", "--add-host", "other:10.9.9.9")
+    engines.ok("podman", "run", "-d", "--name", "named", "--runtime", name, *options, BOX, "sleep", "1000")
+    written = engines.inspect("named")
+    for key, path in (("HostnamePath", "hostname"), ("HostsPath", "hosts"), ("ResolvConfPath", "resolv.conf")):
+        seen = engines.ok("podman", "exec", "named", "cat", f"/etc/{path}")
+        assert seen == engines.ok("cat", written[key])
+    assert engines.ok("podman", "exec", "named", "hostname") == "mine\n"
+    said = engines.ok("podman", "exec", "named", "cat", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+    assert said.startswith("mine")
+    assert "10.9.9.9\tother\n" in said
+    assert f"{written['NetworkSettings']['Networks']['podman']['IPAddress']}\tmine named\n" in said
+    assert {"nameserver 10.1.2.3", "search tests"} <= {*said.splitlines()}
+
+
+@runtimes
+def test_the_network_of_another_container_can_be_had_in_a_pod_only(engines: Engines, name: str) -> None:
+    engines.ok("podman", "run", "-d", "--name", "first", "--runtime", name, BOX, "sleep", "1000")
+    run = (
+        "podman",
+        "run",
+        "--rm",
+        "--runtime",
+        name,
+        "--network",
+        "container:first",
+        BOX,
+        "ip",
+        "addr",
+        "show",
+        "eth0",
+    )
+    done = engines(*run)
+    if name == "vmsandbox":
+        assert done.code == 126
+        assert "a namespace can be given to one virtual machine only" in done.stderr
+    else:
+        assert done.code == 0
+    address = engines.inspect("first")["NetworkSettings"]["Networks"]["podman"]["IPAddress"]
+    assert f" {address}/" in engines.ok("podman", "exec", "first", "ip", "addr", "show", "eth0")
