@@ -138,7 +138,7 @@ def test_the_terminal_is_given_back_when_the_client_of_an_exec_is_killed(
     before = terminal.mode()
     with on(terminal, cli, "exec", "-it", container, "sh") as client:
         terminal.until(b"# ")
-        assert terminal.mode() != before
+        awaited(lambda: terminal.mode() != before)
         client.kill()
     awaited(lambda: terminal.mode() == before)
 
@@ -154,7 +154,7 @@ def test_the_terminal_is_given_back_when_the_client_of_a_container_is_killed(
         standin = psutil.Process(cli.inspect("web")["standin"]["pid"])
         terminal.type(b"once\r")
         terminal.until(b"got once")
-        assert terminal.mode() != before
+        awaited(lambda: terminal.mode() != before)
         client.kill()
     # Neither read nor written to any more: what is typed next is the shell's.
     awaited(lambda: terminal.path not in open_in(standin))
