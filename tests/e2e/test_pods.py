@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.nurseries import title
 from vmsandbox import remains
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def test_c5_a_pod_that_cannot_start_leaves_nothing(cli: Cli) -> None:
 def test_c5_a_pod_that_is_killed_while_it_is_made_leaves_nothing(cli: Cli) -> None:
     creating = cli.popen("pod", "create", "--name", "p", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any("qemu" in process.name() for process in cli.processes()):
+    while not any("qemu" in title(process) for process in cli.processes()):
         assert time.monotonic() < deadline
     for process in cli.processes():
         if "qemu" not in process.name():
