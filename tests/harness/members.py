@@ -46,8 +46,9 @@ class Members:
         return dict(line.split("=", 1) for line in lines)
 
     def _there(self) -> set[str]:
-        """Files of the runtime, and processes of ours that are below this one; what is shared is not looked into."""
-        found = {str(path) for path in self.runtime.root.rglob("*") if "/shared/" not in str(path.parent)}
+        """Files of pods and containers, and processes of ours below this one; what is shared is not looked into."""
+        files = (path for directory in "sc" for path in (self.runtime.root / directory).rglob("*"))
+        found = {str(path) for path in files if "/shared/" not in str(path.parent)}
         for process in psutil.Process().children(recursive=True):
             try:
                 title = " ".join(process.cmdline()).strip()
