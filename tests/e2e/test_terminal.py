@@ -103,6 +103,17 @@ def test_a_shell_has_a_terminal_of_the_right_size_that_follows(pod: tuple[Cli, s
     assert terminal.mode() == before
 
 
+@pytest.mark.parametrize("verb", ["exec", "run"])
+def test_a_program_finds_its_terminal_s_size_when_it_begins(
+    pod: tuple[Cli, str], terminal: Terminal, box: str, verb: str
+) -> None:
+    cli, container = pod
+    words = ("exec", "-it", container) if verb == "exec" else ("run", "--rm", "-it", box)
+    with on(terminal, cli, *words, "stty", "size") as client:
+        terminal.until(b"30 100")
+        assert client.wait(60) == 0
+
+
 def test_ctrl_c_is_for_the_program_and_not_for_the_client(pod: tuple[Cli, str], terminal: Terminal) -> None:
     cli, container = pod
     with on(

@@ -10,13 +10,10 @@ supervisor itself and goes on from there.  If the stand-in is killed, the superv
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
 import stat
-import struct
-import termios
 import time
 from contextlib import nullcontext
 
@@ -202,7 +199,7 @@ class Standin:
             "stdout": self.outputs[wire.STDOUT].received,
             "stderr": self.outputs[wire.STDERR].received,
         }
-        size = self._window_size() if plan.terminal else None
+        size = terminal.window_size() if plan.terminal else None
         if size:
             hello["size"] = size
         self.unsent = bytearray(wire.encode_message(hello))
@@ -286,7 +283,7 @@ class Standin:
             if number in JOB_CONTROL:
                 self.paused = number == signal.SIGTSTP
             elif number == signal.SIGWINCH:
-                size = self._window_size()
+                size = terminal.window_size()
                 if size:
                     self._send({"size": size})
             else:
@@ -295,16 +292,6 @@ class Standin:
     def _signal(self, number: int) -> None:
         self.signals.append(number)
         self._send({"signal": number})
-
-    def _window_size(self) -> list[int] | None:
-        for fd in (1, 0):
-            try:
-                rows, columns = struct.unpack("hhhh", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))[:2]
-            except OSError:
-                continue
-            if rows and columns:
-                return [columns, rows]
-        return None
 
     def _client_died(self) -> None:
         """Give its stdio up, which others have now; what still comes is for the log."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import sys
 import termios
 from contextlib import contextmanager
@@ -27,6 +29,18 @@ def require_terminal() -> None:
 def current_mode(*, wanted: bool) -> list[Any] | None:
     """The mode of the terminal on stdin, if a container is to have it."""
     return termios.tcgetattr(0) if wanted and os.isatty(0) else None
+
+
+def window_size() -> list[int] | None:
+    """Columns and rows of the terminal that we write to, or else read from; None without one, or if it does not say."""
+    for fd in (1, 0):
+        try:
+            rows, columns = struct.unpack("hhhh", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))[:2]
+        except OSError:
+            continue
+        if rows and columns:
+            return [columns, rows]
+    return None
 
 
 def is_ours() -> bool:

@@ -15,6 +15,7 @@ from vmsandbox.errors import InvalidArgumentError, SandboxError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from vmsandbox.paths import Roots, SandboxPaths
@@ -202,17 +203,13 @@ def console_size(process: dict[str, Any]) -> tuple[int, int] | None:
     return columns, rows
 
 
-def window_size(process: dict[str, Any], *, foreground: bool) -> tuple[int, int] | None:
+def window_size(process: dict[str, Any], *, foreground: bool) -> Sequence[int] | None:
     """Columns and rows that a process' terminal begins with: what it asks for, else those of the caller's own."""
     asked = console_size(process)
     if asked is None and foreground and process.get("terminal") is True:
-        for fd in (1, 0):
-            try:
-                columns, rows = os.get_terminal_size(fd)
-            except OSError:
-                continue
-            if columns and rows:
-                return columns, rows
+        from vmsandbox.cli import terminal
+
+        return terminal.window_size()
     return asked
 
 

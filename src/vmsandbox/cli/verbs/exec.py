@@ -63,6 +63,7 @@ def main(options: Options, argv: list[str]) -> int:
         "exec": exec_id,
         "options": chosen(given),
         "tty": arguments.tty,
+        "size": terminal.window_size() if arguments.tty and not arguments.detach else None,
         "stdin": arguments.interactive,
     }
     plan = standin.Plan(

@@ -209,6 +209,7 @@ def main(options: Options, argv: list[str], *, verb: str = "run") -> int:
         "cwd": os.getcwd(),
         "autoremove": arguments.autoremove,
         "stdin": arguments.interactive,
+        "size": terminal.window_size() if arguments.tty and not arguments.detach else None,
         "scratch_mib": size_mib(arguments.scratch_size),
         "sandbox": {
             "id": container_id,
