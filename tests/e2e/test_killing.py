@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import re
 import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO
 
 import psutil
@@ -71,6 +74,20 @@ def test_what_a_dying_supervisor_has_not_read_is_asked_of_the_next(cli: Cli, box
         assert client.communicate() == (b"here\n", None)
     assert client.returncode == 0
     assert supervisor_of(cli, "web") != supervisor
+
+
+def test_nobody_follows_a_supervisor_before_it_has_given_all_back(cli: Cli, box: str) -> None:
+    cli.ok("run", "-d", "--name", "web", box, "sleep", "100000")
+    about = cli.inspect("web")
+    directory = cli.run_root / "s" / about["sandbox"][:12]
+    supervisor = about["pod"]["supervisor"]["pid"]
+    with (directory / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as who starts another one has it
+        kill(about["standin"]["pid"])
+        awaited(lambda: re.search(rf"-> FLOCK .* {supervisor} ", Path("/proc/locks").read_text()))
+        assert (directory / "control.sock").exists()
+    wait_until_gone(supervisor)
+    assert not (directory / "control.sock").exists()
 
 
 def test_verbs_work_after_the_supervisors_death(cli: Cli, box: str) -> None:

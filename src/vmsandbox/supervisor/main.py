@@ -7,6 +7,7 @@ SIGINT it ends the pod in order.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import logging
 import os
@@ -15,17 +16,18 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, documents, machines, records, remains
+from vmsandbox import cgroups, documents, locks, machines, records, remains
 from vmsandbox import log as logs
 from vmsandbox.errors import EndingError, SandboxError, UnavailableError
 from vmsandbox.paths import Roots, SandboxPaths
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from vmsandbox.supervisor.control import Control
@@ -157,10 +159,24 @@ async def supervise(
             await control.quiet()
             await service.settle()
         finally:
-            server.close()
-            _unlink(paths.control_file)
-            service.clean_up()
+            async with _without_successor(paths):
+                server.close()
+                _unlink(paths.control_file)
+                service.clean_up()
             control.released.set()
+
+
+@asynccontextmanager
+async def _without_successor(paths: SandboxPaths) -> AsyncIterator[None]:
+    """Nobody starts another supervisor of the pod in the block: it would take over what is just being removed."""
+    try:
+        lock = locks.opened(paths.lock_file)
+    except OSError:  # nobody can start one where there is no directory
+        yield
+        return
+    with lock:
+        await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+        yield
 
 
 async def _hold_pod(around: Surroundings, service: Service, control: Control, *, start: Start) -> None:
