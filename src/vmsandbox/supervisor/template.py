@@ -328,6 +328,7 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
             async with cards.idle(booted) as booted, around.hypervisor.running(booted) as vm:
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
+                    await first_answer(vm, agent.details(timeout=booted.boot_timeout))
                     await unless(death(vm), _prepare(around, booted, vm, agent))
                 await save_template(vm, saved)
                 if slots.has(booted):
@@ -342,7 +343,6 @@ async def _prepare(around: Surroundings, booted: VmConfig, vm: Vm, agent: AgentC
     """Have the guest do once what it does for each container, and forget it again."""
     from vmsandbox.supervisor.storages import layer_storage
 
-    await first_answer(vm, agent.details(timeout=booted.boot_timeout))
     # Not at the end: what the container needs, those of the clones need too.
     await warming.clear(agent, caches=True)
     async with AsyncExitStack() as stack:
