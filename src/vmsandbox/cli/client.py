@@ -40,7 +40,10 @@ def answer(sock: Socket) -> dict[str, Any]:
         raise EndingError("the pod's supervisor ended without an answer; its log may say why ('--debug')")
     reply = frame.message()
     if "error" in reply:
-        raise rebuilt(reply["error"])
+        told = rebuilt(reply["error"])
+        if isinstance(told, EndingError):
+            wait_for_end(sock)  # who asks again is not to meet the same one
+        raise told
     return reply
 
 

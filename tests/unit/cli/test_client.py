@@ -149,3 +149,31 @@ def test_a_pod_that_ended_meanwhile_is_said(pod: Pod) -> None:
     pod.successors = [dies]
     with pytest.raises(EndingError, match="the pod has ended"):
         pod.once()
+
+
+def ends(sock: socket.socket) -> None:
+    """Says so, and is there for a while still."""
+    with sock:
+        sock.recv(1 << 16)
+        sock.sendall(wire.encode_message({"error": {"code": "ending", "message": "the pod is gone"}}))
+        assert sock.recv(1) == b""  # the other one has nothing more to say, and listens
+
+
+def test_who_asks_again_does_not_meet_the_one_that_is_ending(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def wait_for_end(sock: socket.socket) -> None:
+        waited.append(len(pod.successors))
+        sock.shutdown(socket.SHUT_WR)
+        wait(sock)
+
+    wait = client.wait_for_end
+    monkeypatch.setattr(client, "wait_for_end", wait_for_end)
+    pod.successors = [ends, answers]
+
+    def attempt() -> dict[str, object]:
+        with pod.reached() as sock:
+            return client.request(sock, {"verb": "start"})
+
+    assert client.insisting(attempt) == {"ok": 1}
+    assert waited == [1]
