@@ -47,7 +47,7 @@ def spaces() -> Iterator[tuple[Netns, Netns]]:
             "ip neigh add 172.16.0.1 lladdr $(cat /sys/class/net/lan/address) dev lan nud permanent",
             "ip neigh add 10.9.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent",
             # As DHCP or a router's announcement leaves one.
-            "ip addr add fd09::77/64 dev eth0 nodad valid_lft 36000 preferred_lft 36000",
+            "ip addr add fd09::5/64 dev eth0 nodad valid_lft 36000 preferred_lft 36000",
         )
         pod.settle("eth0")
         yield pod, peer
@@ -80,7 +80,7 @@ def test_a_pod_has_what_the_namespace_has_and_follows_it(cli: Cli, box: str, spa
     assert MAC in links
     assert "mtu 1500" in links.partition("lan:")[2].partition("\n")[0]
     addresses = cli.ok("exec", "web", "ip", "-o", "addr")
-    for wanted in ("10.9.0.2/24", "fd09::2/64", "fd09::77/64", "10.10.0.2/16"):
+    for wanted in ("10.9.0.2/24", "fd09::2/64", "fd09::5/64", "10.10.0.2/16"):
         assert wanted in addresses
     routes = [" ".join(line.split()) for line in cli.ok("exec", "web", "ip", "route").splitlines()]
     assert "default via 10.9.0.1 dev eth0 metric 100" in routes
@@ -90,7 +90,7 @@ def test_a_pod_has_what_the_namespace_has_and_follows_it(cli: Cli, box: str, spa
     assert "10.9.0.9 dev eth0 lladdr 02:00:00:00:00:09" in neighbours
     settings = ("/proc/sys/net/ipv4/tcp_keepalive_time", "/proc/sys/net/ipv4/conf/lan/rp_filter")
     assert cli.ok("exec", "web", "cat", *settings).split() == ["77", "2"]
-    for address in ("10.9.0.2", "fd09::2", "fd09::77", "10.10.0.2"):
+    for address in ("10.9.0.2", "fd09::2", "fd09::5", "10.10.0.2"):
         assert served(peer, address)
     assert "1 packets received" in cli.ok("exec", "web", "ping", "-c", "1", "-W", "20", "-s", "8900", "203.0.113.1")
 
