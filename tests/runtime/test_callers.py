@@ -17,21 +17,28 @@ if TYPE_CHECKING:
     from tests.harness.bundles import Runtime
 
 #: leaves its directory without a name, and goes on with descriptors that nobody meant to pass on
-GONE = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@" 5>&9 7>&9'
+GONE = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@" 5>&"$LEAKED" 7>&"$LEAKED"'
 
 
 def test_every_verb_works_where_its_directory_is_gone_and_keeps_no_descriptor(
     runtime: Runtime, box_rootfs: Path
 ) -> None:
     reading, writing = os.pipe()
+    environment = {**os.environ, "LEAKED": str(writing)}
     place, output = runtime.scratch / "gone", runtime.scratch / "out"
 
     def call(*words: str) -> str:
-        os.dup2(writing, 9)
         with output.open("w+b") as stdout:
-            argv = ["sh", "-c", GONE, str(place), *runtime.argv(*words)]
+            argv = ["bash", "-c", GONE, str(place), *runtime.argv(*words)]
             subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout, pass_fds=[9], timeout=TIMEOUT, check=False
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stdout,
+                pass_fds=[writing],
+                timeout=TIMEOUT,
+                check=False,
             )
             stdout.seek(0)
             return stdout.read().decode()
@@ -64,7 +71,6 @@ def test_every_verb_works_where_its_directory_is_gone_and_keeps_no_descriptor(
     assert call("run", "--detach", "--bundle", str(bundle), "one") == ""
     # All that lives on is without them.
     os.close(writing)
-    os.close(9)
     os.set_blocking(reading, False)
     assert os.read(reading, 1) == b""
     os.close(reading)
