@@ -13,7 +13,7 @@ import hypothesis
 import psutil
 import pytest
 
-from tests.harness import groups
+from tests.harness import evidence, groups
 from tests.harness.nurseries import is_nursery
 from tests.harness.roots import prepared_data_root
 
@@ -35,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("untimed")
     # Double-forked processes are reparented to us, so that `no_orphans` sees them.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep the evidence of a failed test."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when == "call" and report.failed:
+        report.sections += evidence.kept(getattr(item, "funcargs", {}).values())
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -66,16 +66,3 @@ def pod(data_root: Path, box: str, boot: str) -> Iterator[tuple[Cli, str]]:
         yield made, container
         made.remove_all()
         assert made.leftovers() == []
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Keep the evidence of a failed test: supervisor logs, QEMU's stderr, consoles."""
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    used = getattr(item, "funcargs", {})
-    found = used.get("cli") or (used.get("pod") or (None,))[0]
-    if report.when == "call" and report.failed and isinstance(found, Cli):
-        for path in sorted(found.run_root.rglob("*")):
-            if path.name in ("supervisor.log", "qemu.stderr", "console.log") and path.is_file():
-                report.sections.append((str(path), path.read_text(errors="replace")[-8000:]))
