@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from vmsandbox.errors import TimedOutError, UnavailableError
+from vmsandbox.supervisor.aio import unless
 from vmsandbox.supervisor.translation import reached, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Coroutine
 
     from vmsandbox_hypervisor.api import Vm
 
@@ -27,18 +27,21 @@ async def death(vm: Vm) -> NoReturn:
     raise UnavailableError(f"the virtual machine ended (QEMU's exit status {status})", detail=vm.evidence())
 
 
-async def first_answer(vm: Vm, call: Awaitable[T]) -> T:
+async def first_answer(vm: Vm, call: Coroutine[Any, Any, T]) -> T:
     """What the agent answers to `call`.
 
     Raises `TimedOutError` and `UnavailableError` that say how far the machine came, with its evidence as detail.
     """
-    answering = asyncio.ensure_future(call)
-    dying = asyncio.create_task(death(vm), name="watch-vm during boot")
+    died = False
+
+    async def dying() -> NoReturn:
+        nonlocal died
+        await vm.wait()
+        died = True
+        await death(vm)
+
     try:
-        await asyncio.wait({answering, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
-            await dying
-        return await answering
+        return await unless(dying(), call)
     except TimedOutError as error:
         raise TimedOutError(
             f"the guest's agent did not answer within {vm.config.boot_timeout:g} s ({reached(vm.phases)}; "
@@ -47,13 +50,9 @@ async def first_answer(vm: Vm, call: Awaitable[T]) -> T:
         ) from error
     except UnavailableError as error:
         # Of a guest that switched itself off nobody but its console says why.
-        words = f"; {_last_words(vm)}" if dying.done() and vm.ended() is None else ""
+        words = f"; {_last_words(vm)}" if died and vm.ended() is None else ""
         detail = error.detail or vm.evidence()
         raise UnavailableError(f"{error} ({reached(vm.phases)}{words})", detail=detail) from error
-    finally:
-        for task in (answering, dying):
-            task.cancel()
-        await asyncio.gather(answering, dying, return_exceptions=True)
 
 
 def _last_words(vm: Vm) -> str:
