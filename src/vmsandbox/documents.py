@@ -52,6 +52,17 @@ def write(path: str, document: dict[str, Any]) -> None:
         raise
 
 
+def remove(path: str) -> None:
+    """Remove a document, if it is there, and what writers of it left that were killed; nobody may be writing it now."""
+    directory, name = os.path.split(path)
+    for entry in os.listdir(directory):
+        if entry == name or (entry.startswith(f"{name}.") and entry.endswith(".tmp")):
+            try:
+                os.unlink(f"{directory}/{entry}")
+            except FileNotFoundError:
+                pass
+
+
 def read(path: str) -> dict[str, Any]:
     """Read a document; `NotFoundError` if there is none, `DamagedDocumentError` naming it if it is no good."""
     try:

@@ -138,6 +138,7 @@ def collect_networks(roots: Roots, say: Callable[[str], None]) -> list[SandboxEr
         sandbox = roots.sandbox(place.sandbox_id)
         lock = lock_of_network(sandbox, place.file)
         if lock is None:
+            pod.forget(place)  # nobody can be writing it: its pod is gone
             continue
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -179,3 +179,14 @@ def test_b6_a_removal_waits_for_whoever_is_at_the_pod(roots: Roots) -> None:
             assert os.path.exists(container.sandbox.container_file(B))
         removing.result(60)
     assert not os.path.exists(directory)
+
+
+def test_b5_what_a_killed_writer_left_of_a_network_goes(roots: Roots) -> None:
+    networks = Path(roots.run_dir, "net")
+    networks.mkdir()
+    for pod_id in (A, B):
+        (networks / f"{pod_id[:12]}.json.4711.tmp").write_text("{")
+    me = {"pid": os.getpid(), "start_time": records.start_time(os.getpid())}
+    add(roots, B, explicit=True, established=True, status="ready", vm=me)
+    gc.main([], roots)
+    assert os.listdir(networks) == [f"{B[:12]}.json.4711.tmp"]

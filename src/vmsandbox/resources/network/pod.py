@@ -348,6 +348,7 @@ async def release(place: Place) -> bool:
     try:
         document = documents.read(place.file)
     except NotFoundError:
+        forget(place)
         return False
     netns = str(document.get("netns") or "")
     first: SandboxError | None = None
@@ -363,9 +364,14 @@ async def release(place: Place) -> bool:
         bridge.remove_if_unused()
     if first is not None:
         raise first
-    with suppress(FileNotFoundError):
-        os.unlink(place.file)
+    forget(place)
     return True
+
+
+def forget(place: Place) -> None:
+    """Remove what is written down of a network that is not there, or was never begun."""
+    with suppress(FileNotFoundError):
+        documents.remove(place.file)
 
 
 async def _leave_network(bridge: Bridge, document: dict[str, Any]) -> None:
@@ -382,19 +388,20 @@ async def _leave_namespace(document: dict[str, Any], netns: str, owner: str) -> 
 
 
 def remembered(roots: Roots) -> list[Place]:
-    """The places of all networks that are written down."""
+    """The places of all networks that are written down, or were about to be."""
     directory = f"{roots.run_dir}/{DIRECTORY}"
     try:
-        entries = sorted(os.listdir(directory))
+        entries = os.listdir(directory)
     except FileNotFoundError:
         return []
     found = []
-    for entry in entries:
-        if entry.endswith(".json"):
-            try:
-                document = documents.read(f"{directory}/{entry}")
-            except SandboxError as error:
-                log.warning("%s", error)
-                document = {}
-            found.append(Place(roots=roots, sandbox_id=str(document.get("sandbox") or entry.removesuffix(".json"))))
+    for stem in sorted({entry.partition(".")[0] for entry in entries if "." in entry}):
+        try:
+            document = documents.read(f"{directory}/{stem}.json")
+        except NotFoundError:
+            document = {}
+        except SandboxError as error:
+            log.warning("%s", error)
+            document = {}
+        found.append(Place(roots=roots, sandbox_id=str(document.get("sandbox") or stem)))
     return found
