@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 PR_SET_CHILD_SUBREAPER = 36
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -72,10 +72,17 @@ def spawn(
     return os.posix_spawnp(argv[0], list(argv), environment or os.environ, file_actions=actions)
 
 
-def run(argv: Sequence[str], *, environment: Mapping[str, str] | None = None, settle: bool = False) -> Ended:
+def run(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    settle: bool = False,
+    dismiss: Callable[[set[int]], None] = lambda _: None,
+) -> Ended:
     """Run a command to its end and time it; `CommandError` if it fails.
 
     With `settle`, also wait for everything it left running and account for it; the time is the command's alone.
+    `dismiss` is told what is left, and may end those of them that wait for nothing but the next command.
     """
     before = set(children()) if settle else set()
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -92,6 +99,7 @@ def run(argv: Sequence[str], *, environment: Mapping[str, str] | None = None, se
         first, status = reap(pid)
         reaped = [first]
         while settle and (left := set(children()) - before):
+            dismiss(left)
             reaped += [reap(child)[0] for child in left]
         if status != 0:
             stderr.seek(0)

@@ -94,7 +94,7 @@ def measurement(
 
 
 def chosen(only: Sequence[str], registered: Sequence[Measurement] = REGISTERED) -> list[Measurement]:
-    """The measurements for the rows in `only` (all if there are none) and for what those are compared with.
+    """The measurements for the rows in `only` (all if there are none), their parts and what those are compared with.
 
     Raises `KeyError` with the first name that no measurement has.
     """
@@ -102,7 +102,8 @@ def chosen(only: Sequence[str], registered: Sequence[Measurement] = REGISTERED) 
         return list(registered)
     homes = {row.name: found for found in registered for row in found.rows}
     wanted: set[str] = set()
-    queue = list(only)
+    parts = tuple(f"{name}." for name in only)
+    queue = [*only, *(name for name in homes if name.startswith(parts))]
     while queue:
         name = queue.pop()
         if name in wanted:
@@ -111,7 +112,6 @@ def chosen(only: Sequence[str], registered: Sequence[Measurement] = REGISTERED) 
         for row in homes[name].rows:
             if row.name == name:
                 queue += _references(row, homes)
-        queue += [part for part in homes if part.startswith(f"{name}.")]
     return [found for found in registered if wanted & set(found.names)]
 
 

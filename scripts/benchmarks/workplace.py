@@ -9,9 +9,11 @@ from __future__ import annotations
 import compileall
 import os
 import shutil
+import signal
+import socket
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,7 @@ from scripts.benchmarks.rows import MissingError
 from vmsandbox.errors import NotFoundError
 from vmsandbox.guestbuild import store
 from vmsandbox.paths import Roots
+from vmsandbox.wire import WireError, receive
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -49,6 +52,8 @@ APPLETS = (
 IMAGE = "bench"
 #: the option with which `run` boots whether there is a template or not
 COLD = "--template=off"
+#: the nursery's name in /proc, and the seconds that loading may take it
+NURSERY, NURSERY_TIMEOUT = "vmsandbox-nurse", 30.0
 #: what an idle container runs
 IDLE = ("sleep", "1000000")
 
@@ -135,8 +140,28 @@ class Workplace:
         return [str(program), *roots, *words]
 
     def vmsandbox(self, *words: str, settle: bool = False) -> Ended:
-        """Run a verb of ours to its end."""
-        return processes.run(self.command(*words), settle=settle)
+        """Run a verb of ours to its end; with `settle`, until nothing that it started is there, its nursery neither."""
+        return processes.run(self.command(*words), settle=settle, dismiss=self._dismiss)
+
+    def end_nursery(self) -> None:
+        """End what makes the next start faster, if it is there."""
+        self._dismiss(set(processes.children()))
+        processes.reap_zombies()
+
+    def _dismiss(self, pids: set[int]) -> None:
+        """End the nursery among these once it has loaded all that it would: it counts as if nobody had cut it off."""
+        for pid in pids:
+            if processes.read_stat(pid).name == NURSERY:
+                self.await_nursery()
+                os.kill(pid, signal.SIGTERM)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+    def await_nursery(self) -> None:
+        """Wait until the nursery has loaded what it forks, if there is one: only then does it greet."""
+        with suppress(OSError, WireError), socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(NURSERY_TIMEOUT)
+            sock.connect(self.roots.nursery_file)
+            receive(sock)
 
     @cached_property
     def template(self) -> str:

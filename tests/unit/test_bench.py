@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -109,6 +110,11 @@ def test_parts_that_another_measurement_yields_come_along() -> None:
     measurements = chosen(["run_cold"], [*ALL, part])
     assert part in measurements
     assert shown(["run_cold"], measurements)[-1].name == "run_cold.engine"
+
+
+def test_parts_of_what_a_row_is_compared_with_are_left_out() -> None:
+    part = Measurement((Row("crun_run.engine", "s", "elsewhere"),), lambda _: {}, None, True)
+    assert part not in chosen(["run_cold"], [*ALL, part])
 
 
 def test_asking_for_nothing_measures_everything() -> None:
@@ -247,6 +253,16 @@ def test_a_command_is_charged_for_what_it_left_running() -> None:
     ended = processes.run([sys.executable, "-c", leaving], settle=True)
     assert len(ended.reaped) == 2
     assert ended.reaped[1].total >= 0.1
+
+
+def test_what_is_left_running_can_be_dismissed_and_counts() -> None:
+    def dismiss(pids: set[int]) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+
+    lasting = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"
+    ended = processes.run([sys.executable, "-c", lasting], settle=True, dismiss=dismiss)
+    assert len(ended.reaped) == 2
 
 
 def test_what_a_supervisor_waited_for_is_not_charged_to_us() -> None:
