@@ -66,6 +66,7 @@ ORDERLY = {
     "run without its template": CODE,
     "run in what is ready": CODE,
     "stop": 137,
+    "rm": 137,
     "restart": 137,
     "pod stop": 137,
 }
@@ -349,7 +350,8 @@ class _Play:
         orderly = {ORDERLY.get(self.plan.operation)}
         if "stand-in" in self.killed:
             orderly.add(137)  # in another machine, where it was the first clone that died
-        assert found["exit"].get("reason") or found["exit"]["code"] in orderly, found
+        told = found["exit"].get("reason") or found["exit"]["code"] in orderly
+        assert told, f"the client ended with {self.code} and said '{self.said}': {found}"
 
     def _is_created_all_the_same(self) -> bool:
         """A clone that is killed is no loss: the pod boots without its template instead."""
