@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from vmsandbox_hypervisor.testing.guest import TestGuest
 
 MIB = 1024 * 1024
-STDIO_MIB = 32
-PORT_MIB = 96
+#: what passes in each direction, by the port alone as by a container's stdio
+AMOUNT_MIB = 96
 BLOCK = 256 * 1024
-BLOCKS = PORT_MIB * MIB // BLOCK
+BLOCKS = AMOUNT_MIB * MIB // BLOCK
 #: seconds
 PORT_TIMEOUT = 120.0
 RAW_PORT = "bench.raw"
@@ -56,7 +56,7 @@ def virtio_serial(place: Workplace) -> Mapping[str, float]:
 )
 def stdio_out(place: Workplace) -> Mapping[str, float]:
     name, _ = place.idle_pod
-    command = place.command("exec", name, "dd", "if=/dev/zero", f"bs={MIB}", f"count={STDIO_MIB}")
+    command = place.command("exec", name, "dd", "if=/dev/zero", f"bs={MIB}", f"count={AMOUNT_MIB}")
     with _piped(command) as (_, output):
         first = os.read(output, BLOCK)
         began = time.monotonic()
@@ -64,8 +64,8 @@ def stdio_out(place: Workplace) -> Mapping[str, float]:
         while data := os.read(output, BLOCK):
             received += len(data)
         seconds = time.monotonic() - began
-    if received != STDIO_MIB * MIB:
-        raise CommandError(f"{received} bytes of {STDIO_MIB * MIB} arrived")
+    if received != AMOUNT_MIB * MIB:
+        raise CommandError(f"{received} bytes of {AMOUNT_MIB * MIB} arrived")
     return {"stdio_out": (received - len(first)) / MIB / seconds}
 
 
@@ -82,14 +82,14 @@ def stdio_in(place: Workplace) -> Mapping[str, float]:
     with _piped(command) as (given, output):
         _read_line(output)
         began = time.monotonic()
-        for _ in range(STDIO_MIB * MIB // BLOCK):
+        for _ in range(AMOUNT_MIB * MIB // BLOCK):
             _write_all(given, block)
         os.close(given)
         counted = _read_line(output)
         seconds = time.monotonic() - began
-    if counted != f"{STDIO_MIB * MIB // BLOCK}+0 records in\n":
+    if counted != f"{AMOUNT_MIB * MIB // BLOCK}+0 records in\n":
         raise CommandError(f"not everything arrived: {counted}")
-    return {"stdio_in": STDIO_MIB / seconds}
+    return {"stdio_in": AMOUNT_MIB / seconds}
 
 
 @contextmanager
@@ -161,14 +161,14 @@ async def _port_bandwidth(place: Workplace) -> dict[str, float]:
             seconds = time.monotonic() - began
     if not counted.startswith(f"{BLOCKS}+0 records in"):
         raise CommandError(f"not everything arrived: {counted}")
-    return {"virtio_serial_out": out, "virtio_serial_in": PORT_MIB / seconds}
+    return {"virtio_serial_out": out, "virtio_serial_in": AMOUNT_MIB / seconds}
 
 
 def _receive(port: socket.socket) -> float:
     """Take everything; MiB/s from the first byte on."""
     first = received = len(port.recv(MIB))
     began = time.monotonic()
-    while received < PORT_MIB * MIB:
+    while received < AMOUNT_MIB * MIB:
         data = port.recv(MIB)
         if not data:
             raise CommandError(f"the port was closed after {received} bytes")

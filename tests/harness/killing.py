@@ -207,7 +207,8 @@ class _Play:
             assert self.ground.host.state() == self.ground.links
             assert self.ground.host.rules() == []
         if "namespace" in self.plan.operation:
-            assert self.ground.space.state() == self.ground.given
+            now, given = self.ground.space.state(), self.ground.given
+            assert now == given, f"{now} is left, where {given} was"
 
     # ------------------------------------------------------------ the operation
 
