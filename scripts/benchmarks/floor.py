@@ -20,6 +20,7 @@ from scripts.benchmarks.processes import CommandError
 from scripts.benchmarks.rows import Row, measurement
 from vmsandbox.guestbuild.floor import floor_initrd
 from vmsandbox_hypervisor import kernel as parameters
+from vmsandbox_hypervisor.frequency import host_khz
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def cold_boot_floor(place: Workplace) -> Mapping[str, float]:
 )
 def tuned_boot_floor(place: Workplace) -> Mapping[str, float]:
     """What choosing firmware and parameters gains before anything of a pod is started."""
-    cmdline = parameters.parameters(acceleration(), khz=parameters.host_khz())
+    cmdline = parameters.parameters(acceleration(), khz=host_khz())
     found = boot(place, name="tuned_boot_floor", machine=["-bios", "qboot.rom"], cmdline=cmdline)
     return {"tuned_boot_floor": found["tuned_boot_floor"]}
 

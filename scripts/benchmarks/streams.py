@@ -193,7 +193,8 @@ async def _guest_with_port(place: Workplace) -> AsyncIterator[tuple[TestGuest, P
         # The library's fixtures need pytest, which comes with the packages for development.
         from vmsandbox_hypervisor.api import Kernel, Memory, Port, VmConfig
         from vmsandbox_hypervisor.errors import HypervisorError
-        from vmsandbox_hypervisor.kernel import host_khz, parameters
+        from vmsandbox_hypervisor.frequency import host_khz
+        from vmsandbox_hypervisor.kernel import parameters
         from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
         from vmsandbox_hypervisor.testing import guest as test_guest
     except ImportError as error:

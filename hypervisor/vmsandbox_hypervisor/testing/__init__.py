@@ -27,6 +27,7 @@ import pytest
 
 from vmsandbox_hypervisor import kernel
 from vmsandbox_hypervisor.api import Confinement, Cpus, Kernel, Memory, Port, VmConfig
+from vmsandbox_hypervisor.frequency import host_khz
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 from vmsandbox_hypervisor.testing.fake import FakeHypervisor, FakeVm
 from vmsandbox_hypervisor.testing.guest import PORT, GuestError, GuestFiles, TestGuest, guest_files
@@ -144,7 +145,7 @@ def vm_template(
         kernel=Kernel(
             path=vm_files.kernel,
             initrd=vm_files.initrd,
-            cmdline=kernel.parameters("tcg", khz=kernel.host_khz()),
+            cmdline=kernel.parameters("tcg", khz=host_khz()),
         ),
         memory=vm_memory,
         cpus=vm_cpus,

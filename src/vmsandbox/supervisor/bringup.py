@@ -29,6 +29,8 @@ from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Sandbox, SandboxSpec, Surroundings
 from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
+from vmsandbox_hypervisor.frequency import host_khz
+from vmsandbox_hypervisor.kernel import tsc_frequency
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,7 +67,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
     config = VmConfig(
         name=f"vmsandbox-{spec.id[:12]}",
         directory=around.paths.vm,
-        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline, emulated_cmdline=EMULATED),
+        kernel=Kernel(path=guest.kernel, initrd=guest.initrd, cmdline=guest.cmdline, emulated_cmdline=_emulated()),
         memory=Memory(size_mib=base, hotplug_mib=max(0, sandbox.memory_ceiling_mib() - base) // 128 * 128),
         cpus=Cpus(boot=sandbox.base_cpus, maximum=sandbox.cpu_ceiling()),
         disks=(Disk(id=ROOT_DISK, path=guest.image, read_only=True),),
@@ -89,6 +91,11 @@ def agent_of(vm: Vm, directory: Path) -> AbstractAsyncContextManager[AgentClient
     has_bulk = any(port.name == BULK_PORT for port in vm.config.ports)
     bulk_path = vm.port_path(BULK_PORT) if has_bulk else None
     return AgentClient.connected(vm.port_path(AGENT_PORT), directory=directory, bulk_path=bulk_path)
+
+
+def _emulated() -> tuple[str, ...]:
+    khz = host_khz()
+    return (*EMULATED, tsc_frequency(khz)) if khz else EMULATED
 
 
 def _path(text: str) -> Path:

@@ -13,14 +13,14 @@ import logging
 import os
 import struct
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox_hypervisor.aio import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from vmsandbox.guest.client import AgentClient
 
@@ -32,6 +32,8 @@ PRECISION_NS = 30_000_000
 LEAD_NS = 15_000_000
 #: more readings are not made to be surer
 READINGS = 6
+#: what part of the time a guest's clock may gain or lose
+TOLERANCE = 0.05
 #: seconds between two looks at a guest's clock: it follows the host's but does not know how that is slewed
 INTERVAL = 60
 
@@ -98,6 +100,25 @@ async def _narrowed(agent: AgentClient, ahead: Ahead) -> Ahead:
             break
         ahead = ahead.narrowed(await _reading(agent))
     return ahead
+
+
+@asynccontextmanager
+async def checked(agent: AgentClient) -> AsyncIterator[None]:
+    """A block of some seconds in which a guest's clock has to go as fast as the host's.
+
+    Raises UnavailableError behind it if it certainly did not: a kernel that measured its processor's frequency while a
+    busy host let it wait is wrong for good, in all it does by the clock.
+    """
+    began, first = time.monotonic_ns(), await _reading(agent)
+    yield
+    last = await _reading(agent)
+    took = time.monotonic_ns() - began
+    gained = Ahead(last.low - first.high, last.high - first.low)
+    if gained.low > took * TOLERANCE or gained.high < -took * TOLERANCE:
+        raise UnavailableError(
+            f"the guest's clock goes {(took + gained.middle) / took:.2f} times as fast as the host's: "
+            "its kernel measured the processor while the host was busy; try again"
+        )
 
 
 async def _shift(agent: AgentClient, shift_ns: int) -> None:

@@ -31,7 +31,7 @@ from vmsandbox import __version__, documents, locks, records, remains
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.guest.client import AgentClient
 from vmsandbox.resources import scratch
-from vmsandbox.supervisor import cards, slots, warming
+from vmsandbox.supervisor import cards, clock, slots, warming
 from vmsandbox.supervisor.aio import unless
 from vmsandbox.supervisor.answering import death, first_answer
 from vmsandbox.supervisor.translation import translating
@@ -329,7 +329,8 @@ async def _make(around: Surroundings, config: VmConfig, run: Path, saved: Path) 
                 port, bulk = (vm.port_path(port.name) for port in booted.ports)
                 async with AgentClient.connected(port, directory=run, bulk_path=bulk) as agent:
                     await first_answer(vm, agent.details(timeout=booted.boot_timeout))
-                    await unless(death(vm), _prepare(around, booted, vm, agent))
+                    async with clock.checked(agent):
+                        await unless(death(vm), _prepare(around, booted, vm, agent))
                 await save_template(vm, saved)
                 if slots.has(booted):
                     await asyncio.to_thread(scratch.copy, booted.disks[-1].path, saved / LAYER)

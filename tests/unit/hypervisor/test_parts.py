@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vmsandbox_hypervisor import kernel, virtiofsd, vsock
+from vmsandbox_hypervisor import frequency, kernel, virtiofsd, vsock
 from vmsandbox_hypervisor.aio import background, finish
 from vmsandbox_hypervisor.api import Event, VirtiofsShare
 from vmsandbox_hypervisor.console import FILE_MAX, RING, Console
@@ -218,15 +218,41 @@ def test_a_host_without_vsock_is_told_from_one_with_it(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- kernel, virtiofsd
 
 
-def test_delay_calibration_is_saved_only_where_the_clock_is_the_host_s(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\ncpu MHz\t\t: 2445.430\n")
-    khz = kernel.host_khz(tmp_path / "cpuinfo")
-    assert khz == 2445430
-    assert "lpj=9781720" in kernel.parameters("tcg", khz=khz)
-    assert "lpj=24454300" in kernel.parameters("tcg", khz=khz, hz=100)
-    assert not [word for word in kernel.parameters("kvm", khz=khz) if word.startswith("lpj=")]
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
-    assert kernel.host_khz(tmp_path / "cpuinfo") is None
+def test_an_emulated_guest_need_not_measure_what_is_known() -> None:
+    assert {"tsc_early_khz=2445000", "lpj=9780000"} < set(kernel.parameters("tcg", khz=2445000))
+    assert "lpj=24450000" in kernel.parameters("tcg", khz=2445000, hz=100)
+    told = [*kernel.parameters("kvm", khz=2445000), *kernel.parameters("tcg")]
+    assert not [word for word in told if word.startswith(("lpj=", "tsc_early_khz="))]
+
+
+@pytest.mark.parametrize(
+    ("text", "khz"),
+    [
+        ("processor\t: 0\ncpu MHz\t\t: 2445.430\nflags\t\t: fpu hypervisor lahf_lm\n", 2445430),
+        ("processor\t: 0\ncpu MHz\t\t: 2445.430\nflags\t\t: fpu lahf_lm\n", None),
+        ("processor\t: 0\nflags\t\t: fpu hypervisor\n", None),
+        ("", None),
+    ],
+    ids=["virtual", "changes", "unknown", "empty"],
+)
+def test_a_processor_s_clock_is_believed_where_it_does_not_change(tmp_path: Path, text: str, khz: int | None) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert frequency.of_cpuinfo(tmp_path / "cpuinfo") == khz
+
+
+def test_the_kernel_s_factor_is_a_frequency() -> None:
+    """2.5 GHz are 0.4 ns for each tick."""
+    factor = int(0.4 * 2**31)
+    page = struct.pack("=40xQ2xHI", 1 << 3, 31, factor)
+    assert frequency.of_page(page) == pytest.approx(2_500_000, abs=1)
+    assert frequency.of_page(struct.pack("=40xQ2xHI", 1 << 1, 31, factor)) is None
+
+
+def test_what_is_known_of_the_host_is_the_same_each_time() -> None:
+    found = frequency.host_khz()
+    frequency.host_khz.cache_clear()
+    assert found == frequency.host_khz()
+    assert found is None or found % 1000 == 0
 
 
 def test_virtiofsd_gets_its_directory_whole() -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from vmsandbox.errors import UnavailableError
 from vmsandbox.supervisor import clock
 
 MS = 1_000_000
@@ -148,3 +149,25 @@ async def test_a_jump_between_two_readings_is_no_reason_to_believe_the_first(mon
     monkeypatch.setattr(guest, "read_time", read_and_jump)
     await clock.correct(cast("Any", guest))
     assert abs(guest.ahead) <= 50 * MS
+
+
+# ---------------------------------------------------------------- how fast it goes
+
+
+async def passed(guest: Guest, *, seconds: float, pace: float) -> None:
+    async with clock.checked(cast("Any", guest)):
+        took = int(seconds * 1000 * MS)
+        guest.now += took
+        guest.ahead += int(took * (pace - 1))
+
+
+@pytest.mark.parametrize("pace", [8.08, 1.5, 1.1, 0.9, 0.3])
+async def test_a_clock_of_another_speed_is_found(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
+    guest = Guest(monkeypatch, ahead=-3600_000 * MS, delays=lambda: 20 * MS)
+    with pytest.raises(UnavailableError, match=r"goes \d\.\d\d times as fast as the host's"):
+        await passed(guest, seconds=4, pace=pace)
+
+
+@pytest.mark.parametrize(("pace", "delay"), [(1.0, 1), (1.01, 20), (0.99, 20), (1.1, 400)])
+async def test_a_clock_that_may_be_right_is_taken(monkeypatch: pytest.MonkeyPatch, pace: float, delay: int) -> None:
+    await passed(Guest(monkeypatch, delays=lambda: delay * MS), seconds=4, pace=pace)
