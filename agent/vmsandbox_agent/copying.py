@@ -74,7 +74,9 @@ def copy_in(root: int, path: str, pieces: Iterable[bytes]) -> int:
             raise InvalidArgumentError(f"the archive for '{path}' is not a tar archive: {error}") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ExhaustedError(f"there is no space left at '{path}'") from error
+                raise ExhaustedError(
+                    f"there is no space left at '{path}': remove files there, or start with a larger '--scratch-size'"
+                ) from error
             raise AgentError(f"cannot write below '{path}': {error.strerror}") from error
         incoming.exhaust()
     return incoming.taken

@@ -259,7 +259,9 @@ class Stream:
             if self._partial[0]:
                 self._refusal = InvalidArgumentError("compressed messages are not understood")
             elif size > MESSAGE_LIMIT:
-                self._refusal = ExhaustedError(f"a message of {size} bytes is larger than {MESSAGE_LIMIT}")
+                self._refusal = ExhaustedError(
+                    f"a message of {size} bytes is larger than {MESSAGE_LIMIT}: send less at once"
+                )
             elif len(self._partial) < _PREFIX + size:
                 break
             else:

@@ -75,7 +75,9 @@ def read(path: str) -> dict[str, Any]:
             f"cannot read '{path}': {error.strerror}; it is left alone until it can be read"
         ) from error
     if len(data) > MAX_BYTES:
-        raise DamagedDocumentError(f"'{path}' is not a document of ours: larger than {MAX_BYTES} bytes")
+        raise DamagedDocumentError(
+            f"'{path}' is not a document of ours: larger than {MAX_BYTES} bytes; 'vmsandbox gc' removes it"
+        )
     try:
         document = plainjson.loads(data)
     except (ValueError, RecursionError):

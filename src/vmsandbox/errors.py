@@ -45,8 +45,9 @@ class InvalidStateError(SandboxError):
 
     code = "invalid-state"
 
-    def __init__(self, subject: str, *, state: str, wanted: str, detail: str = "") -> None:
-        super().__init__(f"cannot {wanted} {subject}: it is {state}", detail=detail)
+    def __init__(self, subject: str, *, state: str, wanted: str, remedy: str = "", detail: str = "") -> None:
+        way_out = f": {remedy}" if remedy else ""
+        super().__init__(f"cannot {wanted} {subject}: it is {state}{way_out}", detail=detail)
         self.subject = subject
         self.state = state
         self.wanted = wanted

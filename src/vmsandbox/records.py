@@ -239,7 +239,10 @@ def pod_in_use(pod: str, alive: list[dict[str, Any]]) -> InvalidStateError:
     """Why a pod is not removed: the documents of its containers that run."""
     named = ", ".join(f"'{each.get('name') or str(each.get('id'))[:SHOWN_ID]}'" for each in alive[:8])
     return InvalidStateError(
-        f"pod '{pod}'", state=f"used by running containers ({named}): stop them first or use '--force'", wanted="remove"
+        f"pod '{pod}'",
+        state=f"used by running containers ({named})",
+        wanted="remove",
+        remedy="stop them first or use '--force'",
     )
 
 

@@ -40,7 +40,7 @@ class Cpus:
     async def change(self, count: int, *, timeout: float) -> CpuState:
         """Come as near to `count` as possible; too many is `NoSlotError`, and nothing is plugged."""
         if count < 1:
-            raise DeviceError(f"cannot have {count} vCPUs")
+            raise DeviceError(f"cannot have {count} vCPUs: a virtual machine has at least one")
         async with self._changing:
             sockets = await self._sockets()
             if count > len(sockets):

@@ -228,7 +228,7 @@ class FakeVm:
         self._did(f"set cpus {count}")
         maximum = self.config.cpus.maximum
         if count < 1:
-            raise DeviceError(f"cannot have {count} vCPUs")
+            raise DeviceError(f"cannot have {count} vCPUs: a virtual machine has at least one")
         if count > maximum:
             raise NoSlotError(f"cannot have {count} vCPUs: this VM can have at most {maximum}")
         lowest = self.config.cpus.boot if self.accel.accel == "kvm" and self.guest_cooperates else self._cpus

@@ -129,7 +129,12 @@ def _remove(options: argparse.Namespace, roots: Roots) -> int:
             used = {entry.key for entry in store.entries(roots) if entry.current_for}
             for key in removed:
                 if key in used and not options.force:
-                    raise InvalidStateError(f"guest '{key[:_KEY_SHOWN]}'", state="in use", wanted="remove")
+                    raise InvalidStateError(
+                        f"guest '{key[:_KEY_SHOWN]}'",
+                        state="the one that new pods boot",
+                        wanted="remove",
+                        remedy="use '--force', and 'vmsandbox guest build' makes it again",
+                    )
             for key in dict.fromkeys(removed):
                 store.remove(roots, key)
     print(*removed, sep="\n", end="\n" if removed else "")

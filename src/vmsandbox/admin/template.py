@@ -102,7 +102,9 @@ def find(roots: Roots, key: str) -> Path:
     if not fits:
         raise NotFoundError(f"no template '{key}': 'vmsandbox template ls' shows what there is")
     if len(fits) > 1:
-        raise AmbiguousError(f"template '{key}' is ambiguous: {', '.join(fit.name for fit in fits)}")
+        raise AmbiguousError(
+            f"template '{key}' is ambiguous: it fits {', '.join(fit.name for fit in fits)}; give more of it"
+        )
     return fits[0]
 
 

@@ -62,7 +62,7 @@ def protocol() -> Any:
 
 
 def broken(how: str) -> UnavailableError:
-    return UnavailableError(f"the agent broke the protocol: {how}")
+    return UnavailableError(f"the agent broke the protocol: {how}; its guest is damaged or hostile, remove the pod")
 
 
 def check_exit(status: pb.ExitStatus) -> None:

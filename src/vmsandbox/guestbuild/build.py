@@ -113,7 +113,7 @@ def source_directory(name: str) -> Path:
     """Where one of our own packages is installed, or lies in the checkout."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise NotFoundError(f"package '{name}' is not installed")
+        raise NotFoundError(f"package '{name}' is not installed: run 'scripts/setup'")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -143,7 +143,7 @@ def compile_python(directory: Path, places: Iterable[str], steps: Steps) -> None
     for place in listed:
         for path in (directory / place).rglob("*.py"):
             if not path.with_suffix(".pyc").exists():
-                raise NotFoundError(f"'{path}' was not compiled")
+                raise NotFoundError(f"'{path}' was not compiled: run 'scripts/setup' and build again")
             path.unlink()
 
 

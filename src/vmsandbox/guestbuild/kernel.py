@@ -101,22 +101,24 @@ def vmlinux(image: bytes) -> bytes:
     Raises UnsupportedError for anything else; xz is what the distribution compresses with.
     """
     if image[0x202:0x206] != b"HdrS":
-        raise UnsupportedError("the kernel is not a bzImage")
+        raise UnsupportedError("the kernel of the package is not a bzImage: choose another with 'guest.kernel'")
     # Offset and length of the payload are relative to the protected-mode code behind the setup sectors.
     (version,) = struct.unpack_from("<H", image, 0x206)
     if version < 0x208:
-        raise UnsupportedError(f"the kernel's boot protocol {version >> 8}.{version & 255} is older than 2.8")
+        raise UnsupportedError(
+            f"the kernel's boot protocol {version >> 8}.{version & 255} is older than 2.8: choose a newer one"
+        )
     setup_sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = (setup_sectors + 1) * 512 + offset
     payload = image[start : start + length]
     if not payload.startswith(_XZ):
-        raise UnsupportedError("the kernel is not compressed with xz")
+        raise UnsupportedError("the kernel is not compressed with xz: choose another one")
     try:
         # The four bytes behind the stream are its size, for the kernel's own decompressor.
         content = lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(payload)
     except lzma.LZMAError as error:
         raise UnsupportedError(f"the kernel cannot be decompressed: {error}") from error
     if not elf.is_elf(content) or elf.pvh_entry(content) is None:
-        raise UnsupportedError("the kernel cannot be booted by PVH")
+        raise UnsupportedError("the kernel cannot be booted by PVH: choose one that was built with CONFIG_PVH")
     return content

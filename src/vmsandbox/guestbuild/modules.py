@@ -51,7 +51,7 @@ class Modules:
         if path is None:
             if name in self._builtin:
                 return None
-            raise NotFoundError(f"the kernel has no module '{name}'")
+            raise NotFoundError(f"the kernel of the guest has no module '{name}': choose one that has")
         facts = information(path.read_bytes())
         depends = [_canonical(other) for value in facts.get("depends", ()) for other in value.split(",") if other]
         return Module(name, path, tuple(depends), tuple(facts.get("alias", ())))

@@ -103,7 +103,7 @@ def find(roots: Roots, key: str) -> Path:
         raise NotFoundError(f"no guest '{key}': 'vmsandbox guest ls' shows what there is")
     if len(fits) > 1:
         names = ", ".join(f"'{directory.name}'" for directory in fits)
-        raise AmbiguousError(f"guest '{key}' is ambiguous: it could be {names}")
+        raise AmbiguousError(f"guest '{key}' is ambiguous: it fits {names}; give more of it")
     return fits[0]
 
 

@@ -84,7 +84,7 @@ def build(package_file: Path, directory: Path, scratch: Path, shown: Steps) -> s
         shown.run(["nice", "-n", "10", *make, "vmlinux"], environment=_IDENTITY)
     vmlinux = (source / "vmlinux").read_bytes()
     if elf.pvh_entry(vmlinux) is None:
-        raise BuildError("the kernel cannot be booted by PVH")
+        raise BuildError("the tuned kernel cannot be booted by PVH: 'guest/kernel.config' has to have CONFIG_PVH")
     (directory / "vmlinux").write_bytes(vmlinux)
     return (source / "include/config/kernel.release").read_text().strip()
 

@@ -259,7 +259,7 @@ def _explained(path: str, error: OSError) -> SandboxError:
     if error.errno == errno.EPERM:
         return UnsupportedError(f"{what}: the right to mount is needed, run as root")
     if error.errno in (errno.ENOSPC, errno.ENOMEM):
-        return ExhaustedError(what)
+        return ExhaustedError(f"{what}: remove containers with volumes, or raise 'fs.mount-max'")
     if error.errno == errno.ENOENT:
         return NotFoundError(what)
     return SandboxError(what)

@@ -352,7 +352,9 @@ class Service:
         """Carry out one request from the control socket."""
         verb = str(request.get("verb"))
         if verb not in VERBS and verb not in regulation.VERBS:
-            raise InvalidArgumentError(f"unknown request '{verb}'")
+            raise InvalidArgumentError(
+                f"unknown request '{verb}': the pod was started by another version of vmsandbox, stop and start it"
+            )
         if self.reason is not None and verb in NEW:
             raise EndingError(f"the pod is gone: {self.reason}", detail=self.reason.detail)
         if self.reason is not None and verb not in AFTERWARDS:

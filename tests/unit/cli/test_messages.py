@@ -102,11 +102,19 @@ TABLE: list[tuple[list[str], int, list[str]]] = [
     (["pod", "rm", "done"], 1, ["no such pod: 'done'"]),
     # states
     (["kill", "done"], 1, ["cannot kill container 'done'", "it is stopped"]),
-    (["exec", "done", "true"], 125, ["cannot exec in container 'done'", "it is stopped"]),
-    (["pause", "done"], 1, ["cannot pause container 'done'", "it is stopped"]),
+    (
+        ["exec", "done", "true"],
+        125,
+        ["cannot exec in container 'done'", "it is stopped: 'vmsandbox start' starts it again"],
+    ),
+    (["pause", "done"], 1, ["cannot pause container 'done'", "it is stopped: 'vmsandbox start' starts it again"]),
     (["unpause", "done"], 1, ["cannot unpause container 'done'", "it is stopped"]),
-    (["top", "done"], 1, ["cannot list the processes of container 'done'", "it is stopped"]),
-    (["stats", "--no-stream", "done"], 1, ["container 'done'", "it is stopped"]),
+    (
+        ["top", "done"],
+        1,
+        ["cannot list the processes of container 'done'", "it is stopped: 'vmsandbox start' starts it again"],
+    ),
+    (["stats", "--no-stream", "done"], 1, ["container 'done'", "it is stopped: 'vmsandbox start' starts it again"]),
     (["update", "--cpus", "1", "done"], 1, ["cannot update container 'done'", "it is stopped"]),
     # values that a client judges itself
     (["update", "done"], 1, ["nothing to update", "give a limit, as '--memory 512m'"]),
@@ -123,7 +131,11 @@ TABLE: list[tuple[list[str], int, list[str]]] = [
     (["top", "done", "-o", "pid,x"], 1, ["column 'x' of ps(1) is not known", "choose of user"]),
     (["top", "done"], 1, ["container 'done'", "it is stopped"]),
     (["stats", "done"], 1, ["container 'done'", "it is stopped"]),
-    (["cp", "done:/x", "."], 1, ["cannot copy files of container 'done'", "it is stopped"]),
+    (
+        ["cp", "done:/x", "."],
+        1,
+        ["cannot copy files of container 'done'", "it is stopped: 'vmsandbox start' starts it again"],
+    ),
     (["cp", "x", "y"], 1, ["exactly one of source and destination has to be CONTAINER:PATH"]),
     # documents
     (["inspect", BROKEN], 1, [f"{BROKEN}.json' is damaged", "'vmsandbox gc' removes it"]),

@@ -73,7 +73,7 @@ def test_ls_marks_the_one_in_use(roots: Roots, capsys: pytest.CaptureFixture[str
 
 
 def test_a_guest_in_use_is_removed_by_force_only(roots: Roots, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InvalidStateError, match="in use"):
+    with pytest.raises(InvalidStateError, match="it is the one that new pods boot: use '--force',"):
         guest.main(["rm", OTHER[:4], KEY], roots)
     assert len(store.entries(roots)) == 2
     assert guest.main(["rm", OTHER[:4]], roots) == 0

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from vmsandbox.paths import Roots
 
 
+def stopped_error(name: str, *, wanted: str) -> InvalidStateError:
+    """For what only a container that runs can be asked."""
+    return InvalidStateError(
+        f"container '{name}'", state="stopped", wanted=wanted, remedy="'vmsandbox start' starts it again"
+    )
+
+
 def ask(roots: Roots, name: str, request: dict[str, Any], *, wanted: str) -> dict[str, Any]:
     """Send a request about the container called `name` to its pod; `InvalidStateError` if it is stopped."""
 
@@ -27,7 +34,7 @@ def ask_about(
     roots: Roots, container: records.Container, request: dict[str, Any], *, name: str, wanted: str
 ) -> dict[str, Any]:
     """As `ask`, of a container that is known already."""
-    stopped = InvalidStateError(f"container '{name}'", state="stopped", wanted=wanted)
+    stopped = stopped_error(name, wanted=wanted)
     if container.status() == "stopped":
         raise stopped
     try:

@@ -96,7 +96,9 @@ class Unpacker:
             vars(archive)["members"].clear()  # kept for looking up, which nobody does
             count += 1
             if count > MOST_ENTRIES:
-                raise ExhaustedError(f"the guest sent more than {MOST_ENTRIES} files")
+                raise ExhaustedError(
+                    f"the guest sent more than {MOST_ENTRIES} files: copy a part of the directory at a time"
+                )
             name = self._renamed(member.name)
             if name.count("/") > MOST_DEPTH:
                 raise InvalidArgumentError(f"the guest sent directories more than {MOST_DEPTH} deep")
@@ -123,7 +125,9 @@ class Unpacker:
             return False
         if _leads_outside(root, "", member.name):
             # Through a link that is there already; writing would not follow it.
-            raise InvalidArgumentError(f"'{_shown(member.name)}' would be written through a link")
+            raise InvalidArgumentError(
+                f"'{_shown(member.name)}' would be written through a link that is there already: remove that first"
+            )
         start = os.path.dirname(member.name) if member.issym() else ""
         if (member.issym() or member.islnk()) and _leads_outside(root, start, member.linkname):
             self.left_out.append(f"link '{_shown(member.name)}' leads outside, to '{_shown(member.linkname)}'")

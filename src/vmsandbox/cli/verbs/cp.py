@@ -13,9 +13,10 @@ import zlib
 from vmsandbox import records, wire
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch
+from vmsandbox.cli.verbs._running import stopped_error
 from vmsandbox.cli.verbs._unpack import Unpacker, opened
 from vmsandbox.cli.verbs.run import size_mib
-from vmsandbox.errors import InvalidArgumentError, InvalidStateError, NotFoundError, UnavailableError
+from vmsandbox.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Copier:
         self.follow = follow
         self.container = records.load(roots, records.resolve(roots, name))
         if self.container.status() == "stopped":
-            raise InvalidStateError(f"container '{name}'", state="stopped", wanted="copy files of")
+            raise stopped_error(name, wanted="copy files of")
 
     def _asked(self, request: dict[str, Any]) -> AbstractContextManager[UnixSocket]:
         sock = launch.connect_or_take_over(self.roots, self.container.sandbox)

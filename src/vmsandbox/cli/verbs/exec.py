@@ -8,6 +8,7 @@ import os
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, foreground, launch, standin, terminal
+from vmsandbox.cli.verbs._running import stopped_error
 from vmsandbox.cli.verbs.run import chosen, client_environment, end_standin, environment_files, fork_standin
 from vmsandbox.errors import EndingError, InvalidStateError, SandboxError
 
@@ -44,8 +45,12 @@ def main(options: Options, argv: list[str]) -> int:
         terminal.require_terminal()
     roots = options.roots()
     container = records.load(roots, records.resolve(roots, arguments.container))
-    if container.status() not in ("running", "created", "paused"):
-        raise InvalidStateError(f"container '{arguments.container}'", state=container.status(), wanted="exec in")
+    if container.status() == "creating":
+        raise InvalidStateError(
+            f"container '{arguments.container}'", state="being made", wanted="exec in", remedy="try again when it runs"
+        )
+    if container.status() == "stopped":
+        raise stopped_error(arguments.container, wanted="exec in")
     exec_id = os.urandom(16).hex()
     environment = [*environment_files(arguments.env_file), *arguments.env]
     given = {
@@ -91,9 +96,7 @@ def main(options: Options, argv: list[str]) -> int:
             # Not tried again, since nobody knows how far it came.
             end_standin(pid)
             if records.load(roots, container.id).status() == "stopped":
-                raise InvalidStateError(
-                    f"container '{arguments.container}'", state="stopped", wanted="exec in"
-                ) from None
+                raise stopped_error(arguments.container, wanted="exec in") from None
             raise
         except SandboxError:
             end_standin(pid)

@@ -275,7 +275,9 @@ def remove_from_disk(roots: Roots, pod: records.Pod) -> None:
         return
     with launch.locked(pod.sandbox):
         if remains.is_served(pod.sandbox):
-            raise InvalidStateError(f"pod '{pod.name or pod.id}'", state="being started", wanted="remove")
+            raise InvalidStateError(
+                f"pod '{pod.name or pod.id}'", state="being started", wanted="remove", remedy="try again"
+            )
         for name in sorted(os.listdir(pod.sandbox.containers_dir)):
             if not name.endswith(".json"):
                 continue

@@ -30,7 +30,10 @@ def main(options: Options, argv: list[str]) -> int:
         force = arguments.force or container.status() == "created"
         if container.status() != "stopped" and not force:
             raise InvalidStateError(
-                f"container '{name}'", state=f"{container.status()}: stop it first or use '--force'", wanted="remove"
+                f"container '{name}'",
+                state=container.status(),
+                wanted="remove",
+                remedy="stop it first or use '--force'",
             )
         if not remove_by_supervisor(roots, container, force=force):
             remove_from_disk(roots, container)

@@ -9,7 +9,7 @@ import time
 from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import table
-from vmsandbox.cli.verbs._running import ask_about
+from vmsandbox.cli.verbs._running import ask_about, stopped_error
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, UnavailableError
 
 TYPE_CHECKING = False
@@ -44,7 +44,7 @@ def main(options: Options, argv: list[str]) -> int:
     wanted = [records.load(roots, records.resolve(roots, name)) for name in arguments.containers]
     for name, container in zip(arguments.containers, wanted, strict=True):
         if container.status() == "stopped":
-            raise InvalidStateError(f"container '{name}'", state="stopped", wanted="show what is used by")
+            raise stopped_error(name, wanted="show what is used by")
     before = read(roots, wanted if arguments.containers else running(roots))
     while True:
         time.sleep(INTERVAL)

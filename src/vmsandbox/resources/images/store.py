@@ -147,7 +147,9 @@ class ImageStore:
         if digits is not None:
             fits = [image_id for image_id in self._ids() if image_id.startswith(digits)]
             if len(fits) > 1:
-                raise AmbiguousError(f"image '{reference}' is ambiguous: it can be {self._described(fits)}")
+                raise AmbiguousError(
+                    f"image '{reference}' is ambiguous: it fits {self._described(fits)}; give more of it"
+                )
             if fits:
                 return fits[0]
         elif "@" in reference:
@@ -316,7 +318,12 @@ class ImageStore:
             owners = self.users(image_id)
             if owners and last and not force:
                 users = ", ".join(f"'{owner[:12]}'" for owner in owners)
-                raise InvalidStateError(f"image '{reference}'", state=f"in use by container {users}", wanted="remove")
+                raise InvalidStateError(
+                    f"image '{reference}'",
+                    state=f"in use by container {users}",
+                    wanted="remove",
+                    remedy="remove that first, or use '--force' to remove the name alone",
+                )
             for name in going:
                 (self.names / name.replace("/", "+")).unlink(missing_ok=True)
             if not last or owners:

@@ -334,9 +334,11 @@ def _answer(data: bytes, messages: int) -> dict[str, Any]:
         answer = json.loads(data)
     except ValueError:
         printed = os.pread(messages, 64 * 1024, 0).decode(errors="replace")
-        raise UnavailableError("the network helper failed", detail=printed) from None
+        raise UnavailableError(
+            "the network's helper failed: 'vmsandbox check' says what this machine lacks", detail=printed
+        ) from None
     if not isinstance(answer, dict):
-        raise UnavailableError("the network helper gave no answer")
+        raise UnavailableError("the network's helper gave no answer that can be read: try again")
     error = answer.get("error")
     if error:
         raise _error(error)

@@ -207,9 +207,13 @@ class Bridge:
             if address in network:
                 lease = self.leases / NAME / str(address)
                 if lease.exists():
-                    raise AlreadyExistsError(f"address '{ip}' is in use by another pod")
+                    raise AlreadyExistsError(
+                        f"address '{ip}' is in use by another pod: choose another, or leave out '--ip'"
+                    )
                 if address in (network.network_address, network.network_address + 1, network.broadcast_address):
-                    raise InvalidArgumentError(f"address '{ip}' belongs to the network itself")
+                    raise InvalidArgumentError(
+                        f"address '{ip}' belongs to the network itself: choose another, or leave out '--ip'"
+                    )
                 return f"{address}/{network.prefixlen}"
         shown = ", ".join(str(network) for network in subnets_of(document))
         raise InvalidArgumentError(f"address '{ip}' is not of the default network, which is {shown}")

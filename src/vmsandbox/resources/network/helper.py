@@ -197,7 +197,7 @@ def _opened_tap(name: str) -> int:
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise UnsupportedError(f"cannot open '{TUN}': {error.strerror}; is the module 'tun' loaded?") from error
+        raise UnsupportedError(f"cannot open '{TUN}': {error.strerror}: load the module with 'modprobe tun'") from error
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
@@ -280,7 +280,7 @@ def _kernel() -> Kernel:
     try:
         from vmsandbox.resources.network.rtnl import Kernel
     except ImportError as error:
-        raise UnsupportedError(f"pyroute2 cannot be used: {error}") from error
+        raise UnsupportedError(f"pyroute2 cannot be used: {error}: reinstall vmsandbox") from error
     return Kernel()
 
 

@@ -60,7 +60,9 @@ def _check(fd: int, path: str) -> None:
     except OSError:
         kind = 0
     if kind != _CLONE_NEWNET:
-        raise InvalidArgumentError(f"'{path}' is not a network namespace")
+        raise InvalidArgumentError(
+            f"'{path}' is not a network namespace: 'ip netns add NAME' makes one at '/run/netns/NAME'"
+        )
     if is_hosts(fd):
         raise UnsupportedError(
             "a pod cannot join the host's network: its containers run in a virtual machine; "

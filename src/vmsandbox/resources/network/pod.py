@@ -155,7 +155,9 @@ class PodNetwork:
         for name, address in self.options.hosts:
             if address == HOST_GATEWAY:
                 if not self.gateway:
-                    raise InvalidArgumentError(f"host '{name}:{HOST_GATEWAY}' needs a network with a gateway")
+                    raise InvalidArgumentError(
+                        f"host '{name}:{HOST_GATEWAY}' needs a gateway, which this network has not: leave it out"
+                    )
                 address = self.gateway
             entries.append((address, name))
         words = " ".join(dict.fromkeys(own))
@@ -305,7 +307,9 @@ def _bound(port: Port, family: socket.AddressFamily) -> socket.socket | None:
     except OSError as error:
         held.close()
         if error.errno == errno.EADDRINUSE:
-            raise AlreadyExistsError(f"port '{port.host}/{port.protocol}' of the host is in use") from error
+            raise AlreadyExistsError(
+                f"port '{port.host}/{port.protocol}' of the host is in use: choose another, or end what listens there"
+            ) from error
         if error.errno == errno.EADDRNOTAVAIL:
             raise InvalidArgumentError(f"cannot publish at '{port.ip}': it is no address of the host") from error
         raise InvalidArgumentError(f"cannot publish port '{port}': {error.strerror}") from error
