@@ -15,6 +15,7 @@ from vmsandbox import log as logs
 from vmsandbox import wire
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.supervisor import copying, execution
+from vmsandbox.supervisor.explaining import explained
 
 if TYPE_CHECKING:
     import socket
@@ -138,7 +139,7 @@ class Control:
             else:
                 answer = await self.service.dispatch(request)
         except SandboxError as error:
-            answer = _told(error)
+            answer = _told(await explained(self.service, str(verb), error))
         except (wire.WireError, ConnectionError):
             raise
         except OSError as error:
