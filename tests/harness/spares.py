@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness.cli import awaited, kill, wait_until_gone
+from tests.harness.cli import awaited, wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,9 +79,13 @@ def is_coming(note: Path) -> bool:
 
 
 def end_nursery(cli: Cli) -> None:
-    """Have no more machines made ready."""
-    for process in with_title(f"vmsandbox nursery {cli.run_root}"):
-        kill(process.pid)
+    """Have no more machines made ready.
+
+    Without its socket a nursery ends by itself.  By its name it could not be killed: what it forks has that too until
+    it is something else, and a maker that dies between two steps leaves a directory that gc takes for unfinished.
+    """
+    (cli.run_root / "nursery.sock").unlink(missing_ok=True)
+    awaited(lambda: not with_title(f"vmsandbox nursery {cli.run_root}"))
 
 
 def end_all(cli: Cli) -> None:
