@@ -7,6 +7,8 @@ client imports this module.
 
 from __future__ import annotations
 
+import errno
+
 
 class SandboxError(Exception):
     """Root of everything vmsandbox raises on purpose.
@@ -147,10 +149,29 @@ def evidence(error: SandboxError) -> str:
     return "\n".join(map(printable, error.detail.expandtabs().rstrip().splitlines()))
 
 
+def is_shortage(error: OSError) -> bool:
+    """Whether there was no room to look: that says nothing about what was looked for."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def room_for(error: OSError) -> str:
+    """What makes room where there was none, to be put behind the message."""
+    remedies = {
+        errno.EMFILE: ": raise the limit of open files (ulimit -n)",
+        errno.ENFILE: ": raise the limit of open files (sysctl fs.file-max)",
+        errno.ENOMEM: ": free some memory",
+    }
+    return remedies.get(error.errno or 0, "")
+
+
 def refused(error: OSError, *, wanted: str) -> SandboxError:
     """For what the system refused where nobody expected it to; the traceback is the evidence."""
-    import traceback
-
+    try:
+        import traceback
+    except OSError:  # there is no descriptor to read it with
+        detail = ""
+    else:
+        detail = "".join(traceback.format_exception(error))
     what = f"'{error.filename}': " if error.filename else ""
-    text = f"cannot {wanted}: {what}{(error.strerror or str(error)).lower()}"
-    return SandboxError(text, detail="".join(traceback.format_exception(error)))
+    text = f"cannot {wanted}: {what}{(error.strerror or str(error)).lower()}{room_for(error)}"
+    return SandboxError(text, detail=detail)

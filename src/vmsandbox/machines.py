@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from vmsandbox.errors import is_shortage
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +23,9 @@ def command_line(pid: int) -> list[bytes]:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().split(b"\0")[:-1]
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise  # to find no machine would mean that there is none
         return []
 
 

@@ -17,6 +17,7 @@ from vmsandbox.errors import (
     InvalidStateError,
     NotFoundError,
     SandboxError,
+    is_shortage,
 )
 from vmsandbox.paths import Roots, SandboxPaths
 
@@ -58,11 +59,16 @@ POD_SHAPE: dict[str, Any] = {
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone or only a zombie is left."""
+    """When a process started, in clock ticks since boot; None if it is gone or only a zombie is left.
+
+    Who has no descriptor left to look with gets the `OSError`.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b") ")[2].split()
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cli import Cli, Result, kill
+from tests.harness.descriptors import limited_to
 from tests.harness.guests import broken_image, hanging_kernel
 
 if TYPE_CHECKING:
@@ -172,12 +172,9 @@ def test_a_configuration_that_cannot_be_used(
         check(cli(*words), cli, *said, code=code)
 
 
-@pytest.mark.parametrize("limit", [12, 24])
+@pytest.mark.parametrize("limit", [6, 8, 12, 16, 24])
 def test_too_few_descriptors(cli: Cli, box: str, limit: int) -> None:
-    def lower() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-
-    check(cli("run", "--rm", box, "true", preexec_fn=lower), cli, "Too many open files")
+    check(cli("run", "--rm", box, "true", preexec_fn=limited_to(limit)), cli, "oo many open files")
 
 
 def test_more_disks_than_a_pod_has_slots(cli: Cli, box: str, tmp_path: Path, pod_template: None) -> None:

@@ -13,7 +13,7 @@ import sys
 
 from vmsandbox import locks, wire
 from vmsandbox.cli import nursery
-from vmsandbox.errors import AlreadyExistsError, UnavailableError
+from vmsandbox.errors import AlreadyExistsError, UnavailableError, is_shortage
 from vmsandbox.plainsocket import UnixSocket
 
 TYPE_CHECKING = False
@@ -111,6 +111,8 @@ def spawn_supervisor(
             try:
                 done = nursery.forked(roots, listener, log, words, environment())
             except (OSError, ValueError, KeyError, wire.WireError) as error:
+                if isinstance(error, OSError) and is_shortage(error):
+                    raise  # it is ours
                 raise UnavailableError(f"the process that starts supervisors ended: {error}: try again") from error
             if done:
                 return

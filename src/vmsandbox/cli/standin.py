@@ -12,6 +12,7 @@ import sys
 import termios
 
 from vmsandbox import cgroups
+from vmsandbox.errors import refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,5 +108,11 @@ def stay(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> NoReturn:
         status = Standin(roots, sandbox, plan).run()
     except BrokenPipeError:
         pass
+    except OSError as error:
+        if plan.client is not None:
+            from vmsandbox.cli import output
+
+            output.report(refused(error, wanted="carry its input and output"), debug=False)
+            status = output.ENGINE_FAILED
     finally:
         os._exit(status)

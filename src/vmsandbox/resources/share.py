@@ -260,6 +260,8 @@ def _explained(path: str, error: OSError) -> SandboxError:
         return UnsupportedError(f"{what}: the right to mount is needed, run as root")
     if error.errno in (errno.ENOSPC, errno.ENOMEM):
         return ExhaustedError(f"{what}: remove containers with volumes, or raise 'fs.mount-max'")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ExhaustedError(f"{what}: raise the limit of open files (ulimit -n)")
     if error.errno == errno.ENOENT:
         return NotFoundError(what)
     return SandboxError(what)

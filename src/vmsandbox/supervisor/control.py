@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import log as logs
 from vmsandbox import wire
-from vmsandbox.errors import SandboxError, UnavailableError
+from vmsandbox.errors import SandboxError, UnavailableError, room_for
 from vmsandbox.supervisor import copying, execution
 from vmsandbox.supervisor.explaining import explained
+from vmsandbox.supervisor.reserve import Reserve
 
 if TYPE_CHECKING:
     import socket
@@ -32,9 +33,6 @@ HELP = {
     errno.ENOSPC: "make room where '--root' and '--data-root' are, or choose others",
     errno.EDQUOT: "make room where '--root' and '--data-root' are, or choose others",
     errno.EROFS: "choose another '--root' or '--data-root'",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the limit of open files (sysctl fs.file-max)",
-    errno.ENOMEM: "free some memory",
 }
 
 
@@ -54,11 +52,20 @@ class Control:
         self.released = asyncio.Event()
         #: somebody has asked for something
         self._asked = asyncio.Event()
+        self._reserve = Reserve()
 
     async def idle(self) -> None:
         """Wait until something was asked and answered, and nothing is asked any more."""
         await self._asked.wait()
         await self._quiet.wait()
+
+    async def heard(self, *, timeout: float) -> None:
+        """Wait until somebody has asked for something, but not for ever."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._asked.wait()
+        except TimeoutError:
+            return
 
     async def quiet(self) -> None:
         """Wait until every request is answered and every stand-in has what it is owed."""
@@ -77,6 +84,7 @@ class Control:
                 self._quiet.set()
 
     async def listen(self, listener: socket.socket) -> asyncio.Server:
+        asyncio.get_running_loop().set_exception_handler(self._reserve.handle)
         return await asyncio.start_unix_server(self._accepted, sock=listener, limit=1 << 20)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,6 +120,8 @@ class Control:
         finally:
             if writer not in self._until_exit:
                 writer.close()
+                # Its descriptor is free when the loop has come round to it.
+                asyncio.get_running_loop().call_later(0, self._reserve.refill)
 
     async def _departed(self, container_id: str) -> None:
         """Until a container of a pod that goes on has ended and is released, or the pod has."""
@@ -212,4 +222,4 @@ def _words(error: OSError) -> str:
     """What the machine lacks, and where."""
     where = f" for '{error.filename}'" if error.filename else ""
     next_step = HELP.get(error.errno or 0, "'--debug' and the supervisor's log say more")
-    return f"the machine refuses{where}: {error.strerror or error}; {next_step}"
+    return f"the machine refuses{where}: {error.strerror or error}{room_for(error) or f'; {next_step}'}"

@@ -20,9 +20,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox import cgroups, documents, locks, machines, records, remains
+from vmsandbox import cgroups, documents, locks, machines, records, remains, wire
 from vmsandbox import log as logs
-from vmsandbox.errors import EndingError, SandboxError, UnavailableError
+from vmsandbox.errors import EndingError, SandboxError, UnavailableError, is_shortage, refused
 from vmsandbox.paths import Roots, SandboxPaths
 from vmsandbox.title import set_title
 
@@ -98,12 +98,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 debug="--debug" in rest,
             )
         )
-    except Exception:
+    except Exception as error:
         log.exception("the supervisor failed")
+        cause = _innermost(error)
+        if isinstance(cause, OSError) and is_shortage(cause):
+            _tell_first(listener, refused(cause, wanted="start a pod's supervisor"))
+            _unlink(paths.control_file)
+            remains.forget_sandbox_if_empty(paths)
         sys.exit(1)
     # Everything is released; what libraries would still do at exit only makes callers wait.
     logging.shutdown()
     os._exit(0)
+
+
+def _tell_first(listener: socket.socket, error: SandboxError) -> None:
+    """Tell the first who asks why there is no pod, where there is not even room for a loop that serves him."""
+    listener.settimeout(IDLE_TIMEOUT)
+    try:
+        asker, _ = listener.accept()
+        with asker:
+            asker.settimeout(IDLE_TIMEOUT)
+            wire.receive(asker)
+            told = {"code": error.code, "message": str(error), "detail": error.detail}
+            asker.sendall(wire.encode_message({"error": told}))
+    except (OSError, wire.WireError) as broken:
+        log.info("nobody was told: %s", broken)
 
 
 def config_of(words: Sequence[str]) -> str | None:
@@ -155,6 +174,8 @@ async def supervise(
         server = await control.listen(listener)
         try:
             await _hold_pod(around, service, control, start=start)
+            if service.reason is not None and not start.spare:
+                await control.heard(timeout=IDLE_TIMEOUT)  # whoever had us started is to hear why
             service.close()
             await control.quiet()
             await service.settle()
@@ -197,7 +218,10 @@ async def _hold_pod(around: Surroundings, service: Service, control: Control, *,
         text = "".join(traceback.format_exception(errors))
         log.error("the supervisor failed\n%s", text)
         cause = _innermost(errors)
-        service.lost(SandboxError(f"internal error: {type(cause).__name__}: {cause}", detail=text))
+        if isinstance(cause, OSError) and is_shortage(cause):
+            service.lost(refused(cause, wanted="hold the pod"))
+        else:
+            service.lost(SandboxError(f"internal error: {type(cause).__name__}: {cause}", detail=text))
 
 
 async def _pod(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import records
+from vmsandbox.errors import is_shortage
 from vmsandbox_hypervisor.aio import readable
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Exit code of a process whose virtual machine went away under it: as if it had been killed.
 LOST_CODE = 137
+#: seconds until a stand-in that there was no descriptor for is looked at again
+SHORTAGE_PAUSE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,24 @@ class Exit:
         )
 
 
+async def _handle(pid: int, started: object) -> int | None:
+    """A descriptor of a process, None if it is gone; with none to be had its end is noticed later, and not assumed."""
+    while True:
+        fd = None
+        try:
+            fd = os.pidfd_open(pid)
+            if records.is_alive(pid, started):
+                return fd
+            os.close(fd)
+            return None
+        except OSError as error:
+            if fd is not None:
+                os.close(fd)
+            if not is_shortage(error):
+                return None
+        await asyncio.sleep(SHORTAGE_PAUSE)
+
+
 class Process:
     """The init process of a container (`exec_id` is empty) or one that was added to it."""
 
@@ -72,7 +93,10 @@ class Process:
     def has_standin(self) -> bool:
         """Whether a stand-in lives that will take, or has taken, the output and the exit."""
         standin = self.standin or {}
-        return records.is_alive(standin.get("pid"), standin.get("start_time"))
+        try:
+            return records.is_alive(standin.get("pid"), standin.get("start_time"))
+        except OSError:
+            return True  # nobody can look now, and whoever watches it will
 
     def finish(self, status: Exit) -> bool:
         """Record the exit once; says whether this call did."""
@@ -97,14 +121,10 @@ class Process:
         pid, started = standin.get("pid"), standin.get("start_time")
         if not isinstance(pid, int):
             return
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:
-            fd = -1
-        if fd >= 0:
+        fd = await _handle(pid, started)
+        if fd is not None:
             try:
-                if records.is_alive(pid, started):
-                    await readable(fd)
+                await readable(fd)
             finally:
                 os.close(fd)
         self.delivered.set()

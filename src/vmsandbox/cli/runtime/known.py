@@ -18,6 +18,7 @@ from vmsandbox.errors import (
     NotFoundError,
     SandboxError,
     UnavailableError,
+    is_shortage,
 )
 
 TYPE_CHECKING = False
@@ -158,7 +159,9 @@ def await_supervisor(sandbox: SandboxPaths) -> bool:
     try:
         pid = int(part(documents.read(sandbox.document_file), "supervisor").get("pid") or 0)
         handle = os.pidfd_open(pid)
-    except (SandboxError, OSError, ValueError):
+    except (SandboxError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_shortage(error):
+            raise
         return True
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
