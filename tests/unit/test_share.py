@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,24 @@ def test_a_process_in_a_namespace_of_its_own_sees_later_mounts_come_and_go(direc
 def test_opening_the_directory_twice_mounts_it_once(directory: str) -> None:
     share.open_directory(directory)
     assert remains.mounts_below(directory) == [directory]
+
+
+def test_a_directory_that_two_open_at_once_is_mounted_once(
+    place: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tree = str(place / "shared"), share._tree
+    other = threading.Thread(target=share.bind_all, args=(path, [("one", str(source / "file"), False, False)]))
+
+    def slow(copied: str) -> int:
+        if copied == path and not other.ident:
+            other.start()
+            other.join(0.5)  # whoever does not wait for us is done by then
+        return tree(copied)
+
+    monkeypatch.setattr(share, "_tree", slow)
+    share.open_directory(path)
+    other.join()
+    assert remains.mounts_below(path) == [path, f"{path}/one"]
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import stat
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class _Attributes(ctypes.Structure):
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_opening = threading.Lock()
 
 
 def _call(number: int, *arguments: object) -> int:
@@ -139,17 +141,20 @@ def open_directory(directory: str) -> None:
     Blocks.  Raises `UnsupportedError` without the right to mount or on a kernel before 5.12, else `SandboxError`.
     """
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        if os.path.realpath(directory) in remains.mounts_below(directory):
-            return
-        tree = _tree(directory)
-        try:
-            # Private first: it must not share a group with the file system it lies on.
-            _set(tree, propagation=_MS_PRIVATE)
-            _set(tree, propagation=_MS_SHARED)
-            _move(tree, directory)
-        finally:
-            os.close(tree)
+        # A pod's start and its first container ask for it at the same time, and a second one would lie on top of what
+        # is mounted in the first, with a copy of that.
+        with _opening:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            if os.path.realpath(directory) in remains.mounts_below(directory):
+                return
+            tree = _tree(directory)
+            try:
+                # Private first: it must not share a group with the file system it lies on.
+                _set(tree, propagation=_MS_PRIVATE)
+                _set(tree, propagation=_MS_SHARED)
+                _move(tree, directory)
+            finally:
+                os.close(tree)
     except OSError as error:
         raise _explained(directory, error) from error
 
