@@ -408,7 +408,8 @@ class _Play:
             if shown.code == 0:
                 assert shown.stdout == ("kept\nthe host's\n" if self.plan.shared else "kept\n")
                 return
-            assert "client" in self.killed, shown
+            # Or its machine was killed just now.
+            assert self.killed & {"client", *LOST}, shown
             awaited(lambda: self._status_of(name) == "stopped")
         raise AssertionError(f"'{name}' does not stay running")
 
