@@ -82,25 +82,3 @@ def test_an_exec_whose_own_pod_s_machine_is_killed_names_its_container_s_start(c
     assert "Stream removed" not in said.splitlines()[0]
     cli.ok("start", "web")
     assert cli.ok("exec", "web", "echo", "again") == "again\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "left"),
-    [(("stop", "-t", "0", "web"), ["web"]), (("rm", "-f", "web"), []), (("pod", "rm", "-f", "p"), [])],
-)
-def test_what_needs_no_machine_is_done_although_it_is_killed_meanwhile(
-    cli: Cli, box: str, words: tuple[str, ...], left: list[str]
-) -> None:
-    cli.ok("pod", "create", "--name", "p")
-    cli.ok("run", "-d", "--pod", "p", "--name", "web", box, "sleep", "1000")
-    machine = int(cli.inspect("web")["pod"]["vm"]["pid"])
-    psutil.Process(machine).suspend()
-    with cli.popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
-        try:
-            awaited(lambda: psutil.Process(client.pid).net_connections("unix"))
-        finally:
-            kill(machine)
-        _, said = client.communicate(timeout=60)
-    assert (client.returncode, said) == (0, b"")
-    assert [row["name"] for row in cli.ps() if row["status"] == "stopped"] == left
-    assert len(cli.ps()) == len(left)

@@ -15,8 +15,6 @@ from vmsandbox.supervisor import answering, bundled
 if TYPE_CHECKING:
     from vmsandbox.supervisor.service import Service
 
-#: what can be done without the machine as well, by whoever asks again
-STILL_POSSIBLE = frozenset({"stop", "delete", "pod-stop", "pod-remove"})
 #: seconds that a machine whose connections are broken may take to be seen to have ended
 NOTICED_WITHIN = 2.0
 
@@ -35,8 +33,6 @@ async def explained(service: Service, verb: str, error: SandboxError) -> Sandbox
         return error
     except SandboxError as death:
         why = "it was told to" if told else str(death)
-        if verb in STILL_POSSIBLE:
-            return EndingError(f"the pod has ended meanwhile: {why}; try again", detail=death.detail)
         return UnavailableError(f"the pod has ended meanwhile: {why}{_way_out(service, verb)}", detail=death.detail)
 
 
