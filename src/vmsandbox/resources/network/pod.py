@@ -8,42 +8,33 @@ directories, not in them: those are removed as trees, and before the last of the
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import logging
 import os
-import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import documents
-from vmsandbox.errors import AlreadyExistsError, ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError
+from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError
 from vmsandbox.paths import SHORT_ID
-from vmsandbox.resources.network import attach, cni, names, namespaces
+from vmsandbox.resources.network import attach, cni, names, namespaces, ports
 from vmsandbox.resources.network.bridge import Bridge, subnets_of
 from vmsandbox.resources.network.model import Endpoint
 from vmsandbox.resources.network.options import HOST_GATEWAY, NetworkOptions
 from vmsandbox_hypervisor.aio import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    import socket
+    from collections.abc import Awaitable, Callable, Sequence
 
     from vmsandbox.config.model import NetworkSettings
     from vmsandbox.paths import Roots
     from vmsandbox.resources.network.attach import Tap
-    from vmsandbox.resources.network.options import Port
 
 log = logging.getLogger(__name__)
 
 #: below the run root
 DIRECTORY = "net"
-#: kind and number of a published port's protocol
-_PROTOCOLS = {
-    "tcp": (socket.SOCK_STREAM, socket.IPPROTO_TCP),
-    "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
-    "sctp": (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +121,13 @@ class PodNetwork:
 
         Raises AlreadyExistsError for one that is in use, ExhaustedError for more than this process may have open.
         """
+        self._reserved += ports.reserved(self.options.ports, ipv6=ipv6)
+
+    def hold_free_ports(self, *, ipv6: bool) -> None:
+        """As `hold_ports`, but for those that somebody has taken meanwhile."""
         for port in self.options.ports:
-            for family in _families(port, ipv6=ipv6):
-                held = _bound(port, family)
-                if held is not None:
-                    self._reserved.append(held)
+            with suppress(SandboxError):
+                self._reserved += ports.reserved([port], ipv6=ipv6)
 
     def let_go(self) -> None:
         """Close what this process holds; what is made stays."""
@@ -235,7 +228,7 @@ async def _join_bridge(network: PodNetwork, settings: NetworkSettings) -> None:
         configuration = await asyncio.to_thread(bridge.prepare, subnet=settings.subnet, ipv6=settings.ipv6)
         runtime: dict[str, Any] = {}
         if options.ports:
-            runtime["portMappings"] = [_mapping(port) for port in options.ports]
+            runtime["portMappings"] = [ports.mapping(port) for port in options.ports]
         if options.ip:
             runtime["ips"] = [bridge.check_address(configuration, options.ip)]
         attachment = cni.Attachment(
@@ -248,7 +241,7 @@ async def _join_bridge(network: PodNetwork, settings: NetworkSettings) -> None:
         for program in cni.programs(configuration):
             cni.find(program, plugins)
         ipv6 = _has_ipv6(configuration)
-        _check_addresses(options.ports, ipv6=ipv6)
+        ports.check_addresses(options.ports, ipv6=ipv6)
         network.hold_ports(ipv6=ipv6)
         network.remember(netns=place.own_namespace, owned=True, attachment=attachment.document())
         await namespaces.create(place.own_namespace)
@@ -259,76 +252,6 @@ def _has_ipv6(configuration: dict[str, Any]) -> bool:
     return any(subnet.version == 6 for subnet in subnets_of(configuration))
 
 
-def _check_addresses(ports: Iterable[Port], *, ipv6: bool) -> None:
-    """Raise InvalidArgumentError for a port at an address at which nothing would answer."""
-    for port in ports:
-        if ":" not in port.ip:
-            continue
-        if ipaddress.ip_address(port.ip).is_loopback:
-            raise InvalidArgumentError(
-                f"cannot publish at '{port.ip}': the kernel leads nothing on from its own IPv6 loopback"
-            )
-        if not ipv6:
-            raise InvalidArgumentError(
-                f"cannot publish at '{port.ip}': the default network has no IPv6; 'network.ipv6' gives it some"
-            )
-
-
-def _mapping(port: Port) -> dict[str, Any]:
-    mapping: dict[str, Any] = {"hostPort": port.host, "containerPort": port.inner, "protocol": port.protocol}
-    if port.ip:
-        mapping["hostIP"] = port.ip
-    return mapping
-
-
-def _families(port: Port, *, ipv6: bool) -> list[socket.AddressFamily]:
-    """Of the addresses at which a port is published."""
-    if port.ip:
-        return [socket.AF_INET6 if ":" in port.ip else socket.AF_INET]
-    return [socket.AF_INET, socket.AF_INET6] if ipv6 else [socket.AF_INET]
-
-
-def _bound(port: Port, family: socket.AddressFamily) -> socket.socket | None:
-    """A socket that nobody talks to: connections are led away before they reach it.  None without that protocol."""
-    kind, number = _PROTOCOLS[port.protocol]
-    try:
-        held = socket.socket(family, kind | socket.SOCK_CLOEXEC, number)
-    except OSError as error:
-        if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ESOCKTNOSUPPORT):
-            return None
-        raise ExhaustedError(
-            f"cannot reserve port '{port.host}/{port.protocol}': {error.strerror}; publish fewer, or raise the limit "
-            "of open files (ulimit -n)"
-        ) from error
-    try:
-        if family == socket.AF_INET6:
-            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        _bind(held, (port.ip, port.host))
-    except OSError as error:
-        held.close()
-        if error.errno == errno.EADDRINUSE:
-            raise AlreadyExistsError(
-                f"port '{port.host}/{port.protocol}' of the host is in use: choose another, or end what listens there"
-            ) from error
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise InvalidArgumentError(f"cannot publish at '{port.ip}': it is no address of the host") from error
-        raise InvalidArgumentError(f"cannot publish port '{port}': {error.strerror}") from error
-    return held
-
-
-def _bind(sock: socket.socket, address: tuple[str, int]) -> None:
-    """Bind to what no other program has, although connections that it once had may not be forgotten yet."""
-    try:
-        sock.bind(address)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE or sock.type != socket.SOCK_STREAM:
-            raise
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        # From now on nobody may listen beside it.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-
-
 def known(place: Place, options: NetworkOptions) -> PodNetwork:
     """The network of a pod that an earlier supervisor made; ports are reserved again where nobody took them."""
     try:
@@ -336,8 +259,7 @@ def known(place: Place, options: NetworkOptions) -> PodNetwork:
     except SandboxError:
         document = {"netns": options.path, "sandbox": place.sandbox_id}
     network = PodNetwork(place, options, document)
-    with suppress(SandboxError):
-        network.hold_ports(ipv6=_has_ipv6((document.get("attachment") or {}).get("network") or {"plugins": []}))
+    network.hold_free_ports(ipv6=_has_ipv6((document.get("attachment") or {}).get("network") or {"plugins": []}))
     return network
 
 
