@@ -143,6 +143,18 @@ class Confinement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecurityLabels:
+    """What the host's security modules put on the machine's processes when they are executed; empty: nothing.
+
+    A context of SELinux is QEMU's and virtiofsd's.  A profile of AppArmor is QEMU's alone: profiles for containers deny
+    mounts, without which virtiofsd cannot lock itself up.
+    """
+
+    apparmor: str = ""
+    selinux: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VmConfig:
     """One machine, completely.
 
@@ -167,6 +179,7 @@ class VmConfig:
     root_ports: int = 16
     accel: Accel = "auto"
     confinement: Confinement | None = None
+    labels: SecurityLabels = field(default_factory=SecurityLabels)
     binary: Path = Path("/usr/bin/qemu-system-x86_64")
     virtiofsd: Path = Path("/usr/lib/qemu/virtiofsd")
     boot_timeout: float = 60.0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vmsandbox_hypervisor.api import Confinement
+    from vmsandbox_hypervisor.api import Confinement, SecurityLabels
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 #: what everything is started through, and the package it is in
@@ -110,9 +110,13 @@ def read_start_time(pid: int) -> int:
     return int(stat[stat.rindex(b")") + 2 :].split()[19])
 
 
-def confined(argv: Sequence[str], identity: Confinement | None) -> list[str]:
-    """`argv` behind setpriv: no new privileges ever, and with `identity` no privileges at all."""
+def confined(argv: Sequence[str], identity: Confinement | None, labels: SecurityLabels | None = None) -> list[str]:
+    """`argv` behind setpriv: no new privileges ever, with `identity` no privileges at all, and under `labels`."""
     prefix = [SETPRIV, "--no-new-privs"]
+    if labels is not None and labels.selinux:
+        prefix.append(f"--selinux-label={labels.selinux}")
+    if labels is not None and labels.apparmor:
+        prefix.append(f"--apparmor-profile={labels.apparmor}")
     if identity is not None:
         groups = ",".join(str(group) for group in identity.groups)
         prefix += [

@@ -15,7 +15,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from vmsandbox_hypervisor.children import Child, spawn
+from vmsandbox_hypervisor.children import SETPRIV, Child, spawn
 from vmsandbox_hypervisor.sockets import listening
 
 if TYPE_CHECKING:
@@ -58,21 +58,24 @@ class Daemon:
         self.child.forget()
 
 
-def argv(program: Path, share: VirtiofsShare, *, fd: int) -> list[str]:
-    """The command line; pure."""
+def argv(program: Path, share: VirtiofsShare, *, fd: int, selinux: str = "") -> list[str]:
+    """The command line, behind setpriv if it gets a label of SELinux; pure."""
     source = str(share.path).replace("\\", "\\\\").replace(",", "\\,")
     options = [f"source={source}", f"cache={share.cache}", "sandbox=namespace", "announce_submounts", "xattr"]
     if share.cache == "always":
         options.append("writeback")
     options.append("log_level=err")
-    return [str(program), f"--fd={fd}", "-f", "-o", ",".join(options)]
+    labelled = [SETPRIV, f"--selinux-label={selinux}", "--"] if selinux else []
+    return [*labelled, str(program), f"--fd={fd}", "-f", "-o", ",".join(options)]
 
 
 def _stem(tag: str) -> str:
     return f"virtiofs-{hashlib.sha256(tag.encode()).hexdigest()[:16]}"
 
 
-def start(share: VirtiofsShare, *, program: Path, directory: Path, stderr: int) -> tuple[Daemon, socket.socket]:
+def start(
+    share: VirtiofsShare, *, program: Path, directory: Path, stderr: int, selinux: str = ""
+) -> tuple[Daemon, socket.socket]:
     """Start a daemon and connect to it; the caller hands the connection to QEMU and closes its own end.
 
     Raises `OSError` if it cannot be started.  That it cannot serve the directory shows when QEMU talks to it.
@@ -82,7 +85,8 @@ def start(share: VirtiofsShare, *, program: Path, directory: Path, stderr: int) 
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(str(path))
-        child = spawn(f"virtiofsd {share.tag}", argv(program, share, fd=3), fds={3: listener.fileno()}, stderr=stderr)
+        line = argv(program, share, fd=3, selinux=selinux)
+        child = spawn(f"virtiofsd {share.tag}", line, fds={3: listener.fileno()}, stderr=stderr)
     except BaseException:
         connection.close()
         raise

@@ -155,7 +155,11 @@ class Devices:
         async with self._plugging(name) as port:
             try:
                 daemon, connection = virtiofsd.start(
-                    share, program=self._config.virtiofsd, directory=self._config.directory, stderr=self._stderr
+                    share,
+                    program=self._config.virtiofsd,
+                    directory=self._config.directory,
+                    stderr=self._stderr,
+                    selinux=self._config.labels.selinux,
                 )
             except OSError as error:
                 raise DeviceError(f"cannot start virtiofsd for '{share.tag}': {error}", reason=str(error)) from error

@@ -140,7 +140,7 @@ class QemuHypervisor:
         """The command line for `config`; with ``auto`` as far as it can be told without trying KVM."""
         accel = probe.likely().accel if config.accel == "auto" else config.accel
         line = argv(config, accel, block_devices=[disk.id for disk in config.disks if disk.path.is_block_device()])
-        return confined(line, config.confinement)
+        return confined(line, config.confinement, config.labels)
 
 
 class Launch(NamedTuple):
@@ -223,7 +223,7 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
         os.close(_opened("template state", config.restore, os.O_RDONLY))
     line = argv(config, choice.accel, block_devices=block_devices, vsock_cid=cid)
     numbers = descriptors(config)
-    return confined(line, config.confinement), {numbers[role]: fd for role, fd in opened.items()}, cid
+    return confined(line, config.confinement, config.labels), {numbers[role]: fd for role, fd in opened.items()}, cid
 
 
 def _opened(what: str, path: Path, flags: int) -> int:

@@ -22,13 +22,13 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import cards, clock, shares, slots, store, template
+from vmsandbox.supervisor import cards, clock, labels, shares, slots, store, template
 from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.answering import first_answer
 from vmsandbox.supervisor.network import Connection, connected, resumed
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Sandbox, SandboxSpec, Surroundings
 from vmsandbox.supervisor.translation import translating
-from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, VmConfig
+from vmsandbox_hypervisor.api import Confinement, Cpus, Disk, Kernel, Memory, Port, SecurityLabels, VmConfig
 from vmsandbox_hypervisor.frequency import host_khz
 from vmsandbox_hypervisor.kernel import tsc_frequency
 
@@ -78,6 +78,7 @@ def vm_config_for(around: Surroundings, spec: SandboxSpec) -> VmConfig:
         # Only root can serve files with their owners and modes.
         # The first uid of the range is for machines without a user's code; each pod gets one of the others.
         confinement=None if serves_9p or not settings.hypervisor.confine else Confinement(uid=first, gid=first),
+        labels=SecurityLabels(apparmor=spec.apparmor, selinux=spec.selinux),
         binary=_path(settings.hypervisor.binary),
         virtiofsd=_path(settings.hypervisor.virtiofsd),
         boot_timeout=settings.hypervisor.boot_timeout,
@@ -213,7 +214,7 @@ async def started(around: Surroundings, config: VmConfig, stack: AsyncExitStack)
     """A machine that runs, and its agent, which may not answer yet; both are left with the `stack`."""
     # While QEMU starts.
     loading = asyncio.get_running_loop().run_in_executor(None, AgentClient.load)
-    with translating():
+    with labels.blamed(config.labels), translating():
         vm = await stack.enter_async_context(around.hypervisor.running(config))
         await loading
         return vm, await stack.enter_async_context(agent_of(vm, around.paths.vm))

@@ -84,7 +84,11 @@ async def create(service: Service, request: dict[str, Any]) -> dict[str, Any]:
         except BaseException:
             await container.release()
             raise
-    return {"id": container_id, "warnings": capabilities.complaints(parts.document["process"])}
+    asked = bundle.document.get("process")
+    return {
+        "id": container_id,
+        "warnings": [*capabilities.complaints(parts.document["process"]), *labels.complaints(asked, spec)],
+    }
 
 
 def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> SandboxSpec:
@@ -92,6 +96,7 @@ def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> Sand
     netns = request.get("netns")
     if not isinstance(netns, str) or not netns.startswith("/"):
         raise InvalidArgumentError("the request names no network namespace")
+    process = bundle.spec.process
     return SandboxSpec(
         id=str(request.get("pod")),
         hostname=bundle.spec.hostname or os.uname().nodename,
@@ -100,6 +105,8 @@ def pod_spec(request: dict[str, Any], bundle: Bundle, parts: Translated) -> Sand
         network=NetworkOptions(kind="namespace", path=netns).document(),
         sysctls=parts.sysctls,
         cgroups=tuple(request.get("cgroups") or ()),
+        apparmor=labels.profile(process.apparmor_profile) if process else "",
+        selinux=process.selinux_label if process else "",
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox import wire
 from vmsandbox.errors import AlreadyExistsError, NotFoundError, SandboxError, UnavailableError
 from vmsandbox.oci import capabilities
-from vmsandbox.supervisor import bundled, composition
+from vmsandbox.supervisor import bundled, composition, labels
 from vmsandbox.supervisor.streams import Link, exit_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ async def exec_(service: Service, request: dict[str, Any]) -> dict[str, Any]:
     process.settled.set()
     watch(service, process)
     service.spawn(retire(service, container, process), name=f"retire {process}")
-    return {"exec": exec_id, "warnings": capabilities.complaints(request.get("process"))}
+    described = request.get("process")
+    return {
+        "exec": exec_id,
+        "warnings": [*capabilities.complaints(described), *labels.complaints(described, sandbox.spec)],
+    }
 
 
 async def retire(service: Service, container: Container, process: Process) -> None:

@@ -77,6 +77,9 @@ class SandboxSpec:
     shm_bytes: int = 0
     #: of the host, where everything of the machine is; empty: wherever its supervisor is
     cgroups: tuple[str, ...] = ()
+    #: of the host's security modules, which the machine's processes are executed under; empty: the supervisor's own
+    apparmor: str = ""
+    selinux: str = ""
     #: files of what is in the machine's slots from the start: its first container's image, and an empty layer
     image: str = ""
     layer: str = ""
@@ -101,6 +104,8 @@ class SandboxSpec:
             "share": [*self.share],
             "shm_bytes": self.shm_bytes,
             "cgroups": [*self.cgroups],
+            "apparmor": self.apparmor,
+            "selinux": self.selinux,
             "image": self.image,
             "layer": self.layer,
             "layer_mib": self.layer_mib,

@@ -21,6 +21,7 @@ from vmsandbox_hypervisor.api import (
     NinePShare,
     Port,
     PrivateMemory,
+    SecurityLabels,
     VmConfig,
 )
 
@@ -75,6 +76,7 @@ def vm_config(document: Mapping[str, Any]) -> VmConfig:
     kernel = described.pop("kernel")
     memory = described.pop("memory")
     confinement = described.pop("confinement")
+    labels = described.pop("labels", None) or {}
     private = memory.pop("backing") == "private"
     rebuilt: dict[str, Any] = {
         key: Path(value) if key in PATHS and value is not None else value
@@ -97,6 +99,7 @@ def vm_config(document: Mapping[str, Any]) -> VmConfig:
         ports=tuple(Port(**port) for port in described["ports"]),
         shares=tuple(NinePShare(**{**share, "path": Path(share["path"])}) for share in described["shares"]),
         confinement=Confinement(**{**confinement, "groups": tuple(confinement["groups"])}) if confinement else None,
+        labels=SecurityLabels(**labels),
         **rebuilt,
     )
 

@@ -35,7 +35,7 @@ from vmsandbox.supervisor import cards, clock, slots, warming
 from vmsandbox.supervisor.aio import unless
 from vmsandbox.supervisor.answering import death, first_answer
 from vmsandbox.supervisor.translation import translating
-from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
+from vmsandbox_hypervisor.api import Disk, PrivateMemory, SecurityLabels, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
     MEMORY,
     SEALS,
@@ -75,6 +75,7 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig, *, layer_mib: int) ->
         directory=Path("/template"),
         accel=choice.accel,
         confinement=None,
+        labels=SecurityLabels(),
         memory=shared,
         restore=None,
     )

@@ -22,6 +22,7 @@ from vmsandbox_hypervisor.api import (
     NinePShare,
     Port,
     PrivateMemory,
+    SecurityLabels,
     SharedMemory,
     VmConfig,
 )
@@ -37,6 +38,7 @@ from vmsandbox_hypervisor.qemu.argv import (
     node_name,
     tap_netdev,
 )
+from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -196,6 +198,19 @@ def test_errors_of_the_host_s_disk_are_reported_to_the_guest() -> None:
 def test_an_impossible_configuration_is_refused(config: VmConfig, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         argv(config, "tcg")
+
+
+def test_labels_are_asked_for_right_before_the_program_is_executed() -> None:
+    labels = SecurityLabels(apparmor="profile", selinux="u:r:t:s0:c1,c2")
+    assert confined(["qemu"], None, labels) == [
+        "setpriv",
+        "--no-new-privs",
+        "--selinux-label=u:r:t:s0:c1,c2",
+        "--apparmor-profile=profile",
+        "--",
+        "qemu",
+    ]
+    assert QemuHypervisor().argv(replace(SMALL, labels=labels))[2] == "--selinux-label=u:r:t:s0:c1,c2"
 
 
 def test_what_is_not_confined_still_gains_no_privileges() -> None:

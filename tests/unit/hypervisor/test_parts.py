@@ -261,6 +261,8 @@ def test_virtiofsd_gets_its_directory_whole() -> None:
         "/v", "--fd=3", "-f", "-o",
         "source=/a\\,b\\\\c,cache=always,sandbox=namespace,announce_submounts,xattr,writeback,log_level=err",
     ]  # fmt: skip
+    labelled = virtiofsd.argv(Path("/v"), share, fd=3, selinux="u:r:t:s0")
+    assert labelled[:5] == ["setpriv", "--selinux-label=u:r:t:s0", "--", "/v", "--fd=3"]
 
 
 # ---------------------------------------------------------------- what importing costs

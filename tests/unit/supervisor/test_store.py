@@ -19,6 +19,7 @@ from vmsandbox_hypervisor.api import (
     NinePShare,
     Port,
     PrivateMemory,
+    SecurityLabels,
     VmConfig,
 )
 
@@ -33,6 +34,7 @@ CONFIG = VmConfig(
     ports=(Port(name="agent"),),
     shares=(NinePShare(tag="shared", path=Path("/s")),),
     confinement=Confinement(uid=1900001, gid=1900001, groups=(7, 8)),
+    labels=SecurityLabels(apparmor="profile", selinux="u:r:t:s0"),
     restore=Path("/t/state"),
 )
 

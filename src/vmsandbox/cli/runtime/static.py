@@ -57,8 +57,8 @@ def features_verb(_options: Options, argv: list[str]) -> int:
             "capabilities": ALL_CAPABILITIES,
             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
             "seccomp": {"enabled": True, "actions": ACTIONS, "operators": OPERATORS, "archs": ARCHITECTURES},
-            "apparmor": {"enabled": False},
-            "selinux": {"enabled": False},
+            "apparmor": {"enabled": True},
+            "selinux": {"enabled": True},
         },
         "annotations": {"org.vmsandbox.checkpoint.enabled": "false", "org.vmsandbox.version": __version__},
     }
