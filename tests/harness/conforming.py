@@ -10,6 +10,7 @@ import copy
 import json
 import signal
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ BEGIN {
   for (number in names) say(names[number], first("/proc/self/" names[number]))
   say("oom_score_adj", first("/proc/self/oom_score_adj"))
   say("personality", first("/proc/self/personality"))
+  while ((getline line < "/proc/self/timens_offsets") > 0) say("clock", line)
+  say("uptime", first("/proc/uptime"))
   while ((getline line < "/proc/self/limits") > 0) say("limit " substr(line, 1, 26), substr(line, 27, 42))
   while ((getline line < "/proc/self/mountinfo") > 0) {
     count = split(line, field, " ")
@@ -100,6 +103,13 @@ MAPPING = [{"containerID": 0, "hostID": 0, "size": 5_000_000}]
 HOOKS_LOG = "hooks"
 #: hooks of the host
 HOOKS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
+
+#: what starts crun in a time namespace of its own, which crun 1.8 itself loses its child in; $1 are the offsets
+CLOCKS = (
+    "import ctypes, pathlib, subprocess, sys; failed = ctypes.CDLL(None).unshare(0x80); "
+    "pathlib.Path('/proc/self/timens_offsets').write_text(sys.argv[1]); "
+    "sys.exit(failed or subprocess.call(sys.argv[2:]))"
+)
 
 names = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=12)
 
@@ -187,6 +197,8 @@ def documents(
     if draw(st.integers(0, 3)) == 0:
         linux["namespaces"].append({"type": "user"})
         linux.update(uidMappings=MAPPING, gidMappings=MAPPING)
+    elif draw(st.integers(0, 2)) == 0:
+        _clocks(draw, linux)
     if draw(st.integers(0, 2)) == 0:
         linux["seccomp"] = {
             "defaultAction": "SCMP_ACT_ALLOW",
@@ -219,6 +231,16 @@ def resources(draw: st.DrawFn, *, guests_own: bool) -> dict[str, Any]:
         if draw(st.booleans()):
             made["cpu"].update(quota=draw(st.integers(50, 200)) * 1000, period=100000)
     return made
+
+
+def _clocks(draw: st.DrawFn, linux: dict[str, Any]) -> None:
+    """A time namespace; what a clock shows must not be before its machine's start."""
+    linux["namespaces"].append({"type": "time"})
+    offset = st.fixed_dictionaries(
+        {}, optional={"secs": st.integers(-1, 10**6), "nanosecs": st.integers(0, 999_999_999)}
+    )
+    if draw(st.integers(0, 3)):
+        linux["timeOffsets"] = draw(st.fixed_dictionaries({}, optional={"monotonic": offset, "boottime": offset}))
 
 
 def _mounts(draw: st.DrawFn, spec: dict[str, Any], shared: Path) -> None:
@@ -318,11 +340,30 @@ def damaged(draw: st.DrawFn, *, shared: Path) -> tuple[bytes, str]:
 
 
 def for_control(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec without what crun needs control groups of version 2, or huge pages, for."""
-    spec = copy.deepcopy(spec)
+    """A spec without what crun needs control groups of version 2, or huge pages, for, and without a time namespace."""
+    spec = without_clocks(copy.deepcopy(spec))
     for name in ("unified", "hugepageLimits"):
         spec["linux"]["resources"].pop(name, None)
     return spec
+
+
+def without_clocks(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without its time namespace, so that crun ignores the offsets."""
+    linux = spec.get("linux")
+    namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
+    if isinstance(linux, dict) and isinstance(namespaces, list):
+        linux["namespaces"] = [each for each in namespaces if each != {"type": "time"}]
+    return spec
+
+
+def clocks(spec: dict[str, Any]) -> str | None:
+    """The offsets of a spec's time namespace as the kernel takes them, None if it has no such namespace."""
+    if {"type": "time"} not in spec["linux"]["namespaces"]:
+        return None
+    offsets = spec["linux"].get("timeOffsets") or {}
+    return "".join(
+        f"{clock} {offset.get('secs', 0)} {offset.get('nanosecs', 0)}\n" for clock, offset in offsets.items()
+    )
 
 
 class Control:
@@ -341,9 +382,10 @@ class Control:
         self._holder.send_signal(signal.SIGKILL)
         self._holder.wait()
 
-    def run(self, bundle: Path, container_id: str) -> Result:
-        """Run a bundle's program to its end."""
-        return self._crun("run", "--bundle", str(bundle), container_id)
+    def run(self, bundle: Path, container_id: str, *, clocks: str | None = None) -> Result:
+        """Run a bundle's program to its end, in a time namespace if there are offsets of `clocks`."""
+        inside = () if clocks is None else (sys.executable, "-c", CLOCKS, clocks)
+        return self._crun("run", "--bundle", str(bundle), container_id, inside=inside)
 
     def accepts(self, bundle: Path, container_id: str) -> tuple[bool, str]:
         """Whether crun creates the container, and what it says."""
@@ -351,8 +393,9 @@ class Control:
         self._crun("delete", "--force", container_id)
         return done.code == 0, done.stderr
 
-    def _crun(self, *words: str) -> Result:
-        argv = ["nsenter", "-t", str(self._holder.pid), "--mount", "crun", "--root", str(self._root), *words]
+    def _crun(self, *words: str, inside: tuple[str, ...] = ()) -> Result:
+        enter = ["nsenter", "-t", str(self._holder.pid), "--mount", *inside]
+        argv = [*enter, "crun", "--root", str(self._root), *words]
         # Not pipes: what crun leaves behind may hold them.
         with (self._root.parent / "crun.out").open("w+b") as out, (self._root.parent / "crun.err").open("w+b") as err:
             done = subprocess.run(
