@@ -114,6 +114,7 @@ class Container:
         """Create the container, and start it `at_once` if that needs no further look at its program."""
         spec_process = self._spec.get("process") or {}
         make = self._crun.run if at_once else self._crun.create
+        kills = self._kills_nearby()
         with processes.plumbed(request.stdio, self.bundle, "init") as plumbing:
             try:
                 child = make(
@@ -121,12 +122,19 @@ class Container:
                     self.bundle,
                     stdio=plumbing.inner,
                     console_socket=plumbing.console.path if plumbing.console else None,
+                    hooked=bool((self._spec.get("hooks") or {}).get("startContainer")),
                 )
             except CrunError:
                 # crun says why in words only; the usual reasons can be seen.
                 from vmsandbox_agent import reasons
 
-                reasons.of_container(self._root, self._spec, group=self._parent(), scratch=self.bundle / "scratch")
+                reasons.of_container(
+                    self._root,
+                    self._spec,
+                    group=self._parent(),
+                    scratch=self.bundle / "scratch",
+                    out_of_memory=self._kills_nearby() > kills,
+                )
                 programs.check(self._root, spec_process)
                 raise
             try:
@@ -364,7 +372,7 @@ class Container:
 
         root = self.open_root()
         try:
-            reasons.of_process(root, document)
+            reasons.of_process(root, document, self._spec.get("linux") or {})
         finally:
             os.close(root)
 
@@ -373,6 +381,12 @@ class Container:
         from vmsandbox_agent.cgroup import MOUNT
 
         return MOUNT / self.group.lstrip("/").rpartition("/")[0]
+
+    def _kills_nearby(self) -> int:
+        """How often memory has run out in the groups beside ours, and in ours; 0 if it has no limit of its own."""
+        resources = (self._spec.get("linux") or {}).get("resources") or {}
+        limited = (resources.get("memory") or {}).get("limit")
+        return self._cgroups.oom_kills(self.group.rpartition("/")[0]) if limited else 0
 
     def _complete(self, request: pb.CreateContainerRequest) -> None:
         """Fill in what only the guest knows."""

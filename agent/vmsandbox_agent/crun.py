@@ -1,7 +1,8 @@
 """The one door to crun.
 
-crun is called with a JSON log, whose last error line becomes the message; nobody branches on its text.  The
-container inherits the standard streams of `create` and `exec`.
+crun is called with a JSON log, whose last error line becomes the message; nobody branches on its text.  What it says
+once it is in the container, of a hook there that fails, it says in the same format on the container's stderr: with such
+hooks the log is of text.  The container inherits the standard streams of `create` and `exec`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Crun:
         *,
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
+        hooked: bool = False,
     ) -> Child:
-        """Create a container; answers its init, which waits for `start`."""
-        return self._made(["create"], container_id, bundle, stdio=stdio, console_socket=console_socket)
+        """Create a container, `hooked` if it has hooks inside; answers its init, which waits for `start`."""
+        return self._made(["create"], container_id, bundle, stdio=stdio, console_socket=console_socket, hooked=hooked)
 
     def run(
         self,
@@ -57,9 +59,11 @@ class Crun:
         *,
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
+        hooked: bool = False,
     ) -> Child:
         """Create a container and start it; what a second call of crun would cost is a tenth of a container's start."""
-        return self._made(["run", "--detach"], container_id, bundle, stdio=stdio, console_socket=console_socket)
+        verb = ["run", "--detach"]
+        return self._made(verb, container_id, bundle, stdio=stdio, console_socket=console_socket, hooked=hooked)
 
     def _made(
         self,
@@ -69,6 +73,7 @@ class Crun:
         *,
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
+        hooked: bool,
     ) -> Child:
         return self._inheriting(
             [*verb, "--bundle", str(bundle)],
@@ -77,6 +82,7 @@ class Crun:
             "init",
             stdio=stdio,
             console_socket=console_socket,
+            log_format="text" if hooked else "json",
         )
 
     def exec(
@@ -143,12 +149,13 @@ class Crun:
         stdio: tuple[int | None, int | None, int | None],
         console_socket: Path | None,
         document: dict[str, Any] | None = None,
+        log_format: str = "json",
     ) -> Child:
         pid_file = bundle / f"{name}.pid"
         console = ["--console-socket", str(console_socket)] if console_socket else []
         with self._reaper.expecting():
             arguments = [*verb, "--pid-file", str(pid_file), *console, container_id]
-            self._run(arguments, bundle / f"{name}.log", stdio, document)
+            self._run(arguments, bundle / f"{name}.log", stdio, document, log_format)
             return self._reaper.claim(int(pid_file.read_text()))
 
     def _run(
@@ -157,8 +164,10 @@ class Crun:
         log: Path,
         stdio: tuple[int | None, int | None, int | None] = (None, None, None),
         document: dict[str, Any] | None = None,
+        log_format: str = "json",
     ) -> None:
-        argv = [self._binary, f"--root={self._root}", f"--log={log}", "--log-format=json", "--cgroup-manager=cgroupfs"]
+        argv = [self._binary, f"--root={self._root}", f"--log={log}", f"--log-format={log_format}"]
+        argv.append("--cgroup-manager=cgroupfs")
         log.unlink(missing_ok=True)
 
         def start() -> Child:
@@ -190,4 +199,5 @@ def _last_error(log: Path) -> str:
             continue
         if isinstance(record, dict) and record.get("level") == "error":
             return str(record.get("msg", ""))
-    return ""
+    # Of text, which ends with the error.
+    return next((line.decode(errors="replace") for line in reversed(lines) if line[:1] not in (b"", b"{")), "")

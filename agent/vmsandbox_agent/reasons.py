@@ -9,13 +9,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox_agent.errors import CommandNotExecutableError, CommandNotFoundError, InvalidArgumentError
 from vmsandbox_agent.storage import parse_options
-from vmsandbox_agent.syscalls import MS_BIND, UMOUNT_NOFOLLOW, LinuxCalls, open_in_root
+from vmsandbox_agent.syscalls import (
+    MS_BIND,
+    UMOUNT_NOFOLLOW,
+    LinuxCalls,
+    begin_namespaces_with_sysctls,
+    open_in_root,
+)
 
 if TYPE_CHECKING:
     from vmsandbox_agent.syscalls import SystemCalls
@@ -23,23 +30,47 @@ if TYPE_CHECKING:
 #: beside the types of a mode: nothing is there, and nothing can be made there
 _NOTHING, _NO_WAY = 0, -1
 NR_OPEN = Path("/proc/sys/fs/nr_open")
+FILESYSTEMS = Path("/proc/filesystems")
+#: types of mounts that are no file system's
+_NOT_FILESYSTEMS = {"", "none", "bind", "cgroup"}
+#: file systems of which each mount is one of its own, so that trying options changes no other
+_SEPARATE = {"tmpfs", "ramfs", "devpts", "sysfs", "mqueue", "hugetlbfs"}
 #: options of a tmpfs that are crun's own
 _CRUN_OPTIONS = {"tmpcopyup", "copy-symlink"}
+#: a control group to try values in
+_TRIAL = ".trial"
 
 
 def of_container(
-    root: int, spec: dict[str, Any], *, group: Path, scratch: Path, calls: SystemCalls | None = None
+    root: int,
+    spec: dict[str, Any],
+    *,
+    group: Path,
+    scratch: Path,
+    out_of_memory: bool = False,
+    calls: SystemCalls | None = None,
 ) -> None:
     """Raise what is wrong with a container in the root directory `root`; nothing if nothing can be seen.
 
-    `group` is the directory of control groups that its own would have been in, `scratch` a directory that can be made.
+    `group` is the directory of control groups that its own would have been in, `scratch` a directory that can be made,
+    and `out_of_memory` tells that something of it was killed for want of some.
     """
+    linux = spec.get("linux") or {}
+    resources = linux.get("resources") or {}
+    if out_of_memory:
+        limit = (resources.get("memory") or {}).get("limit")
+        raise InvalidArgumentError(
+            f"'linux.resources.memory.limit' ('--memory') is {limit}, which is too little to make the container: "
+            "raise it"
+        )
     mounts = [entry for entry in spec.get("mounts") or [] if isinstance(entry, dict)]
     for number, mount in enumerate(mounts):
         _look_at_mount(root, mount, mounts[:number])
-        if mount.get("type") == "tmpfs":
+        if mount.get("type") in _SEPARATE:
             _try_options(mount, scratch, calls or LinuxCalls())
-    of_resources((spec.get("linux") or {}).get("resources") or {}, group=group)
+    _look_at_paths(root, linux, mounts)
+    of_resources(resources, group=group)
+    _try_sysctls(linux.get("sysctl") or {})
     process = spec.get("process") or {}
     cwd = str(process.get("cwd") or "/")
     kind = _kind(root, cwd, mounts)
@@ -48,25 +79,97 @@ def of_container(
     _look_at_limits(process)
 
 
-def of_process(root: int, process: dict[str, Any]) -> None:
-    """The same of a process that is added to the container with this root directory, with docker's codes."""
+def of_process(root: int, process: dict[str, Any], linux: dict[str, Any]) -> None:
+    """The same of a process that is added to the container with this root directory and section ``linux``, with
+    docker's codes.
+    """
     cwd = str(process.get("cwd") or "/")
     kind = _kind(root, cwd, [])
     if kind not in (None, stat.S_IFDIR):
         refusal = CommandNotFoundError if kind == _NOTHING else CommandNotExecutableError
         raise refusal(_about_cwd(cwd, kind))
     _look_at_limits(process)
+    _look_at_ids(process.get("user") or {}, linux)
 
 
 def of_resources(resources: dict[str, Any], *, group: Path) -> None:
-    """Raise for a file of `unified` that control groups do not have."""
-    if not group.is_dir():
+    """Raise for a file of `unified` that control groups do not have, or that does not take what is to be written."""
+    unified = resources.get("unified") or {}
+    if not unified or not group.is_dir():
         return
-    for name in resources.get("unified") or {}:
+    for name in unified:
         if "/" in name or not (group / name).exists():
             raise InvalidArgumentError(
                 f"'linux.resources.unified' names '{name}', which the guest's control groups do not have: leave it out"
             )
+    trial = group / _TRIAL
+    trial.mkdir()
+    try:
+        for name, value in unified.items():
+            try:
+                fd = os.open(trial / name, os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # no directory of the kernel's
+            try:
+                os.write(fd, str(value).encode())
+            except OSError as error:
+                raise InvalidArgumentError(
+                    f"'linux.resources.unified' sets '{name}' to '{value}', which the guest's kernel refuses: "
+                    f"{error.strerror}"
+                ) from error
+            finally:
+                os.close(fd)
+    finally:
+        trial.rmdir()
+
+
+def _look_at_ids(user: dict[str, Any], linux: dict[str, Any]) -> None:
+    """Raise for an id that the container's user namespace, if it has one, does not have."""
+    asked = {"uid": ("uidMappings", [user.get("uid")]), "gid": ("gidMappings", [user.get("gid")])}
+    asked["additionalGids"] = ("gidMappings", user.get("additionalGids") or [])
+    for member, (name, ids) in asked.items():
+        mappings = [(int(each["containerID"]), int(each["size"])) for each in linux.get(name) or []]
+        mapped = [range(start, start + size) for start, size in mappings]
+        missing = [one for one in ids if mapped and not any(int(one or 0) in each for each in mapped)]
+        if missing:
+            raise InvalidArgumentError(
+                f"'process.user.{member}' is {missing[0]}, which the container's 'linux.{name}' does not have: choose "
+                "another"
+            )
+
+
+def _look_at_paths(root: int, linux: dict[str, Any], mounts: list[dict[str, Any]]) -> None:
+    """Raise for a path that cannot be there, since a part of it is no directory."""
+    asked = [(name, path) for name in ("maskedPaths", "readonlyPaths") for path in linux.get(name) or []]
+    asked += [("devices", device.get("path")) for device in linux.get("devices") or []]
+    for name, path in asked:
+        if _kind(root, str(path), mounts) == _NO_WAY:
+            raise InvalidArgumentError(f"'linux.{name}' names '{path}', a part of which is not a directory: correct it")
+
+
+def _try_sysctls(settings: dict[str, str]) -> None:
+    """Ask the kernel what it takes; by a thread, which can have namespaces that the agent does not have."""
+    failed: list[tuple[str, OSError]] = []
+
+    def body() -> None:
+        try:
+            begin_namespaces_with_sysctls()
+        except OSError:
+            return
+        for name, value in settings.items():
+            try:
+                Path("/proc/sys", *name.split(".")).write_text(str(value))
+            except OSError as error:
+                failed.append((name, error))
+
+    if settings:
+        thread = threading.Thread(target=body, name="trial of sysctls")
+        thread.start()
+        thread.join()
+    for name, error in failed:
+        raise InvalidArgumentError(
+            f"'linux.sysctl' sets '{name}' to '{settings[name]}', which the guest's kernel refuses: {error.strerror}"
+        ) from error
 
 
 def _about_cwd(cwd: str, kind: int | None) -> str:
@@ -93,6 +196,14 @@ def _look_at_limits(process: dict[str, Any]) -> None:
 
 def _look_at_mount(root: int, mount: dict[str, Any], before: list[dict[str, Any]]) -> None:
     destination, kind = str(mount.get("destination")), str(mount.get("type") or "")
+    if kind not in _NOT_FILESYSTEMS and kind not in _filesystems():
+        raise InvalidArgumentError(
+            f"cannot mount {kind} at '{destination}': the guest's kernel has no such file system: leave it out"
+        )
+    if kind == "proc" and os.path.dirname(os.path.normpath(destination)) != "/":
+        raise InvalidArgumentError(
+            f"cannot mount proc at '{destination}': the guest's crun takes a place right below '/' only"
+        )
     options = parse_options(str(option) for option in mount.get("options") or [])
     there = _kind(root, destination, before)
     is_bind = kind == "bind" or bool(options.flags & MS_BIND)
@@ -117,8 +228,13 @@ def _compare(destination: str, there: int, wanted: int, *, what: str) -> None:
     raise InvalidArgumentError(f"cannot mount a file at '{destination}': that is not a file: {advice}")
 
 
+def _filesystems() -> set[str]:
+    return {line.split()[-1] for line in FILESYSTEMS.read_text().splitlines() if line}
+
+
 def _try_options(mount: dict[str, Any], scratch: Path, calls: SystemCalls) -> None:
-    """Ask the kernel what it takes of a tmpfs' options; which there are depends on it."""
+    """Ask the kernel what it takes of a file system's options; which there are depends on it."""
+    kind = str(mount.get("type"))
     given = parse_options(str(option) for option in mount.get("options") or []).data
     scratch.mkdir()
     try:
@@ -126,12 +242,12 @@ def _try_options(mount: dict[str, Any], scratch: Path, calls: SystemCalls) -> No
             if option in _CRUN_OPTIONS:
                 continue
             try:
-                calls.mount("tmpfs", str(scratch), "tmpfs", 0, option)
+                calls.mount(kind, str(scratch), kind, 0, option)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     return
                 raise InvalidArgumentError(
-                    f"cannot mount tmpfs at '{mount.get('destination')}': the guest's kernel refuses option "
+                    f"cannot mount {kind} at '{mount.get('destination')}': the guest's kernel refuses option "
                     f"'{option}': correct it"
                 ) from error
             calls.umount(str(scratch), UMOUNT_NOFOLLOW)

@@ -45,6 +45,7 @@ _ADJ_NANO = 0x2000
 _TIMEX_SIZE = 208
 _TIMEX_TIME = 72
 CLONE_NEWTIME = 0x00000080
+_CLONE_NEWUTS, _CLONE_NEWIPC = 0x04000000, 0x08000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (
@@ -165,6 +166,12 @@ def load_at_fixed_addresses() -> None:
 def begin_pid_namespace() -> None:
     """Put the children that this thread starts from now on into a new PID namespace; the thread can do nothing else."""
     if _libc.unshare(_CLONE_NEWPID):
+        raise _failed("unshare")
+
+
+def begin_namespaces_with_sysctls() -> None:
+    """Put the calling thread into IPC and UTS namespaces of its own."""
+    if _libc.unshare(_CLONE_NEWIPC | _CLONE_NEWUTS):
         raise _failed("unshare")
 
 

@@ -41,4 +41,10 @@ def test_a_hook_inside_that_fails_ends_the_container_and_its_program_is_never_ru
     assert (told["id"], told["status"], told["bundle"]) == ("one", "running", str(runtime.scratch / "one"))
     assert told["pid"] in (0, pid)  # it may have ended before
     runtime.ok("delete", "one")
+    # In the foreground its end is told, and by whom.
+    done = runtime("run", "--bundle", str(members.bundle("two", hooked, "sh", "-c", "echo ran")), "two")
+    assert (done.code, done.stdout) == (1, "")
+    assert done.stderr == "error executing hook `/bin/sh` (exit code: 3)\n"
+    # What fails before is told as if there were no hook.
+    assert '"nosuch"' in runtime.refused("run", "--bundle", str(members.bundle("three", hooked, "nosuch")), "three")
     assert members.remains_alone()

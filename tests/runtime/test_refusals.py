@@ -125,6 +125,30 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], None]] = {
     "8:250": resource([RATE], "blockIO", "throttleReadBpsDevice"),
     "no processor 8191": resource("8191", "cpu", "cpus"),
     "no memory node 1023": resource("1023", "cpu", "mems"),
+    # Those that are found out in the guest only.
+    "'linux.resources.unified' sets 'memory.high' to 'junk'": resource({"memory.high": "junk"}, "unified"),
+    "'linux.resources.memory.limit' ('--memory') is 4096": resource({"limit": 4096}, "memory"),
+    "cannot mount devpts at '/n': the guest's kernel refuses option 'gid=junk'": put(
+        {"destination": "/n", "type": "devpts", "source": "none", "options": ["gid=junk"]}, "mounts"
+    ),
+    "cannot mount configfs at '/n'": put({"destination": "/n", "type": "configfs", "source": "none"}, "mounts"),
+    "cannot mount proc at '/n/proc'": put({"destination": "/n/proc", "type": "proc", "source": "none"}, "mounts"),
+    "'linux.maskedPaths' names '/etc/passwd/x'": put(["/etc/passwd/x"], "linux", "maskedPaths"),
+    "'linux.readonlyPaths' names '/etc/passwd/x'": put(["/etc/passwd/x"], "linux", "readonlyPaths"),
+    "'linux.devices' names '/etc/passwd/x'": put(
+        [{"path": "/etc/passwd/x", "type": "c", "major": 1, "minor": 3}], "linux", "devices"
+    ),
+    "'linux.sysctl' sets 'kernel.shm_rmid_forced' to '7'": both(
+        with_user, namespace("ipc", ""), put({"kernel.shm_rmid_forced": "7"}, "linux", "sysctl")
+    ),
+    # Those that the host knows of the guest's kernel.
+    "'effective' has 'CAP_SYS_BOOT', which is not in 'permitted'": put(
+        ["CAP_SYS_BOOT"], "process", "capabilities", "effective"
+    ),
+    "'quota' is 10: 1000 is the least": resource({"quota": 10}, "cpu"),
+    "'process.user.uid' is 70000, which 'linux.uidMappings' does not have": both(
+        with_user, put(70000, "process", "user", "uid")
+    ),
     "annotation 'io.kubernetes.cri.container-type' is 'x'": put("x", "annotations", "io.kubernetes.cri.container-type"),
     "first container 'nosuch' is not known": put("nosuch", "annotations", "io.kubernetes.cri.sandbox-id"),
     "console socket": put(True, "process", "terminal"),
@@ -166,8 +190,10 @@ UPDATES: dict[str, Any] = {
     "realtimeRuntime": {"cpu": {"realtimeRuntime": 5}},
     "no processor 8191": {"cpu": {"cpus": "8191"}},
     "8:250": {"blockIO": {"throttleReadBpsDevice": [RATE]}},
+    "sets 'memory.high' to 'junk'": {"unified": {"memory.high": "junk"}},
+    "'quota' is 10": {"cpu": {"quota": 10}},
     "memory.nosuch": {"unified": {"memory.nosuch": "1"}},
-    "cannot set memory+swap limit less": {"memory": {"limit": 1 << 28, "swap": 1 << 27}},
+    "'memory': 'swap' is 134217728, below 'limit'": {"memory": {"limit": 1 << 28, "swap": 1 << 27}},
 }
 
 

@@ -7,6 +7,7 @@ the guest is made from that, so that members nobody here knows survive.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vmsandbox.errors import InvalidBundleError
 from vmsandbox.oci.document import checked
 from vmsandbox.oci.linux import Resources
-from vmsandbox.oci.spec import Process, Spec
+from vmsandbox.oci.spec import Process, Spec, User
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 #: no honest document is larger
 MOST_BYTES = 16 * 1024 * 1024
+#: of a machine, or its domain
+LONGEST_NAME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,10 @@ def check(spec: Spec, *, name: str = CONFIG) -> None:
     for member, value in (("hostname", spec.hostname), ("domainname", spec.domainname)):
         if value and spec.linux.namespace("uts") is None:
             complaints.append(f"'{member}' is set but 'linux.namespaces' has no uts namespace")
+        if len(value.encode(errors="surrogateescape")) > LONGEST_NAME:
+            complaints.append(f"'{member}' is longer than {LONGEST_NAME} bytes, which is the most that a kernel takes")
     complaints += _namespace_complaints(spec)
+    complaints += _id_complaints(spec)
     if complaints:
         raise InvalidBundleError(f"{name} is not valid: {'; '.join(complaints[:3])}")
 
@@ -92,6 +98,31 @@ def _namespace_complaints(spec: Spec) -> list[str]:
             complaints.append(f"'linux.namespaces' has a user namespace but 'linux.{name}' is empty")
     if linux.time_offsets and linux.namespace("time") is None:
         complaints.append("'linux.timeOffsets' is set but 'linux.namespaces' has no time namespace")
+    return complaints
+
+
+def _id_complaints(spec: Spec) -> list[str]:
+    """Ids of the process that its user namespace does not have, and mappings that the kernel does not take."""
+    user = spec.process.user if spec.process is not None else User()
+    complaints = []
+    for name, mappings, ids in (
+        ("uidMappings", spec.linux.uid_mappings, {"uid": (user.uid,)}),
+        ("gidMappings", spec.linux.gid_mappings, {"gid": (user.gid,), "additionalGids": user.additional_gids}),
+    ):
+        if not mappings:
+            continue
+        for side in ("container_id", "host_id"):
+            starts = sorted((getattr(each, side), each.size) for each in mappings)
+            if any(start + size > following for (start, size), (following, _) in itertools.pairwise(starts)):
+                complaints.append(f"'linux.{name}' has ranges that overlap")
+        inside = [range(each.container_id, each.container_id + each.size) for each in mappings]
+        if not any(0 in each for each in inside):
+            complaints.append(f"'linux.{name}' has no id 0 of the container, which it is made by")
+        for member, wanted in ids.items():
+            missing = [one for one in wanted if not any(one in each for each in inside)]
+            complaints += [
+                f"'process.user.{member}' is {one}, which 'linux.{name}' does not have" for one in missing[:1]
+            ]
     return complaints
 
 

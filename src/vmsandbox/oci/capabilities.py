@@ -108,6 +108,11 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in KNOWN if name in wanted)
 
 
+def among(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of an OCI document's that there are, in the kernel's order; they may be in any case."""
+    return in_order(name.upper() for name in names)
+
+
 def complaints(process: object) -> list[str]:
     """What is to be said of capabilities of an OCI process that no kernel has, and that it is therefore not given."""
     sets = process.get("capabilities") if isinstance(process, dict) else None

@@ -29,6 +29,8 @@ Texts = Many[Text]
 TextMap = Annotated[dict[Text, Text], Field(max_length=MOST_ENTRIES)]
 UInt16 = Annotated[int, Field(ge=0, le=2**16 - 1)]
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+#: of a user or group; the highest number is none
+Id = Annotated[int, Field(ge=0, le=2**32 - 2)]
 UInt64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 #: permission bits

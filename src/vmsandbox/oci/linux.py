@@ -21,13 +21,26 @@ from vmsandbox.oci.document import (
     unique,
 )
 
+#: that the kernel can number
+MOST_PIDS = 2**22
+#: those of which the guest's crun knows the system calls
+SECCOMP_ARCHITECTURES = frozenset(
+    f"SCMP_ARCH_{name}"
+    for name in [
+        *("X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32"),
+        *("PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64"),
+    ]
+)
+#: the highest number of an error that a filter can make a system call fail with
+MOST_ERRNO = 4094
+
 
 class IdMapping(Part):
     """A range of ids of a user namespace."""
 
     container_id: Annotated[UInt32, Field(alias="containerID")]
     host_id: Annotated[UInt32, Field(alias="hostID")]
-    size: UInt32
+    size: Annotated[UInt32, Field(ge=1)]
 
 
 class Namespace(Part):
@@ -79,6 +92,12 @@ class Memory(Part):
     use_hierarchy: bool = False
     check_before_update: bool = False
 
+    @model_validator(mode="after")
+    def _swap_has_room_for_memory(self) -> Self:
+        if (self.swap or 0) > 0 and self.swap is not None and (self.limit or 0) > self.swap:
+            raise ValueError(f"'swap' is {self.swap}, below 'limit', which is {self.limit}: it is both together")
+        return self
+
 
 class Cpu(Part):
     """Times are in microseconds."""
@@ -91,13 +110,24 @@ class Cpu(Part):
     realtime_period: UInt64 | None = None
     cpus: Annotated[str, Field(max_length=65_536, pattern=r"^[0-9,\- ]*$")] = ""
     mems: Annotated[str, Field(max_length=65_536, pattern=r"^[0-9,\- ]*$")] = ""
-    idle: Int64 | None = None
+    idle: Annotated[int, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_what_the_kernel_takes(self) -> Self:
+        """Of cgroup v2; 0 is nothing, and a negative quota none."""
+        for name, low, high in (("shares", 2, 262_144), ("period", 1000, 1_000_000), ("quota", 1000, None)):
+            value = getattr(self, name) or 0
+            if value > 0 and (value < low or (high is not None and value > high)):
+                raise ValueError(f"'{name}' is {value}: {low} is the least{f', {high} the most' if high else ''}")
+        if (self.quota or 0) > 0 and (self.burst or 0) > (self.quota or 0):
+            raise ValueError(f"'burst' is {self.burst}, above 'quota', which is {self.quota}")
+        return self
 
 
 class Pids(Part):
     """-1 or 0 is no limit."""
 
-    limit: Int64
+    limit: Annotated[int, Field(ge=-(2**63), le=MOST_PIDS)]
 
 
 class WeightDevice(Part):
@@ -196,6 +226,11 @@ SeccompFlag = Literal[
 ]
 
 
+def _check_errno(name: str, action: str, value: int | None) -> None:
+    if action == "SCMP_ACT_ERRNO" and (value or 0) > MOST_ERRNO:
+        raise ValueError(f"'{name}' is {value}: {MOST_ERRNO} is the most")
+
+
 class SeccompRule(Part):
     """What happens at some system calls, if all the conditions hold."""
 
@@ -203,6 +238,11 @@ class SeccompRule(Part):
     action: SeccompAction
     errno_ret: UInt32 | None = None
     args: Many[SeccompArgument] = ()
+
+    @model_validator(mode="after")
+    def _errno_is_one(self) -> Self:
+        _check_errno("errnoRet", self.action, self.errno_ret)
+        return self
 
 
 class Seccomp(Part):
@@ -215,6 +255,14 @@ class Seccomp(Part):
     listener_path: Text = ""
     listener_metadata: Text = ""
     syscalls: Many[SeccompRule] = ()
+
+    @model_validator(mode="after")
+    def _can_be_applied(self) -> Self:
+        _check_errno("defaultErrnoRet", self.default_action, self.default_errno_ret)
+        unknown = [name for name in self.architectures if name not in SECCOMP_ARCHITECTURES]
+        if unknown:
+            raise ValueError(f"'architectures' has '{unknown[0]}', which is unknown")
+        return self
 
     @model_validator(mode="after")
     def _is_listened_to(self) -> Self:

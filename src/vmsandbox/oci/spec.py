@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vmsandbox.oci.document import AbsolutePath, Many, Part, Text, TextMap, Texts, UInt32, UInt64, unique
+from vmsandbox.oci import capabilities
+from vmsandbox.oci.document import AbsolutePath, Id, Many, Part, Text, TextMap, Texts, UInt32, UInt64, unique
 from vmsandbox.oci.linux import IdMapping, Linux
 
 
@@ -21,10 +22,10 @@ class ConsoleSize(Part):
 class User(Part):
     """Numeric identity of a process."""
 
-    uid: UInt32 = 0
-    gid: UInt32 = 0
+    uid: Id = 0
+    gid: Id = 0
     umask: Annotated[int, Field(ge=0, le=0o777)] | None = None
-    additional_gids: Many[UInt32] = ()
+    additional_gids: Many[Id] = ()
     username: Text = ""
 
 
@@ -36,6 +37,16 @@ class Capabilities(Part):
     inheritable: Texts = ()
     permitted: Texts = ()
     ambient: Texts = ()
+
+    @model_validator(mode="after")
+    def _can_be_set(self) -> Self:
+        """What capset(2) demands; unknown ones are left out, wherever they are."""
+        for name, within in (("effective", "permitted"), ("inheritable", "bounding")):
+            there = capabilities.among(getattr(self, within))
+            missing = [each for each in capabilities.among(getattr(self, name)) if each not in there]
+            if missing:
+                raise ValueError(f"'{name}' has '{missing[0]}', which is not in '{within}'")
+        return self
 
 
 class Rlimit(Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.unit.agent.recorder import Recorder
 from vmsandbox_agent import reasons
 from vmsandbox_agent.errors import CommandNotExecutableError, CommandNotFoundError, InvalidArgumentError
-from vmsandbox_agent.syscalls import LinuxCalls
+from vmsandbox_agent.syscalls import LinuxCalls, begin_namespaces_with_sysctls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +96,7 @@ def test_a_working_directory_has_to_be_one(
         with pytest.raises(InvalidArgumentError, match=said):
             looked(root, tmp_path, process={"cwd": cwd})
     with pytest.raises(of_added, match=said):
-        reasons.of_process(root, {"cwd": cwd})
+        reasons.of_process(root, {"cwd": cwd}, {})
 
 
 def test_limits_are_compared_with_the_guests(root: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,12 +106,12 @@ def test_limits_are_compared_with_the_guests(root: int, tmp_path: Path, monkeypa
     def limited(kind: str, soft: int, hard: int) -> dict[str, Any]:
         return {"rlimits": [{"type": kind, "soft": soft, "hard": hard}]}
 
-    reasons.of_process(root, limited("RLIMIT_NOFILE", 1000, 1000))
-    reasons.of_process(root, limited("RLIMIT_CORE", 2000, (1 << 64) - 1))
+    reasons.of_process(root, limited("RLIMIT_NOFILE", 1000, 1000), {})
+    reasons.of_process(root, limited("RLIMIT_CORE", 2000, (1 << 64) - 1), {})
     with pytest.raises(InvalidArgumentError, match=r"'nofile' \('--ulimit', .*at most 1000 in the guest"):
         looked(root, tmp_path, process=limited("RLIMIT_NOFILE", 5, (1 << 64) - 1))
     with pytest.raises(InvalidArgumentError, match=r"'core' \('--ulimit', .*is 5, above its hard limit 4"):
-        reasons.of_process(root, limited("RLIMIT_CORE", 5, 4))
+        reasons.of_process(root, limited("RLIMIT_CORE", 5, 4), {})
 
 
 class Refusing(LinuxCalls):
@@ -143,3 +144,81 @@ def test_files_of_control_groups_that_are_not_there_are_named(tmp_path: Path) ->
     with pytest.raises(InvalidArgumentError, match=r"'linux\.resources\.unified' names 'memory\.hihg'"):
         reasons.of_resources({"unified": {"memory.hihg": "1"}}, group=tmp_path)
     reasons.of_resources({"unified": {"memory.hihg": "1"}}, group=tmp_path / "of v1")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.high"]
+
+
+def test_a_file_system_that_the_kernel_does_not_have_is_named(
+    root: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "filesystems").write_text("nodev\tproc\nnodev\ttmpfs\n\text4\n")
+    monkeypatch.setattr(reasons, "FILESYSTEMS", tmp_path / "filesystems")
+    mounts = [{"type": kind, "destination": "/tmp"} for kind in ("", "none", "cgroup", "tmpfs", "ext4")]
+    looked(root, tmp_path, mounts=mounts)
+    with pytest.raises(InvalidArgumentError, match=r"^cannot mount configfs at '/tmp': .* no such file system: leave"):
+        looked(root, tmp_path, mounts=[{"type": "configfs", "destination": "/tmp"}])
+
+
+def test_processes_are_shown_right_below_the_root_only(root: int, tmp_path: Path) -> None:
+    looked(root, tmp_path, mounts=[{"type": "proc", "destination": "/elsewhere/"}])
+    with pytest.raises(InvalidArgumentError, match=r"^cannot mount proc at '/tmp/proc': "):
+        looked(root, tmp_path, mounts=[{"type": "proc", "destination": "/tmp/proc"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("maskedPaths", ["/nosuch", "/etc/passwd/x"]),
+        ("readonlyPaths", ["/etc/passwd/x"]),
+        ("devices", [{"path": "/etc/passwd/x"}]),
+    ],
+)
+def test_a_path_that_cannot_be_there_is_named(root: int, tmp_path: Path, name: str, value: list[Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^'linux\.{name}' names '/etc/passwd/x', a part of which is not "):
+        looked(root, tmp_path, linux={name: value})
+
+
+def test_memory_that_ran_out_is_told_by_its_limit(root: int, tmp_path: Path) -> None:
+    spec = {"linux": {"resources": {"memory": {"limit": 5}}}}
+    with pytest.raises(InvalidArgumentError, match=r"^'linux\.resources\.memory\.limit' \('--memory'\) is 5, which is"):
+        reasons.of_container(root, spec, group=tmp_path, scratch=tmp_path / "scratch", out_of_memory=True)
+
+
+def test_a_sysctl_that_the_kernel_refuses_is_named(root: int, tmp_path: Path) -> None:
+    looked(root, tmp_path, linux={"sysctl": {"kernel.shm_rmid_forced": "0"}})
+    with pytest.raises(
+        InvalidArgumentError, match=r"^'linux\.sysctl' sets 'kernel\.shm_rmid_forced' to '7', .*: Invalid argument$"
+    ):
+        looked(root, tmp_path, linux={"sysctl": {"kernel.shm_rmid_forced": "7"}})
+
+
+@pytest.mark.parametrize("kind", ["ipc", "uts"])
+def test_sysctls_are_tried_in_namespaces_of_nobody_else(kind: str) -> None:
+    found: list[str] = []
+
+    def body() -> None:
+        begin_namespaces_with_sysctls()
+        found.append(os.readlink(f"/proc/thread-self/ns/{kind}"))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found != [os.readlink(f"/proc/self/ns/{kind}")]
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [
+        ({"uid": 10}, "'process.user.uid' is 10, which the container's 'linux.uidMappings' does not have"),
+        ({"gid": 10}, "'process.user.gid' is 10, which the container's 'linux.gidMappings' does not have"),
+        ({"additionalGids": [5, 10]}, "'process.user.additionalGids' is 10, which the container's 'linux.gidMappings'"),
+    ],
+)
+def test_an_id_that_the_container_does_not_have_is_named(root: int, user: dict[str, Any], said: str) -> None:
+    mapping = [{"containerID": 0, "hostID": 100, "size": 10}]
+    linux = {"uidMappings": mapping, "gidMappings": mapping}
+    reasons.of_process(root, {"user": {"uid": 9, "gid": 0}}, linux)
+    reasons.of_process(root, {"user": user}, {})
+    with pytest.raises(InvalidArgumentError) as caught:
+        reasons.of_process(root, {"user": user}, linux)
+    assert said in str(caught.value)
