@@ -16,6 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: is there where systemd runs
+SYSTEMD = "/run/systemd/system"
+#: where systemd has containers of which nothing is said
+SLICE, PREFIX = "system.slice", "vmsandbox"
 #: seconds for the kernel to forget processes that have ended
 REMOVE_TIMEOUT = 5.0
 #: of making a directory whose parent others remove
@@ -48,11 +52,40 @@ def _own() -> dict[str, str]:
     return own
 
 
-def directories(path: str, container_id: str) -> list[str]:
-    """The directories of a container in every hierarchy, for `linux.cgroupsPath` (empty: one named by the id)."""
+def systemd_runs() -> bool:
+    return os.path.isdir(SYSTEMD)
+
+
+def unit_path(path: str, container_id: str) -> str:
+    """The path of the cgroup that ``slice:prefix:name`` stands for: ``/a.slice/a-b.slice/prefix-name.scope``.
+
+    An empty `path`, and an empty slice, stand for the defaults.
+    """
+    parts = (path or f"{SLICE}:{PREFIX}:{container_id}").split(":")
+    if len(parts) != 3 or "/" in path or not parts[2]:
+        raise InvalidBundleError(
+            f"'linux.cgroupsPath' is '{path}': with '--systemd-cgroup' it has to be like 'slice:prefix:name'"
+        )
+    above, prefix, name = parts[0] or SLICE, parts[1], parts[2]
+    stem = above.removesuffix(".slice")
+    words = stem.split("-")
+    if stem == above or (stem != "-" and not all(words)):
+        raise InvalidBundleError(f"'linux.cgroupsPath' is '{path}': '{above}' is no name of a slice of systemd's")
+    nested = [] if stem == "-" else ["-".join(words[: count + 1]) + ".slice" for count in range(len(words))]
+    unit = name if name.endswith(".slice") else f"{prefix}-{name}.scope"
+    return "/" + "/".join([*nested, unit])
+
+
+def directories(path: str, container_id: str, *, systemd: bool = False) -> list[str]:
+    """The directories of a container in every hierarchy, for `linux.cgroupsPath` (empty: one named by the id).
+
+    With `systemd` that is a unit of systemd's, whose cgroup is made as any other, without asking it.
+    """
     if ".." in path.split("/") or "\0" in path:
         raise InvalidBundleError(f"'linux.cgroupsPath' is '{path}', which is no path of a cgroup")
-    if path.count(":") == 2 and not path.startswith("/"):
+    if systemd:
+        path = unit_path(path, container_id)
+    elif path.count(":") == 2 and not path.startswith("/"):
         raise InvalidBundleError(
             f"'linux.cgroupsPath' is '{path}', which is for systemd: configure the engine for 'cgroupfs'"
         )

@@ -41,3 +41,29 @@ def test_what_the_machine_does_not_let_us_have_is_left_out(tmp_path: Path) -> No
 def test_paths_that_lead_elsewhere_are_refused(path: str) -> None:
     with pytest.raises(InvalidBundleError, match="cgroupsPath"):
         cgroups.directories(path, "one")
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("", "/system.slice/vmsandbox-one.scope"),
+        (":libpod:abc", "/system.slice/libpod-abc.scope"),
+        ("machine.slice:libpod:abc", "/machine.slice/libpod-abc.scope"),
+        ("user-a-b.slice:docker:x-y", "/user.slice/user-a.slice/user-a-b.slice/docker-x-y.scope"),
+        ("-.slice:p:n", "/p-n.scope"),
+        ("a.slice:p:a-pod.slice", "/a.slice/a-pod.slice"),
+    ],
+)
+def test_names_of_systemds_units_are_paths_below_their_slices(path: str, place: str) -> None:
+    assert cgroups.unit_path(path, "one") == place
+    found = cgroups.directories(path, "one", systemd=True)
+    assert found
+    assert all(each.endswith(place) for each in found)
+
+
+@pytest.mark.parametrize(
+    "path", ["/docker/one", "a:b", "a.slice:b:", "a:b:c", ".slice:b:c", "a--b.slice:b:c", "a.slice:b/c:d"]
+)
+def test_what_is_no_name_of_a_unit_is_refused(path: str) -> None:
+    with pytest.raises(InvalidBundleError, match=r"^'linux\.cgroupsPath' is '"):
+        cgroups.directories(path, "one", systemd=True)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from vmsandbox import cgroups
 from vmsandbox.cli.runtime import execution, known, lifecycle
 from vmsandbox.cli.runtime.lifecycle import signal_number
 from vmsandbox.cli.runtime.main import Options, report
+from vmsandbox.cli.runtime.main import parse as parse_global
 from vmsandbox.cli.runtime.options import FLAG, VALUE, VALUES, parse
 from vmsandbox.errors import EndingError, InvalidArgumentError, InvalidBundleError
 
@@ -153,6 +155,13 @@ def test_what_is_not_supported_is_refused(words: tuple[str, ...]) -> None:
     done = run(*words)
     assert done.returncode == 1
     assert "not supported" in done.stderr
+
+
+def test_a_systemd_that_runs_is_no_reason_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "SYSTEMD", str(tmp_path))
+    for words, asked in (("--systemd-cgroup", True), ("--systemd-cgroup=false", False)):
+        options, rest = parse_global([words, "state", "x"])
+        assert (options.systemd_cgroup, rest) == (asked, ["state", "x"])
 
 
 def test_a_spec_is_written_once(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ EARLY = ("prestart", "createRuntime", "createContainer")
 class Plan:
     """What is to be created: read from the command line and the bundle, nothing done yet."""
 
-    def __init__(self, roots: Roots, container_id: str, bundle: str) -> None:
+    def __init__(self, roots: Roots, container_id: str, bundle: str, *, systemd: bool = False) -> None:
         from vmsandbox.oci.annotations import role
 
         self.id = container_id
@@ -62,7 +62,7 @@ class Plan:
         linux = part(self.config, "linux")
         networks = [each for each in entries(linux, "namespaces") if each.get("type") == "network"]
         self.netns = str(networks[0].get("path") or "") if networks else None
-        self.cgroups = cgroups.directories(str(linux.get("cgroupsPath") or ""), container_id)
+        self.cgroups = cgroups.directories(str(linux.get("cgroupsPath") or ""), container_id, systemd=systemd)
         given = part(self.config, "hooks")
         #: run on the host while the container is made
         self.hooks = {name: hooks.checked(entries(given, name), name) for name in EARLY}
@@ -113,7 +113,7 @@ def create_verb(options: Options, argv: list[str]) -> int:
     roots, container_id = options.roots(), known.one(given.positional)
     _refuse_descriptors(given.text("preserve-fds"))
     _require_free(roots, container_id)
-    plan = Plan(roots, container_id, given.text("bundle"))
+    plan = Plan(roots, container_id, given.text("bundle"), systemd=options.systemd_cgroup)
     console = given.text("console-socket")
     standins.check_console(terminal=plan.terminal, console_socket=console, detached=True)
     create(options, roots, plan, console_socket=console, pid_file=given.text("pid-file"))
@@ -126,7 +126,7 @@ def run_verb(options: Options, argv: list[str]) -> int:
     roots, container_id = options.roots(), known.one(given.positional)
     _refuse_descriptors(given.text("preserve-fds"))
     _require_free(roots, container_id)
-    plan = Plan(roots, container_id, given.text("bundle"))
+    plan = Plan(roots, container_id, given.text("bundle"), systemd=options.systemd_cgroup)
     console, detached = given.text("console-socket"), given.flag("detach")
     standins.check_console(terminal=plan.terminal, console_socket=console, detached=detached)
     standing = create(

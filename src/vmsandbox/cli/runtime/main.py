@@ -54,7 +54,7 @@ VERBS = {
 class Options:
     """The global options."""
 
-    __slots__ = ("config", "data_root", "debug", "log", "log_format", "root")
+    __slots__ = ("config", "data_root", "debug", "log", "log_format", "root", "systemd_cgroup")
 
     def __init__(self) -> None:
         self.root = ""
@@ -63,6 +63,7 @@ class Options:
         self.log = ""
         self.log_format = "text"
         self.debug = False
+        self.systemd_cgroup = False
 
     def roots(self) -> Roots:
         return Roots.chosen(self.root or None, self.data_root or None)
@@ -97,8 +98,12 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
                 return options, ["version"]
             if name == "debug":
                 options.debug = on
-            elif name == "systemd-cgroup" and on:
-                refused = "'--systemd-cgroup' is not supported: configure the engine for 'cgroupfs'"
+            elif name == "systemd-cgroup":
+                from vmsandbox import cgroups
+
+                options.systemd_cgroup = on
+                if on and not cgroups.systemd_runs():
+                    refused = "'--systemd-cgroup' is not supported: no systemd runs here, use 'cgroupfs'"
         elif name in VALUES or name in ("rootless", "criu"):
             if not equals:
                 if not rest:

@@ -55,7 +55,7 @@ def features_verb(_options: Options, argv: list[str]) -> int:
         "linux": {
             "namespaces": NAMESPACES,
             "capabilities": ALL_CAPABILITIES,
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False},
             "seccomp": {"enabled": True, "actions": ACTIONS, "operators": OPERATORS, "archs": ARCHITECTURES},
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
