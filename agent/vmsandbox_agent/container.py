@@ -1,7 +1,6 @@
 """One container: an OCI bundle, its init, its execs, and what is released when it goes.
 
-The host's spec is taken as it is but for what only the guest can know: ids of a user named in the image, the home
-directory, the container's control group, the holder of a shared PID namespace, and whether there is a terminal.
+`documents` completes what the host sends of it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox_agent import clock_offsets, hugepages, programs, scheduling, storage, users
+from vmsandbox_agent import clock_offsets, documents, hugepages, programs, scheduling
 from vmsandbox_agent import process as processes
 from vmsandbox_agent.crun import Crun, CrunError
 from vmsandbox_agent.errors import (
@@ -25,7 +24,6 @@ from vmsandbox_agent.errors import (
 )
 from vmsandbox_agent.layout import put
 from vmsandbox_agent.process import Ending, Process, Processes
-from vmsandbox_agent.syscalls import open_in_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +81,7 @@ class Container:
             except OSError as error:
                 raise InvalidArgumentError(f"root '{root_path}' cannot be used: {error.strerror}") from error
             undo.callback(self._close_root)
-            self._complete(request)
+            documents.complete(self._spec, request, root=self._root, group=self.group)
             undo.callback(self._close_clocks)
             self._clocks = clock_offsets.take(self._spec.get("linux") or {})
             if self._clocks >= 0:
@@ -223,7 +221,7 @@ class Container:
             assert self.init is not None
             if self._table.has(self.id, request.exec_id):
                 raise AlreadyExistsError(f"process '{request.exec_id}' of container '{self.id}' exists already")
-            document = self._process_document(request)
+            document = documents.of_exec(request, self._spec, root=self._root)
             # A process without an environment gets init's from crun.
             environment = document["env"] or (self._spec.get("process") or {}).get("env")
             self._check_program(self.init.child.pid, {**document, "env": environment})
@@ -315,7 +313,7 @@ class Container:
         with self._lock:
             self._expect(CREATED, RUNNING, PAUSED, wanted="update")
             path = self.bundle / "resources.json"
-            resources = _object(resources_json, "resources")
+            resources = documents.parsed(resources_json, "resources")
             path.write_text(json.dumps(resources))
             self._allow(resources)
             before = self._cgroups.limits(self.group)
@@ -388,83 +386,9 @@ class Container:
         limited = (resources.get("memory") or {}).get("limit")
         return self._cgroups.oom_kills(self.group.rpartition("/")[0]) if limited else 0
 
-    def _complete(self, request: pb.CreateContainerRequest) -> None:
-        """Fill in what only the guest knows."""
-        document = self._spec.setdefault("process", {})
-        self._complete_process(document, request.user, default_home=request.default_home, stdio=request.stdio)
-        if request.make_cwd:
-            make_directory(self._root, str(document.get("cwd") or "/"))
-        linux = self._spec.setdefault("linux", {})
-        linux["cgroupsPath"] = self.group
-        # crun's own may be that its addresses do not vary; a container's programs get what every process has.
-        linux["personality"] = linux.get("personality") or {"domain": "LINUX"}
-        if any(each.get("type") == "user" for each in linux.get("namespaces") or []):
-            storage.mount_on_demand([str(each.get("source") or "") for each in self._spec.get("mounts") or []])
-
-    def _complete_process(self, document: dict[str, Any], user: str, *, default_home: bool, stdio: pb.Stdio) -> None:
-        if user:
-            found = users.resolve(self._root, user)
-            inherited = document.get("user") or {}
-            groups = [*found.groups, *(inherited.get("additionalGids") or [])]
-            document["user"] = {
-                **{key: value for key, value in inherited.items() if key == "umask"},
-                "uid": found.uid,
-                "gid": found.gid,
-                "additionalGids": [*dict.fromkeys(groups)],
-            }
-        environment = [str(entry) for entry in document.get("env") or []]
-        if default_home and not any(entry.startswith("HOME=") for entry in environment):
-            uid = int((document.get("user") or {}).get("uid") or 0)
-            environment.append(f"HOME={users.home_of(self._root, uid)}")
-        document["env"] = environment
-        document["terminal"] = stdio.terminal
-        if stdio.terminal and stdio.columns:
-            document["consoleSize"] = {"width": stdio.columns, "height": stdio.rows}
-
-    def _process_document(self, request: pb.ExecRequest) -> dict[str, Any]:
-        document = _object(request.process_json, "process")
-        if request.inherit:
-            document = {**(self._spec.get("process") or {}), **document}
-            if request.user and "user" not in _object(request.process_json, "process"):
-                document["user"] = {}
-        document.setdefault("cwd", "/")
-        self._complete_process(document, request.user, default_home=request.default_home, stdio=request.stdio)
-        return document
-
     def _has_own_pid_namespace(self) -> bool:
         namespaces = (self._spec.get("linux") or {}).get("namespaces") or []
         return any(entry.get("type") == "pid" and not entry.get("path") for entry in namespaces)
-
-
-def parse_spec(spec_json: bytes) -> dict[str, Any]:
-    """The OCI config.json of a request; raises InvalidArgumentError."""
-    return _object(spec_json, "spec")
-
-
-def make_directory(root: int, path: str) -> None:
-    """Make a directory and its parents below the root directory `root`, never outside of it."""
-    so_far = ""
-    for part in [part for part in path.split("/") if part not in ("", ".")]:
-        parent = open_in_root(root, so_far or "/", os.O_PATH | os.O_DIRECTORY)
-        try:
-            so_far = f"{so_far}/{part}"
-            with suppress(FileExistsError):
-                if part != "..":
-                    os.mkdir(part, 0o755, dir_fd=parent)
-        except OSError as error:
-            raise InvalidArgumentError(f"working directory '{path}' cannot be made: {error.strerror}") from error
-        finally:
-            os.close(parent)
-
-
-def _object(text: bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgumentError(f"{what} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidArgumentError(f"{what} is not a JSON object")
-    return value
 
 
 def _remove_flat(directory: Path) -> None:

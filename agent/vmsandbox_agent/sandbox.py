@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmsandbox_agent import documents
 from vmsandbox_agent.cgroup import Cgroups, OomWatcher
-from vmsandbox_agent.container import STOPPED, Container, parse_spec
+from vmsandbox_agent.container import STOPPED, Container
 from vmsandbox_agent.errors import (
     AgentError,
     AlreadyExistsError,
@@ -178,7 +179,7 @@ class Sandbox:
     def create_container(self, request: pb.CreateContainerRequest) -> Container:
         """Mount its storages, create it, start it if asked; on failure nothing is left."""
         container_id = checked_id(request.container_id, "container")
-        spec = parse_spec(request.spec_json)
+        spec = documents.parsed(request.spec_json, "spec")
         with self._lock:
             if container_id in self._containers:
                 raise AlreadyExistsError(f"container '{container_id}' exists already")
