@@ -338,16 +338,19 @@ class _Play:
         self._check_lost_machine()
 
     def _check_lost_machine(self) -> None:
-        if self.killed & LOST and self.about.prepared != "pod" and self._status() is not None:
-            if self.plan.operation == "create" and self._is_created_all_the_same():
-                return
-            try:
-                assert self.cli.ok("wait", self.name, timeout=PATIENCE)
-                self._assert_ended_with_a_reason(self.name)
-            except AssertionError:
-                # What the killed client had asked for may be done at any moment.
-                if self.plan.operation != "rm" or "client" not in self.killed or self._status() is not None:
-                    raise
+        status = self._status()
+        if not self.killed & LOST or self.about.prepared == "pod" or status is None:
+            return
+        if self.plan.operation == "create" and self._is_created_all_the_same():
+            return
+        # One that never came about is forgotten, and what a killed client wanted removed may be so at any moment.
+        may_go = status == "creating" or (self.plan.operation == "rm" and "client" in self.killed)
+        try:
+            assert self.cli.ok("wait", self.name, timeout=PATIENCE)
+            self._assert_ended_with_a_reason(self.name)
+        except AssertionError:
+            if not may_go or self._status() is not None:
+                raise
 
     def _assert_ended_with_a_reason(self, name: str) -> None:
         """The container has ended with its machine and says so, unless it had ended before, as it should."""
