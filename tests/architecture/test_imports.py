@@ -31,7 +31,8 @@ DEAR = (
 
 
 @pytest.mark.parametrize(
-    "verbs", ["looking", "execution", "lifecycle, vmsandbox.cli.removal, vmsandbox.oci.annotations"]
+    "verbs",
+    ["looking", "execution", "creation, vmsandbox.oci.annotations", "lifecycle, vmsandbox.cli.removal"],
 )
 def test_an_engine_waits_for_few_imports(verbs: str) -> None:
     code = f"import sys, vmsandbox.cli.runtime.main, vmsandbox.cli.runtime.{verbs}; print(*sys.modules)"

@@ -183,8 +183,9 @@ def test_a_broken_bundle_leaves_nothing(tmp_path: Path) -> None:
 def test_the_client_imports_nothing_heavy() -> None:
     heavy = ("asyncio", "pydantic", "grpc", "subprocess", "argparse", "pathlib", "dataclasses", "ctypes")
     code = (
-        "import sys; import vmsandbox.cli.runtime.lifecycle, vmsandbox.cli.runtime.looking, "
-        f"vmsandbox.cli.runtime.main; print([name for name in {heavy!r} if name in sys.modules])"
+        "import sys; import vmsandbox.cli.runtime.creation, vmsandbox.cli.runtime.lifecycle, "
+        "vmsandbox.cli.runtime.looking, vmsandbox.cli.runtime.main; "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)

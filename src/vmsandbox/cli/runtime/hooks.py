@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from vmsandbox.cli.runtime.main import Options
+
 
 def checked(hooks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Hooks that are run before anybody else has looked at them; InvalidBundleError names what is wrong."""
@@ -97,3 +99,11 @@ def run_all(hooks: list[dict[str, Any]], name: str, state: dict[str, Any]) -> li
         except SandboxError as error:
             failed.append(error)
     return failed
+
+
+def run_quietly(options: Options, hooks: list[dict[str, Any]], name: str, state: dict[str, Any]) -> None:
+    """Run hooks whose failure changes nothing any more; it is only reported."""
+    from vmsandbox.cli.runtime.main import report
+
+    for failed in run_all(hooks, name, state):
+        report(options, str(failed), level="warning")

@@ -29,9 +29,9 @@ EXEC_FAILED = 255
 UNKNOWN_VERB = 3
 #: verb -> (module, one line of help)
 VERBS = {
-    "create": ("lifecycle", "create a container from a bundle"),
+    "create": ("creation", "create a container from a bundle"),
     "start": ("lifecycle", "run the program of a created container"),
-    "run": ("lifecycle", "create a container and start it"),
+    "run": ("creation", "create a container and start it"),
     "delete": ("lifecycle", "remove a container that is stopped"),
     "kill": ("lifecycle", "send a signal to a container"),
     "exec": ("execution", "run another process in a container"),

@@ -12,6 +12,8 @@ FLAG = 0
 VALUE = 1
 #: a value, as often as it is given
 VALUES = 2
+#: one-letter names in the verbs of a container's life; which of them a verb has is a matter of its own
+SHORT = {"b": "bundle", "f": "force", "d": "detach", "a": "all"}
 #: a flag's values as Go reads them
 TRUE = ("1", "t", "T", "true", "TRUE", "True")
 FALSE = ("0", "f", "F", "false", "FALSE", "False")
