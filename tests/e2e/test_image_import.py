@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vmsandbox.resources.images.store import Image
+    from vmsandbox.resources.images.document import Image
 
 pytestmark = pytest.mark.cloned
 

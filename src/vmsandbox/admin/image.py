@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vmsandbox.paths import Roots
-    from vmsandbox.resources.images.store import Image
+    from vmsandbox.resources.images.document import Image
 
 FAILED = 1
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

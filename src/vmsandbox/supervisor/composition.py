@@ -23,7 +23,7 @@ from vmsandbox_protocol import agent_pb2 as pb
 if TYPE_CHECKING:
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
-    from vmsandbox.resources.images.store import Image
+    from vmsandbox.resources.images.document import Image
     from vmsandbox.supervisor.sandbox import Surroundings
 
 ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.-")

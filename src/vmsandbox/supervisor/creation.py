@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
-    from vmsandbox.resources.images.store import Image
+    from vmsandbox.resources.images.document import Image
     from vmsandbox.supervisor.container import Container
     from vmsandbox.supervisor.sandbox import SandboxSpec
     from vmsandbox.supervisor.service import Service

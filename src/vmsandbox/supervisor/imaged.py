@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmsandbox.oci import texts
     from vmsandbox.oci.compose import Composed
     from vmsandbox.oci.options import RunOptions
-    from vmsandbox.resources.images.store import Image
+    from vmsandbox.resources.images.document import Image
     from vmsandbox.supervisor.sandbox import Sandbox
 
 

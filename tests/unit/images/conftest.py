@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmsandbox.paths import Roots
-from vmsandbox.resources.images.store import Image, ImageStore
+from vmsandbox.resources.images.document import Image
+from vmsandbox.resources.images.store import ImageStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmsandbox.paths import Roots
-    from vmsandbox.resources.images.store import Image, ImageStore
+    from vmsandbox.resources.images.document import Image
+    from vmsandbox.resources.images.store import ImageStore
 
     Publish = Callable[..., Image]
 

@@ -19,11 +19,13 @@ from tests.unit.images.making import Member, archived, compressed, directory, do
 from vmsandbox.errors import ExhaustedError, InvalidArgumentError, NotFoundError, SandboxError, UnsupportedError
 from vmsandbox.paths import Roots
 from vmsandbox.resources.images.importer import Importer, Limits, RootfsOptions
-from vmsandbox.resources.images.store import Image, ImageStore
+from vmsandbox.resources.images.store import ImageStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from vmsandbox.resources.images.document import Image
 
 BASE = tar(directory("bin"), Member("bin/sh", data=b"#!\n" * 5000, mode=0o755), Member("gone"))
 TOP = tar(Member(".wh.gone"), Member("etc/new", data=b"new", xattrs={"user.a": b"1"}))

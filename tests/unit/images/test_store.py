@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmsandbox.errors import AmbiguousError, InvalidArgumentError, InvalidStateError, NotFoundError, SandboxError
-from vmsandbox.resources.images.store import DamagedError, Image, ImageStore
+from vmsandbox.resources.images.document import DamagedError, Image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vmsandbox.resources.images.store import ImageStore
 
     Publish = Callable[..., Image]
 

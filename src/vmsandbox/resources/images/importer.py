@@ -18,10 +18,11 @@ from vmsandbox.errors import InvalidArgumentError, NotFoundError, SandboxError, 
 from vmsandbox.resources.images import erofs
 from vmsandbox.resources.images.archive import Archive, Directory
 from vmsandbox.resources.images.description import configuration
+from vmsandbox.resources.images.document import Image
 from vmsandbox.resources.images.layer import Layers
 from vmsandbox.resources.images.reference import normalised
 from vmsandbox.resources.images.source import Chosen, Source, architecture, choose, parse
-from vmsandbox.resources.images.store import Image, storage_error
+from vmsandbox.resources.images.store import storage_error
 from vmsandbox.resources.images.streams import Budget, Measured, Section, decompressed, is_compressed
 from vmsandbox.resources.images.workplace import Workplace, working
 

@@ -3,7 +3,7 @@
     images/
       lock                    held for the moments in which the store changes
       blobs/DIGEST.erofs      a root file system; DIGEST is the sha256 of the file
-      images/ID.json          an image; ID is the sha256 of its OCI configuration
+      images/ID.json          an image (see `document`); ID is the sha256 of its OCI configuration
       names/NAME              a symbolic link whose target is an ID ('/' in a name is written '+')
       refs/ID/OWNER           an empty file: container OWNER uses the image
       work/                   imports under way (see `workplace`)
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vmsandbox.errors import (
     AmbiguousError,
@@ -32,6 +31,8 @@ from vmsandbox.errors import (
     NotFoundError,
     SandboxError,
 )
+from vmsandbox.resources.images import document
+from vmsandbox.resources.images.document import DamagedError, Image, is_id
 from vmsandbox.resources.images.reference import digits_of_id, normalised
 
 if TYPE_CHECKING:
@@ -42,41 +43,7 @@ if TYPE_CHECKING:
 
     Names = dict[str, tuple[str, ...]]
 
-VERSION = 1
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}\Z")
-_ID = re.compile(r"[0-9a-f]{64}\Z")
-#: A document larger than this is not ours.
-_DOCUMENT_MAX = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image.
-
-    `config` is the ``config`` object of the OCI image configuration (Entrypoint, Cmd, Env, WorkingDir, User, ...);
-    `size` is that of the erofs file in bytes; `created` is the time the image gives itself; `layers` are the
-    digests of the uncompressed layers, bottom first; `digest` is that of the manifest, where there was one.
-    """
-
-    id: str
-    names: tuple[str, ...]
-    erofs: Path
-    size: int
-    config: dict[str, Any]
-    architecture: str
-    created: str
-    source: str
-    digest: str = ""
-    layers: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """What messages call it: a short id, and a name where there is one."""
-        return f"{self.id[:12]} ({', '.join(self.names)})" if self.names else self.id[:12]
-
-
-class DamagedError(SandboxError):
-    """An image's document or blob is not what it should be; the message names the file."""
 
 
 class ImageStore:
@@ -188,7 +155,7 @@ class ImageStore:
 
     def _ids(self) -> Sequence[str]:
         stems = (name.removesuffix(".json") for name in _entries(self.documents))
-        return [stem for stem in stems if _ID.match(stem)]
+        return [stem for stem in stems if is_id(stem)]
 
     def _names(self) -> Names:
         """Image id -> its names."""
@@ -209,45 +176,15 @@ class ImageStore:
             target = os.readlink(self.names / name.replace("/", "+"))
         except OSError:
             return None
-        return target if _ID.match(target) else None
+        return target if is_id(target) else None
 
     def _load(self, image_id: str, names: Names | None = None) -> Image:
-        path = self.documents / f"{image_id}.json"
         try:
-            with open(path, "rb") as file:
-                raw = file.read(_DOCUMENT_MAX + 1)
+            image = document.read(self.documents / f"{image_id}.json", image_id, blobs=self.blobs)
         except FileNotFoundError:
             raise self._missing(image_id) from None
-        except OSError as error:
-            raise DamagedError(f"cannot read image document '{path}': {error.strerror}") from error
-        remedy = f"remove it with 'vmsandbox image rm {image_id[:12]}' and import the image again"
-        try:
-            document = json.loads(raw)
-            version = document["version"]
-            if version != VERSION:
-                raise DamagedError(f"image document '{path}' has version '{version}', this program knows '{VERSION}'")
-            if document["id"] != image_id or not _ID.match(document["erofs"]):
-                raise ValueError("it is another image's")
-            image = Image(
-                id=image_id,
-                names=(self._names() if names is None else names).get(image_id, ()),
-                erofs=self.blobs / f"{document['erofs']}.erofs",
-                size=int(document["size"]),
-                config=dict(document["config"]),
-                architecture=str(document["architecture"]),
-                created=str(document["created"]),
-                source=str(document["source"]),
-                digest=str(document["digest"]),
-                layers=tuple(str(layer) for layer in document["layers"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedError(f"image document '{path}' is damaged: {error!r}; {remedy}") from error
-        try:
-            size = image.erofs.stat().st_size
-        except OSError as error:
-            raise DamagedError(f"image '{image.title}' has lost '{image.erofs}': {error.strerror}; {remedy}") from error
-        if size != image.size:
-            raise DamagedError(f"image file '{image.erofs}' is {size} bytes long, not {image.size}; {remedy}")
+        image = replace(image, names=(self._names() if names is None else names).get(image_id, ()))
+        document.check_blob(image)
         return image
 
     # changing
@@ -258,19 +195,7 @@ class ImageStore:
         `staged` is on the store's file system and has been synced; `image.erofs` names its place.  A name that
         another image has moves over.  Raises `ExhaustedError` when the disk is full; the image is then not there.
         """
-        document = {
-            "version": VERSION,
-            "id": image.id,
-            "erofs": image.erofs.stem,
-            "size": image.size,
-            "config": image.config,
-            "architecture": image.architecture,
-            "created": image.created,
-            "source": image.source,
-            "digest": image.digest,
-            "layers": list(image.layers),
-        }
-        data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+        data = document.encoded(image)
         with self._changing("publish image"):
             names = [normalised(name) for name in names]
             before = {name: self._target(name) for name in names}
@@ -361,11 +286,10 @@ class ImageStore:
     def _sweep(self) -> None:
         wanted = set()
         for image_id in self._ids():
-            try:
-                document = json.loads((self.documents / f"{image_id}.json").read_bytes())
-                wanted.add(f"{document['erofs']}.erofs")
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            blob = document.blob_of(self.documents / f"{image_id}.json")
+            if blob is None:
                 return  # an unreadable document may own any of the blobs
+            wanted.add(blob)
         for entry in _entries(self.blobs):
             if entry not in wanted:
                 (self.blobs / entry).unlink(missing_ok=True)
