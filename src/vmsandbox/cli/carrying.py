@@ -4,8 +4,8 @@ It alone reads and writes the container's stdio on the host, forwards the signal
 ended, so whoever waits for it sees an ordinary process.
 
 What a reader would get wrong: the supervisor is *not* its parent and may die.  Every byte has an offset, the
-stand-in knows which it has written and which input was accepted, and when its connection breaks it starts a new
-supervisor itself and goes on from there.  If the stand-in is killed, the supervisor kills the guest process.
+stand-in knows which it has written and which input was accepted, and when its connection breaks, `attachment` finds or
+starts a supervisor, and it goes on from there.  If the stand-in is killed, the supervisor kills the guest process.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import os
 import select
 import signal
 import stat
-import time
-from contextlib import nullcontext
 
 from vmsandbox import wire
-from vmsandbox.cli import launch, terminal
+from vmsandbox.cli import terminal
+from vmsandbox.cli.attachment import Attachment
 from vmsandbox.cli.containerlog import LogWriter
 from vmsandbox.cli.standin import LOST
 from vmsandbox.errors import one_line
-from vmsandbox.plainsocket import MSG_DONTWAIT
 from vmsandbox.records import start_time
 from vmsandbox.title import set_title
 
@@ -30,10 +28,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from vmsandbox.cli.runtime import namespaces
     from vmsandbox.cli.standin import Plan
     from vmsandbox.paths import Roots, SandboxPaths
-    from vmsandbox.plainsocket import UnixSocket
 
 #: unacknowledged input that is kept, and so the most that is read ahead of the container, in bytes
 INPUT_WINDOW = 1024 * 1024
@@ -41,8 +37,6 @@ INPUT_WINDOW = 1024 * 1024
 ACK_EVERY = 256 * 1024
 #: What a blocking descriptor takes without blocking once it polls writable (PIPE_BUF).
 ATOMIC = 4096
-#: seconds before a connection is tried again that broke without having brought anything
-RECONNECT_PAUSE = 0.2
 NAMES = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
 KINDS = {name: kind for kind, name in NAMES.items()}
 #: by which a client says that it has lost its terminal, and that it has it
@@ -100,9 +94,8 @@ class Output:
 
 class Standin:
     def __init__(self, roots: Roots, sandbox: SandboxPaths, plan: Plan) -> None:
-        self.roots = roots
-        self.sandbox = sandbox
         self.plan = plan
+        self.attachment = Attachment(roots, sandbox, starter=plan.starter)
         self.outputs = {
             wire.STDOUT: Output(1 if plan.stdout else -1, "stdout"),
             wire.STDERR: Output(2 if plan.stdout else -1, "stderr"),
@@ -112,9 +105,6 @@ class Standin:
         self.input_sent = 0
         self.input_eof = not plan.stdin
         self.eof_sent = not plan.stdin
-        self.sock: UnixSocket | None = None
-        self.decoder = wire.Decoder()
-        self.unsent = bytearray()
         self.exit: dict[str, Any] | None = None
         #: not yet taken by the supervisor: said again over the next connection
         self.signals: list[int] = []
@@ -125,9 +115,6 @@ class Standin:
         # In a pid namespace of its own it is number 1; what counts is what others know it by.
         pid = int(os.readlink("/proc/self"))
         self.me = {"pid": pid, "start_time": start_time(pid)}
-        self.enclosure: namespaces.Enclosure | None = None
-        #: whether this connection brought anything: one that did not is not tried again at once
-        self.heard = True
 
     # ------------------------------------------------------------ set-up
 
@@ -137,7 +124,7 @@ class Standin:
         self._close_inherited({wake_in, wake_out, self.plan.starter})
         what = (self.plan.exec_id or self.plan.container_id)[:12]
         set_title(f"vmsandbox stand-in {what}" + (f": {self.plan.command}" if self.plan.command else ""))
-        self._connect(first=True)
+        self._attach(first=True)
         if self.plan.client is not None:
             try:
                 self.client = os.pidfd_open(self.plan.client)
@@ -146,14 +133,11 @@ class Standin:
         if self.plan.root:
             from vmsandbox.cli.runtime import namespaces
 
-            self.enclosure = namespaces.Enclosure(self.plan.root)
+            self.attachment.enclosure = namespaces.Enclosure(self.plan.root)
         while True:
-            if self.sock is None:
-                if not self.heard:
-                    time.sleep(RECONNECT_PAUSE)
-                if not self._connect(first=False):
-                    self._explain("its pod is gone")
-                    return LOST
+            if not self.attachment.connected and not self._attach(first=False):
+                self._explain("its pod is gone")
+                return LOST
             self._turn(wake_in)
             if self.exit is not None and self._drained():
                 self._finish()
@@ -182,14 +166,10 @@ class Standin:
                 except OSError:
                     continue
 
-    def _connect(self, *, first: bool) -> bool:
+    def _attach(self, *, first: bool) -> bool:
         """(Re)connect to the supervisor and say from which offsets on; False when the pod is gone."""
-        try:
-            self.sock = launch.connect(self.sandbox) if first else self._found()
-        except OSError:
+        if not self.attachment.connect(first=first):
             return False
-        self.decoder = wire.Decoder()
-        self.heard = False
         plan = self.plan
         hello = {
             "verb": "attach",
@@ -202,14 +182,14 @@ class Standin:
         size = terminal.window_size() if plan.terminal else None
         if size:
             hello["size"] = size
-        self.unsent = bytearray(wire.encode_message(hello))
+        self.attachment.send(hello)
         # What was read but not accepted is offered again; the supervisor drops what the guest already has.
         if self.input:
-            self.unsent += wire.encode_data(wire.STDIN, self.input_sent - len(self.input), bytes(self.input))
+            self.attachment.send_data(wire.STDIN, self.input_sent - len(self.input), bytes(self.input))
         if self.plan.stdin and self.eof_sent:
-            self._send({"eof": "stdin", "offset": self.input_sent})
+            self.attachment.send({"eof": "stdin", "offset": self.input_sent})
         for number in self.signals:
-            self._send({"signal": number})
+            self.attachment.send({"signal": number})
         for kind, output in self.outputs.items():
             self._repeat(kind, output)
         return True
@@ -217,38 +197,15 @@ class Standin:
     def _repeat(self, kind: int, output: Output) -> None:
         """Say again what of an output may not have arrived; the agent stops a process whose output nobody takes."""
         if output.closed:
-            self._send({"closed": output.name})
+            self.attachment.send({"closed": output.name})
         if output.acked:
-            self._send({"ack": NAMES[kind], "offset": output.acked})
-
-    def _found(self) -> UnixSocket:
-        """The supervisor that is there, or a new one, which must not be in our namespaces."""
-        if self.plan.starter < 0:
-            return launch.connect_or_take_over(self.roots, self.sandbox)
-        from vmsandbox.cli.runtime import starter
-
-        try:
-            return starter.ask(self.plan.starter)
-        except starter.StarterDiedError:
-            return self._awaited()
-
-    def _awaited(self) -> UnixSocket:
-        """The supervisor that the next verb starts, since we cannot; FileNotFoundError once the pod is gone."""
-        while True:
-            with self.enclosure.left() if self.enclosure else nullcontext():
-                try:
-                    return launch.connect(self.sandbox)
-                except (ConnectionRefusedError, FileNotFoundError):
-                    if not os.path.exists(self.sandbox.document_file):
-                        raise
-            time.sleep(RECONNECT_PAUSE)
+            self.attachment.send({"ack": NAMES[kind], "offset": output.acked})
 
     # ------------------------------------------------------------ one turn of the loop
 
     def _turn(self, wake: int) -> None:
-        assert self.sock is not None
         poll = select.poll()
-        poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.unsent else 0))
+        self.attachment.register(poll)
         poll.register(wake, select.POLLIN)
         if self.client >= 0:
             poll.register(self.client, select.POLLIN)
@@ -267,15 +224,14 @@ class Standin:
         for kind, output in self.outputs.items():
             if output.pending and output.fd in ready:
                 self._write_output(kind, output)
-        sock = self.sock.fileno()
-        if sock in ready:
-            if ready[sock] & select.POLLOUT:
-                self._flush_socket()
-            if self.sock is not None and ready[sock] & ~select.POLLOUT:
-                self._read_socket()
+        for frame in self.attachment.turn(ready):
+            if frame.kind == wire.MESSAGE:
+                self._take_message(frame.message())
+            else:
+                self._take_output(frame)
 
     def _reads(self) -> bool:
-        room = len(self.input) < INPUT_WINDOW and len(self.unsent) < INPUT_WINDOW
+        room = len(self.input) < INPUT_WINDOW and self.attachment.backlog < INPUT_WINDOW
         return room and not self.input_eof and not self.paused
 
     def _take_signals(self, numbers: bytes) -> None:
@@ -285,13 +241,13 @@ class Standin:
             elif number == signal.SIGWINCH:
                 size = terminal.window_size()
                 if size:
-                    self._send({"size": size})
+                    self.attachment.send({"size": size})
             else:
                 self._signal(number)
 
     def _signal(self, number: int) -> None:
         self.signals.append(number)
-        self._send({"signal": number})
+        self.attachment.send({"signal": number})
 
     def _client_died(self) -> None:
         """Give its stdio up, which others have now; what still comes is for the log."""
@@ -320,7 +276,7 @@ class Standin:
             data = b""  # a hung-up terminal
         if data:
             self.input += data
-            self.unsent += wire.encode_data(wire.STDIN, self.input_sent, data)
+            self.attachment.send_data(wire.STDIN, self.input_sent, data)
             self.input_sent += len(data)
         else:
             self.input_eof = True
@@ -328,55 +284,18 @@ class Standin:
 
     def _end_input(self) -> None:
         self.eof_sent = True
-        self._send({"eof": "stdin", "offset": self.input_sent})
+        self.attachment.send({"eof": "stdin", "offset": self.input_sent})
 
     def _write_output(self, kind: int, output: Output) -> None:
         if not output.flush():
-            self._send({"closed": output.name})
+            self.attachment.send({"closed": output.name})
         self._acknowledge(kind, output)
 
     def _acknowledge(self, kind: int, output: Output) -> None:
         written = output.written
         if written - output.acked >= ACK_EVERY or (not output.pending and written > output.acked):
             output.acked = written
-            self._send({"ack": NAMES[kind], "offset": written})
-
-    def _send(self, message: dict[str, Any]) -> None:
-        self.unsent += wire.encode_message(message)
-
-    def _flush_socket(self) -> None:
-        assert self.sock is not None
-        try:
-            count = self.sock.send(self.unsent, MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._disconnected()
-            return
-        del self.unsent[:count]
-
-    def _read_socket(self) -> None:
-        assert self.sock is not None
-        try:
-            data = self.sock.recv(1024 * 1024, MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._disconnected()
-            return
-        self.heard = True
-        for frame in self.decoder.feed(data):
-            if frame.kind == wire.MESSAGE:
-                self._take_message(frame.message())
-            else:
-                self._take_output(frame)
-
-    def _disconnected(self) -> None:
-        assert self.sock is not None
-        self.sock.close()
-        self.sock = None
+            self.attachment.send({"ack": NAMES[kind], "offset": written})
 
     # ------------------------------------------------------------ what the supervisor says
 
@@ -438,10 +357,4 @@ class Standin:
             self._explain(str(self.exit["reason"]))
         if self.log is not None:
             self.log.close()
-        if self.sock is not None:
-            self._send({"done": True})
-            self.sock.settimeout(5)
-            try:
-                self.sock.sendall(self.unsent)
-            except OSError:
-                return
+        self.attachment.finish({"done": True})
