@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+#: bytes of input that are said together to have been accepted: each time costs what a good part of them does
+ACCEPTED_TOGETHER = 256 * 1024
+
 
 class Receiver(Protocol):
     """An attachment, as the port sees it."""
@@ -92,8 +95,8 @@ class Lane:
         self._digits = session
         self._channel = channel
         self._session: BulkSession | None = None
-        #: input that was said to have been accepted: two threads find out, and the larger offset may come first
-        self._accepted = 0
+        #: input that was accepted, of which two threads find out, and that which was said to have been
+        self._accepted = self._told = 0
         self._accepting = threading.Lock()
 
     @property
@@ -108,13 +111,31 @@ class Lane:
         length = sum(len(piece) for piece in data)
         return self._session.send(bulk.data_head(stream, self._channel, offset, length, eof=eof), *data)
 
-    def accept(self, offset: int) -> None:
-        """Say that input below `offset` reached the process; unless the session is over."""
+    def accept(self, offset: int, *, more: bool) -> None:
+        """Say that input below `offset` reached the process; unless the session is over.
+
+        With `more` to come it can wait, until there is enough to tell or nothing comes for a moment.
+        """
         with self._accepting:
-            if offset > self._accepted and self.is_there:
-                assert self._session is not None
-                self._accepted = offset
-                self._session.send(bulk.ack(bulk.STDIN, self._channel, offset))
+            self._accepted = max(self._accepted, offset)
+            if not self.is_there:
+                return
+            assert self._session is not None
+            if more and self._accepted - self._told < ACCEPTED_TOGETHER:
+                self._session.put_off(self)
+            else:
+                self._tell(self._session)
+
+    def catch_up(self) -> None:
+        """Say what was put off."""
+        with self._accepting:
+            if self._session is not None:
+                self._tell(self._session)
+
+    def _tell(self, session: BulkSession) -> None:
+        if self._accepted > self._told:
+            self._told = self._accepted
+            session.send(bulk.ack(bulk.STDIN, self._channel, self._told))
 
     def joined(self, receiver: Receiver) -> AbstractContextManager[None]:
         """Give a receiver what comes by this lane, for the block."""
@@ -131,6 +152,9 @@ class BulkSession:
         self._port = port
         self._unframer = bulk.Unframer()
         self._sending = threading.Lock()
+        #: lanes that have something to say once nothing comes for a moment
+        self._late: set[Lane] = set()
+        self._putting_off = threading.Lock()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(port, select.EPOLLOUT | select.EPOLLET)
@@ -152,6 +176,20 @@ class BulkSession:
         except LinkError:
             return False
         return True
+
+    @property
+    def is_late(self) -> bool:
+        return bool(self._late)
+
+    def put_off(self, lane: Lane) -> None:
+        with self._putting_off:
+            self._late.add(lane)
+
+    def catch_up(self) -> None:
+        with self._putting_off:
+            late, self._late = self._late, set()
+        for lane in late:
+            lane.catch_up()
 
     def send(self, *pieces: bytes | memoryview) -> bool:
         """Write to the port, waiting for the host to take it; False when the session is over."""

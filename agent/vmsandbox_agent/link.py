@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _PAGE = 4096
 _PAGES = 64
 _SEND = 128 * 1024
+#: seconds
+_MOMENT = 0.005
 
 
 class Session(Protocol):
@@ -33,6 +35,13 @@ class Session(Protocol):
 
     def receive(self, data: memoryview) -> bool:
         """Take what the host sent, without keeping `data`; False if the session is over."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is something to say that was put off until nothing comes for a moment."""
+
+    def catch_up(self) -> None:
+        """Say it."""
 
     def end(self) -> None:
         """Stop sending, even within a frame, and close everything."""
@@ -105,9 +114,18 @@ class Port:
                 except OSError:
                     count = 0  # a terminal in a test whose other end is closed
                 if count == 0:  # nothing is there, or no host
-                    epoll.poll()
+                    self._wait(epoll)
                     continue
                 self._take(finder, count)
+
+    def _wait(self, epoll: select.epoll) -> None:
+        """Wait until something may have come."""
+        session = self._session
+        if session is not None and session.is_late:
+            if epoll.poll(_MOMENT):
+                return
+            session.catch_up()
+        epoll.poll()
 
     def _take(self, finder: link.HelloFinder, count: int) -> None:
         data = memoryview(self._buffer)[:count]
@@ -172,6 +190,13 @@ class _Served:
         except link.LinkError:
             return False
         return not self._unframer.ended
+
+    @property
+    def is_late(self) -> bool:
+        return False
+
+    def catch_up(self) -> None:
+        """Nothing is put off here."""
 
     def drain(self, timeout: float) -> None:
         self._connection.drain(timeout)

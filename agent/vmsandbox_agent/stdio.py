@@ -207,7 +207,7 @@ class Session:
             if source.pending:
                 self.wake()
         if accepted != before and self._lane is not None:
-            self._lane.accept(accepted)
+            self._lane.accept(accepted, more=not eof)
 
     def fail(self, error: AgentError) -> None:
         """End because of what the host did."""
@@ -274,6 +274,7 @@ class Session:
                 process_ended = stdio.has_ended
                 source = stdio.input
                 accepted = source.accepted if source.pending and source.write() else 0
+                more = source.pending
                 if accepted and not self._input_moved:
                     happenings.append(Accepted(accepted))
                     accepted = 0
@@ -285,7 +286,7 @@ class Session:
                 moved = self._move_output(happenings, pieces, final=process_ended)
             yield from happenings
             if accepted and self._lane is not None:
-                self._lane.accept(accepted)
+                self._lane.accept(accepted, more=more)
             for piece in pieces:
                 if not self._send(piece):
                     return

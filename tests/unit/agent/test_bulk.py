@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.unit.agent.test_stdio import Program
 from vmsandbox_agent import pipes
-from vmsandbox_agent.bulk import Bulk, Lane
+from vmsandbox_agent.bulk import ACCEPTED_TOGETHER, Bulk, Lane
 from vmsandbox_agent.errors import AgentError
 from vmsandbox_agent.pipes import STDOUT
 from vmsandbox_agent.stdio import Accepted, BulkWanted, Data, Ended, Moved, Session
@@ -247,6 +247,32 @@ def test_input_from_the_port_goes_to_the_process_and_is_accepted_there(
         session.leave()
         waiting.join()
     assert received == data
+
+
+def test_input_is_accepted_in_few_words_and_all_of_it_when_nothing_comes(
+    host: tuple[Bulk, Host], program: Program
+) -> None:
+    port, end = host
+    pieces, size = 50, 1024  # all of which a pipe takes
+    end.begin(DIGITS)
+    with attached(program, port, DIGITS, 9) as session:
+        events = session.events()
+        next(events)
+        waiting = threading.Thread(target=lambda: list(events))
+        waiting.start()
+        data = b"".join(
+            frame for number in range(pieces) for frame in bulk.input_frames(9, number * size, bytes(size), eof=False)
+        )
+        assert pieces * size < ACCEPTED_TOGETHER
+        end.sock.sendall(data)
+        words = 0
+        for _, _, _, offset, _, _ in end.parts():
+            words += 1
+            if offset == pieces * size:
+                break
+        session.leave()
+        waiting.join()
+    assert words < pieces // 2
 
 
 @pytest.mark.parametrize(
