@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.harness.cli import awaited, kill
+from tests.harness.cli import awaited, kill, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def running(cli: Cli, *words: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def machines_of(cli: Cli) -> list[psutil.Process]:
-    return [process for process in cli.processes() if "qemu-system" in process.name()]
+    return [process for process in cli.processes() if "qemu-system" in name_of(process)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -62,7 +62,7 @@ def test_a_signal_before_the_container_is_there_leaves_the_pod_as_it_was(
     cli: Cli, box: str, pod_template: None
 ) -> None:
     cli.ok("pod", "create", "--name", "shop")
-    (supervisor,) = (process for process in cli.processes() if process.name().startswith("vmsandbox-super"))
+    (supervisor,) = (process for process in cli.processes() if name_of(process).startswith("vmsandbox-super"))
     supervisor.suspend()
     try:
         with running(cli, "run", "--pod", "shop", box, "sleep", "1000") as client:

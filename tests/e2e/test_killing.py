@@ -16,7 +16,7 @@ from typing import IO
 import psutil
 import pytest
 
-from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, name_of, wait_until_gone
 
 
 def supervisor_of(cli: Cli, name: str) -> int:
@@ -192,10 +192,10 @@ def test_killing_the_client_of_a_container_to_be_removed_ends_it(cli: Cli, box: 
 def test_gc_removes_what_was_killed_in_the_middle_of_its_start(cli: Cli, box: str) -> None:
     client = cli.popen("run", "--rm", box, "true", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any("qemu" in process.name() for process in cli.processes()):
+    while not any("qemu" in name_of(process) for process in cli.processes()):
         assert time.monotonic() < deadline
     for process in [*cli.processes(), *[]]:
-        if "qemu" not in process.name():
+        if "qemu" not in name_of(process):
             process.kill()
     client.kill()
     client.wait()
@@ -212,7 +212,7 @@ def test_what_is_still_being_made_can_be_removed(cli: Cli, box: str, pod_templat
     ):
         with cli.popen(*make, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
             deadline = time.monotonic() + 60
-            while not any("qemu" in process.name() for process in cli.processes()):
+            while not any("qemu" in name_of(process) for process in cli.processes()):
                 assert time.monotonic() < deadline
             cli.ok(*remove)
         assert cli.leftovers() == []
@@ -223,13 +223,13 @@ def kill_with_a_new_machine(cli: Cli, *words: str) -> None:
     with cli.popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
         awaited(lambda: machines_of(cli))
         for process in cli.processes():
-            if process.name().startswith("vmsandbox-super"):
+            if name_of(process).startswith("vmsandbox-super"):
                 kill(process.pid)
         client.kill()
 
 
 def machines_of(cli: Cli) -> set[int]:
-    return {process.pid for process in cli.processes() if "qemu-system" in process.name()}
+    return {process.pid for process in cli.processes() if "qemu-system" in name_of(process)}
 
 
 def test_a_machine_whose_supervisor_died_before_it_wrote_it_down_ends_with_the_next_start(cli: Cli, box: str) -> None:

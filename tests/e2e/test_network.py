@@ -18,7 +18,7 @@ import pytest
 
 from tests.harness import hosts
 from tests.harness.boxes import add_program, make_rootfs
-from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, title, wait_until_gone
 from tests.harness.spares import end_all, offers
 from vmsandbox.config.model import Settings
 from vmsandbox.resources.network import cni
@@ -439,10 +439,10 @@ def test_a_pod_keeps_its_network_when_its_supervisor_is_killed_and_the_host_gets
         assert own(cli, others, "") == []
 
 
-def own(cli: Cli, others: set[int], title: str) -> list[int]:
+def own(cli: Cli, others: set[int], called: str) -> list[int]:
     """Processes that are not the others', with a title."""
     found = [process for process in cli.processes() if process.pid not in others]
-    return [process.pid for process in found if title in " ".join(process.cmdline())]
+    return [process.pid for process in found if called in title(process)]
 
 
 # ---------------------------------------------------------------- another network

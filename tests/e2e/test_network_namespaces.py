@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.cli import awaited, kill
+from tests.harness.cli import awaited, kill, title
 from tests.harness.netns import Netns, mac, namespace
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def test_a_pod_has_what_the_namespace_has_and_follows_it(cli: Cli, box: str, spa
     await_in(cli, "web", "ip route | grep -q 198.51.100.0/24")
     assert served(peer, "10.20.0.2")
     for process in cli.processes():
-        if "vmsandbox supervisor" in " ".join(process.cmdline()):
+        if "vmsandbox supervisor" in title(process):
             kill(process.pid)
     pod.run("ip link del late", "ip addr add 10.10.0.3/16 dev lan")
     await_in(cli, "web", "! grep -q late: /proc/net/dev")
@@ -142,7 +142,7 @@ def test_the_first_interface_may_come_late_go_and_come_again(cli: Cli, box: str)
         plug("10.9.0.2/24")
         awaited(lambda: first_interface(cli) == "eth0")
         assert served(peer, "10.9.0.2")
-        for supervisor in [each for each in cli.processes() if "vmsandbox supervisor" in " ".join(each.cmdline())]:
+        for supervisor in [each for each in cli.processes() if "vmsandbox supervisor" in title(each)]:
             kill(supervisor.pid)
         pod.run("ip link del eth0")
         await_in(cli, "web", "! grep -q eth0: /proc/net/dev")

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.cli import Cli, awaited, kill, wait_until_gone
-from tests.harness.nurseries import title
+from tests.harness.cli import Cli, awaited, kill, name_of, title, wait_until_gone
 from vmsandbox import remains
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def served(cli: Cli) -> list[str]:
     shared = f"{described(cli, 'shop')['run_directory']}/shared"
     places = [place for place in remains.mounts_below(shared) if place != shared]
     return [place.rpartition("-")[2] for place in sorted(places)] + [
-        process.name() for process in cli.processes() if process.name() == "virtiofsd" and not process.children()
+        name_of(process) for process in cli.processes() if name_of(process) == "virtiofsd" and not process.children()
     ]
 
 
@@ -277,7 +276,7 @@ def test_c5_a_pod_that_is_killed_while_it_is_made_leaves_nothing(cli: Cli) -> No
     while not any("qemu" in title(process) for process in cli.processes()):
         assert time.monotonic() < deadline
     for process in cli.processes():
-        if "qemu" not in process.name():
+        if "qemu" not in name_of(process):
             process.kill()
     assert creating.wait(timeout=120) == 1
     assert cli.pods() == []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.harness.cli import Cli, kill, wait_until_gone
+from tests.harness.cli import Cli, kill, name_of, wait_until_gone
 from vmsandbox import remains
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def digest(path: Path) -> str:
 
 def virtiofsd(cli: Cli) -> list[psutil.Process]:
     """The daemon: the process that serves, below the one that waits for it."""
-    return [process for process in cli.processes() if process.name() == "virtiofsd" and not process.children()]
+    return [process for process in cli.processes() if name_of(process) == "virtiofsd" and not process.children()]
 
 
 def daemon(cli: Cli) -> psutil.Process:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.harness.cli import awaited
+from tests.harness.cli import awaited, name_of
 
 if TYPE_CHECKING:
     import subprocess
@@ -237,7 +237,7 @@ def test_a_client_that_is_stopped_gives_a_raw_terminal_back_and_takes_it_again(
 def test_ctrl_c_before_the_container_is_there_gives_it_up(cli: Cli, box: str, terminal: Terminal) -> None:
     before = terminal.mode()
     with on(terminal, cli, "run", "-it", "--template", "off", box, "sh") as client:
-        awaited(lambda: any("qemu-system" in process.name() for process in cli.processes()))
+        awaited(lambda: any("qemu-system" in name_of(process) for process in cli.processes()))
         terminal.type(b"\x03")
         assert client.wait(60) == 130
     assert terminal.mode() == before

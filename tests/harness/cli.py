@@ -138,7 +138,7 @@ class Cli:
 
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no container is left."""
-        left = [f"process {process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
+        left = [f"process {process.pid} {title(process)[:200]}" for process in self.processes()]
         left += [
             f"file {path}"
             for directory in ("s", "c", "n", "p", "r", "net")
@@ -162,6 +162,22 @@ def wait_until_gone(pid: int, timeout: float = 30.0) -> None:
     """Wait for the end of a process that is not our child."""
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=timeout)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def name_of(process: psutil.Process) -> str:
+    """Its name; nothing of one that has just ended."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, as one; nothing of one that has just ended."""
+    try:
+        return " ".join(process.cmdline()).rstrip()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def awaited(question: Callable[[], T], timeout: float = 60.0) -> T:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from tests.harness import hosts, remainders
-from tests.harness.cli import Cli, awaited
+from tests.harness.cli import Cli, awaited, title
 from tests.harness.netns import namespace
-from tests.harness.nurseries import is_nursery, title
+from tests.harness.nurseries import is_nursery
 from tests.harness.rounds import OPERATIONS, Round
 from tests.harness.spares import keeping_ready, offers
 

@@ -95,7 +95,9 @@ class Netns:
             "ip rule; ip -6 rule; ip neigh show nud permanent; tc qdisc;"
             "for i in $(ls /sys/class/net); do tc filter show dev $i ingress; done"
         )
-        return re.sub(r"NO-CARRIER,|,LOWER_UP| state \w+| tentative| linkdown|\w+_timer +[\d.]+", "", text).splitlines()
+        settled = re.sub(r"NO-CARRIER,|,LOWER_UP| state \w+| tentative| linkdown|\w+_timer +[\d.]+", "", text)
+        # Of neighbours and routes the kernel keeps no order.
+        return sorted(settled.splitlines())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.harness.cli import TIMEOUT
+from tests.harness.cli import TIMEOUT, title
 from vmsandbox import wire
 
 
@@ -29,13 +29,6 @@ def await_nursery(run_root: Path) -> None:
 def is_nursery(process: psutil.Process) -> bool:
     """Whether it ends by itself once nobody has wanted a supervisor for a while."""
     return title(process).startswith("vmsandbox nursery ")
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).rstrip()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 def origin(pid: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness.nurseries import title
+from tests.harness.cli import title
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import machine
-from tests.harness.cli import kill, wait_until_gone
+from tests.harness.cli import kill, title, wait_until_gone
 from tests.harness.engines import BOX, LIMITS
-from tests.harness.nurseries import await_nursery, origin, title
+from tests.harness.nurseries import await_nursery, origin
 from tests.harness.terminals import typed
 
 if TYPE_CHECKING:
