@@ -25,15 +25,15 @@ async def explained(service: Service, verb: str, error: SandboxError) -> Sandbox
     if not met or not service.sandbox.done() or service.sandbox.exception() is not None:
         return error
     sandbox = service.sandbox.result()
-    told = sandbox.ended.is_set()  # before it could be set by what follows
+    if sandbox.ended.is_set():
+        return error  # a pod that is told to end since this request has failed ends because of it
     try:
         async with asyncio.timeout(NOTICED_WITHIN):
             await answering.death(sandbox.vm)
     except TimeoutError:
         return error
     except SandboxError as death:
-        why = "it was told to" if told else str(death)
-        return UnavailableError(f"the pod has ended meanwhile: {why}{_way_out(service, verb)}", detail=death.detail)
+        return UnavailableError(f"the pod has ended meanwhile: {death}{_way_out(service, verb)}", detail=death.detail)
 
 
 def _way_out(service: Service, verb: str) -> str:
