@@ -196,7 +196,8 @@ def documents(
     _hooks(draw, spec, shared)
     if draw(st.integers(0, 3)) == 0:
         linux["namespaces"].append({"type": "user"})
-        linux.update(uidMappings=MAPPING, gidMappings=MAPPING)
+        # Copies: what is made of it may be damaged on purpose.
+        linux.update(uidMappings=copy.deepcopy(MAPPING), gidMappings=copy.deepcopy(MAPPING))
     elif draw(st.integers(0, 2)) == 0:
         _clocks(draw, linux)
     if draw(st.integers(0, 2)) == 0:
