@@ -266,7 +266,8 @@ def _explained(path: str, error: OSError) -> SandboxError:
     if error.errno in (errno.ENOSPC, errno.ENOMEM):
         return ExhaustedError(f"{what}: remove containers with volumes, or raise 'fs.mount-max'")
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return ExhaustedError(f"{what}: raise the limit of open files (ulimit -n)")
+        limit = "ulimit -n" if error.errno == errno.EMFILE else "sysctl fs.file-max"
+        return ExhaustedError(f"{what}: raise the limit of open files ({limit})")
     if error.errno == errno.ENOENT:
         return NotFoundError(what)
     return SandboxError(what)
