@@ -155,6 +155,22 @@ class SecurityLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parent:
+    """A machine that stands still, to be forked: see `Vm.stand`.
+
+    `disks` are the files behind its disks, by id; `memory` is its memory, of which a fork that is to have memory mapped
+    shared needs a copy.
+    """
+
+    pid: int
+    start_time: int
+    name: str
+    directory: Path
+    disks: Mapping[str, Path]
+    memory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class VmConfig:
     """One machine, completely.
 
@@ -165,6 +181,10 @@ class VmConfig:
     detached as any other.  `restore` is the device state of a saved template: instead of
     booting, the VM goes on from there, with the template's memory as backing.  `vsock_cid` 0 takes any free
     context id (`Vm.vsock_cid` says which).
+
+    With a `parent` the VM is a fork of that machine and goes on from where it stands; it has to be configured as that,
+    but for `directory`, the identity, a name of the same length, and what is behind disks and cards; `restore` says
+    what the parent came from.  Memory that is mapped shared has to be a copy of the parent's.
     """
 
     name: str
@@ -185,6 +205,7 @@ class VmConfig:
     boot_timeout: float = 60.0
     vsock_cid: int | None = None
     restore: Path | None = None
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +263,7 @@ class Vm(Protocol):
     #: field 22 of /proc/PID/stat: with `pid` it identifies the process for `Hypervisor.adopted`
     start_time: int
     vsock_cid: int | None
-    #: seconds since exec, by phase: "spawned", "monitor", with a template "restored", "running"
+    #: seconds since exec, by phase: "spawned" or "forked", "monitor", with a template "restored", "running"
     phases: dict[str, float]
 
     def port_path(self, name: str) -> Path: ...
@@ -310,6 +331,14 @@ class Vm(Protocol):
 
     async def save_state(self, fd: int) -> None:
         """Stop the VM and write its device state, without memory, to `fd`; `MonitorError` if that fails."""
+        ...
+
+    async def stand(self) -> Parent:
+        """Stop the VM for good, so that others can be forked from it, and have it end when this process does.
+
+        Nobody may be connected to its monitor, console or ports when it is forked: release it, and leave its block.
+        Raises `ForkError` where that is not possible.
+        """
         ...
 
     def release(self) -> None:

@@ -7,6 +7,7 @@
      |    +-- NoSlotError    no root port or slot is free; nothing was attached
      +-- MonitorError    QMP refused a command or the link broke
      +-- AccelError      the acceleration asked for does not work on this machine
+     +-- ForkError       a machine that stands still cannot be forked
 
 Messages are one line; `evidence` holds the phases, QEMU's stderr and the last console lines.
 """
@@ -57,3 +58,7 @@ class MonitorError(HypervisorError):
 
 class AccelError(HypervisorError):
     """The acceleration asked for does not work on this machine; the message says why."""
+
+
+class ForkError(HypervisorError):
+    """A machine that stands still cannot be forked; a clone or a boot can do without."""

@@ -42,9 +42,10 @@ def _hierarchies() -> dict[str, str]:
     return found
 
 
-def _own() -> dict[str, str]:
+def _of(process: str) -> dict[str, str]:
+    """Where a process is in each hierarchy."""
     own = {}
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"/proc/{process}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             _, controllers, path = line.rstrip("\n").split(":", 2)
             for controller in controllers.split(","):
@@ -91,7 +92,7 @@ def directories(path: str, container_id: str, *, systemd: bool = False) -> list[
         )
     mounted = _hierarchies()
     found: list[str] = []
-    for controller, own in _own().items():
+    for controller, own in _of("self").items():
         point = mounted.get(controller)
         if point is None:
             continue
@@ -172,6 +173,17 @@ def enter(places: Iterable[str]) -> None:
                 file.write("0")
         except OSError:
             continue
+
+
+def bring(pid: int) -> None:
+    """Put another process where this one is, in every hierarchy in which it is elsewhere."""
+    own, others = _of("self"), _of(str(pid))
+    mounted = _hierarchies()
+    for place in {
+        f"{mounted[name]}{path}": None for name, path in own.items() if name in mounted and others.get(name) != path
+    }:
+        with open(f"{place}/cgroup.procs", "w") as file:
+            file.write(str(pid))
 
 
 def leave() -> None:

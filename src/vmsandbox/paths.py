@@ -68,6 +68,11 @@ class SandboxPaths:
         return self.dir + "/supervisor.log"
 
     @property
+    def offer_file(self) -> str:
+        """Of a machine that pods are forked from: what they need to know of it."""
+        return self.dir + "/offer.json"
+
+    @property
     def vm(self) -> Path:
         """Private to the VM: its sockets, console and stderr."""
         return _path(self.dir + "/vm")
@@ -133,6 +138,11 @@ class Roots:
     def by_pod_dir(self) -> str:
         """``<pod id>`` -> symlink to the sandbox directory of a pod that was made on purpose."""
         return self.run_dir + "/p"
+
+    @property
+    def parents_dir(self) -> str:
+        """``<id>/``: a machine that pods are forked from, laid out as a pod's."""
+        return self.run_dir + "/o"
 
     @property
     def spares_dir(self) -> str:

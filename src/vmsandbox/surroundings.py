@@ -18,12 +18,16 @@ _INFLUENTIAL = ("PATH", "TMPDIR", "LD_", "PYTHON", "MALLOC", "CNI_", "VMSANDBOX_
 
 
 def of(pid: int, *, grouped: bool = True) -> list[object]:
-    """Root, limits, namespaces and scheduling of a process, and where `grouped` its control groups; of JSON's types."""
+    """Root, limits, namespaces and scheduling of a process, and where `grouped` its control groups; of JSON's types.
+
+    How many descriptors it may open now is left out: a supervisor takes as many as it may have at most.
+    """
     process = f"/proc/{pid}"
     root = os.stat(f"{process}/root")
     with open(f"{process}/oom_score_adj") as score:
         texts = [cgroups_of(pid) if grouped else "", score.read()]
-    limits = [[*resource.prlimit(pid, getattr(resource, name))] for name in dir(resource) if name.startswith("RLIMIT_")]
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    limits = [[*resource.prlimit(pid, getattr(resource, name))][name == "RLIMIT_NOFILE" :] for name in names]
     places = [os.readlink(f"{process}/ns/{name}") for name in _NAMESPACES]
     scheduling = [sorted(os.sched_getaffinity(pid)), os.getpriority(os.PRIO_PROCESS, pid)]
     return [root.st_dev, root.st_ino, texts, limits, places, scheduling]

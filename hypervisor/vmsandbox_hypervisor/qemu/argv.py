@@ -162,6 +162,11 @@ def ninep_device(tag: str, *, bus: str, addr: str) -> dict[str, object]:
     }
 
 
+def guest_option(name: str) -> str:
+    """By what a command line tells whose it is."""
+    return f"guest={_value(name)},"
+
+
 def validate(config: VmConfig) -> None:
     """Refuse a configuration that cannot become a machine; `ValueError` says why."""
     memory, cpus = config.memory, config.cpus
@@ -211,7 +216,7 @@ def argv(
     # fmt: off
     line = [
         str(config.binary),
-        "-name", f"guest={_value(config.name)},debug-threads=on",
+        "-name", f"{guest_option(config.name)}debug-threads=on",
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", SANDBOX,

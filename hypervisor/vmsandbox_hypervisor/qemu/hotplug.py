@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import re
 import stat
@@ -56,7 +55,6 @@ class Devices:
         self._leaving: set[str] = set()
         self._inherited: set[str] = set()
         self._gone: set[str] = set()
-        self._replacements = itertools.count()
         #: what was put behind the disks that are there from the start, by disk
         self._below: dict[str, str] = {}
         self.daemons: dict[str, virtiofsd.Daemon] = {}
@@ -109,7 +107,8 @@ class Devices:
         with _opened(disk) as (fd, block_device):
             async with self._lent(fd) as fdset:
                 node = blockdev(disk.id, fdset=fdset, read_only=disk.read_only, block_device=block_device)
-                name = node_name(f"file{next(self._replacements)}", disk.id)
+                # Another process, or a fork's parent, may have put something there before.
+                name = node_name(f"file{os.urandom(4).hex()}", disk.id)
                 below = {**record(node["file"], "blockdev"), "node-name": name}
                 try:
                     await self._monitor.execute("blockdev-add", below)

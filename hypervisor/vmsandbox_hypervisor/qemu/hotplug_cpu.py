@@ -7,6 +7,9 @@ offline.  Which properties a new vCPU needs, QEMU says itself.
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox_hypervisor.api import CpuState
@@ -18,6 +21,18 @@ if TYPE_CHECKING:
     from vmsandbox_hypervisor.qemu.monitor import Monitor
 
 PERIPHERAL = "/machine/peripheral/"
+#: QEMU names them so with debug-threads=on
+_VCPU = re.compile(r"CPU \d+/")
+
+
+def vcpu_threads(pid: int) -> list[int]:
+    """The threads of a QEMU that run vCPUs, by their names: a fork would tell its parent's numbers."""
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/task/{thread}/comm") as file:
+            if _VCPU.match(file.read()):
+                found.append(int(thread))
+    return found
 
 
 class Cpus:
@@ -31,11 +46,6 @@ class Cpus:
     async def state(self) -> CpuState:
         sockets = await self._sockets()
         return CpuState(present=sum("qom-path" in one for one in sockets), maximum=len(sockets))
-
-    async def threads(self) -> list[int]:
-        """The host's threads that run the vCPUs."""
-        answer = records(await self._monitor.execute("query-cpus-fast"), "query-cpus-fast")
-        return [thread for one in answer if isinstance(thread := one.get("thread-id"), int)]
 
     async def change(self, count: int, *, timeout: float) -> CpuState:
         """Come as near to `count` as possible; too many is `NoSlotError`, and nothing is plugged."""

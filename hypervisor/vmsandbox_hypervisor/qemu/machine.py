@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import stat
 import time
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox_hypervisor import virtiofsd, vsock
 from vmsandbox_hypervisor.aio import finish
-from vmsandbox_hypervisor.children import Child, confined, spawn
-from vmsandbox_hypervisor.errors import BootError, ExitedError, MonitorError
+from vmsandbox_hypervisor.children import Child, confined, read_start_time, spawn
+from vmsandbox_hypervisor.errors import BootError, ExitedError, ForkError, MonitorError
 from vmsandbox_hypervisor.evidence import CONSOLE_LOG, STDERR_LOG, Evidence
-from vmsandbox_hypervisor.qemu import probe
+from vmsandbox_hypervisor.qemu import forked, probe
 from vmsandbox_hypervisor.qemu.argv import CONSOLE_SOCKET, MONITOR_SOCKET, argv, descriptors, port_socket
 from vmsandbox_hypervisor.sockets import hang_up, listening
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Mapping
 
-    from vmsandbox_hypervisor.api import Accel, AccelChoice, Confinement, Vm, VmConfig
+    from vmsandbox_hypervisor.api import Accel, AccelChoice, Confinement, Parent, Vm, VmConfig
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 
@@ -35,27 +36,39 @@ class QemuHypervisor:
     """The driver for QEMU.
 
     `binary` is what `probe_accel` tries; `accel_cache` is a file that remembers, until the next boot of the host,
-    whether KVM works.
+    whether KVM works.  `settle` is called with the pid of a machine that is forked, before it runs: it comes from
+    where its parent is, not from where we are.
     """
 
-    def __init__(self, *, binary: Path = QEMU, accel_cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        binary: Path = QEMU,
+        accel_cache: Path | None = None,
+        settle: Callable[[int], None] = lambda _pid: None,
+    ) -> None:
         self._binary = binary
         self._accel_cache = accel_cache
+        self._settle = settle
 
     @asynccontextmanager
     async def running(self, config: VmConfig) -> AsyncIterator[Vm]:
         """Start a machine and keep it for the duration of the block.
 
-        Raises `AccelError` if the acceleration asked for does not work, and `BootError` if the machine does not
-        come up.  When the block is left, QEMU and its helpers are gone, and so is every file that they or we made
-        in `config.directory`; unless `Vm.release` was called: then everything goes on.
+        Raises `AccelError` if the acceleration asked for does not work, `BootError` if the machine does not come up,
+        and `ForkError` if its parent cannot be forked.  When the block is left, QEMU and its helpers are gone, and so
+        is every file that they or we made in `config.directory`; unless `Vm.release` was called: then all goes on.
         """
         choice = await probe.chosen(config.accel, binary=config.binary, cache=self._accel_cache)
         choice = probe.permitted(choice, config)
         # Of a machine that ended together with its owner.
         remove_files(config)
         evidence = Evidence(config.directory)
-        launch = launched(config, choice, evidence)
+        if config.parent is None:
+            launch = launched(config, choice, evidence)
+        else:
+            async with forked.alone(config.parent):
+                launch = launched(config, choice, evidence, settle=self._settle)
         try:
             from vmsandbox_hypervisor.qemu.vm import opened
 
@@ -66,7 +79,7 @@ class QemuHypervisor:
                 evidence=evidence,
                 stderr=launch.stderr,
                 started=launch.started,
-                phases={"spawned": launch.spawned - launch.started},
+                phases={"spawned" if config.parent is None else "forked": launch.spawned - launch.started},
             ) as vm:
                 vm.vsock_cid = launch.vsock_cid
                 try:
@@ -158,29 +171,64 @@ class Launch(NamedTuple):
 STDERR_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def launched(config: VmConfig, choice: AccelChoice, evidence: Evidence) -> Launch:
-    """Open everything, execute QEMU, connect the console; on failure nothing is left and `BootError` says why."""
+def launched(
+    config: VmConfig, choice: AccelChoice, evidence: Evidence, *, settle: Callable[[int], None] = lambda _pid: None
+) -> Launch:
+    """Open everything, execute or fork QEMU, connect the console; on failure nothing is left.
+
+    Then `BootError`, or `ForkError`, says why.
+    """
     try:
         with ExitStack() as stack:
             stderr = os.open(config.directory / STDERR_LOG, STDERR_FLAGS, 0o600)
             try:
-                line, fds, cid = _prepared(config, choice, stack)
+                opened, cid = _prepared(config, stack)
                 # Its listening end exists already, so nothing that is printed can be missed.
                 evidence.console.open(config.directory / CONSOLE_SOCKET)
                 started = time.perf_counter()
-                child = spawn(f"qemu {config.name}", line, fds=fds, stderr=stderr)
+                if config.parent is None:
+                    child = _spawned(config, choice, opened, cid, stderr=stderr)
+                else:
+                    child = _forked(config, config.parent, opened, stderr=stderr, settle=settle)
             except BaseException:
                 evidence.console.close()
                 os.close(stderr)
                 raise
+    except ForkError:
+        remove_files(config)
+        raise
     except (OSError, ValueError) as error:
         remove_files(config)
+        if config.parent is not None:
+            raise ForkError(f"cannot fork virtual machine '{config.parent.name}': {_words(error)}") from error
         raise BootError(f"cannot start virtual machine '{config.name}': {_words(error)}", phase="prepared") from error
     return Launch(child=child, stderr=stderr, started=started, spawned=time.perf_counter(), vsock_cid=cid)
 
 
-def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[list[str], dict[int, int], int | None]:
-    """The command line, and the descriptors it names; they are closed here with `stack`."""
+def _spawned(
+    config: VmConfig, choice: AccelChoice, opened: Mapping[str, int], cid: int | None, *, stderr: int
+) -> Child:
+    block_devices = [disk.id for disk in config.disks if stat.S_ISBLK(os.fstat(opened[f"disk-{disk.id}"]).st_mode)]
+    line = argv(config, choice.accel, block_devices=block_devices, vsock_cid=cid)
+    numbers = descriptors(config)
+    fds = {numbers[role]: fd for role, fd in opened.items()}
+    return spawn(f"qemu {config.name}", confined(line, config.confinement, config.labels), fds=fds, stderr=stderr)
+
+
+def _forked(
+    config: VmConfig, parent: Parent, opened: Mapping[str, int], *, stderr: int, settle: Callable[[int], None]
+) -> Child:
+    pid = forked.forked(config, parent, opened, stderr=stderr, settle=settle)
+    try:
+        return Child.adopted(f"qemu {config.name}", pid, read_start_time(pid))
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def _prepared(config: VmConfig, stack: ExitStack) -> tuple[dict[str, int], int | None]:
+    """The descriptors that QEMU gets, by role, and the context id claimed; they are closed here with `stack`."""
     if not os.access(config.binary, os.X_OK):
         raise FileNotFoundError(f"no QEMU at '{config.binary}': install qemu-system-x86")
     opened: dict[str, int] = {}
@@ -196,24 +244,22 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
     listen("console", CONSOLE_SOCKET)
     for port in config.ports:
         listen(f"port-{port.name}", port_socket(port.name))
-    keep("kernel", _readable("kernel", config.kernel.path, config.confinement))
-    if config.kernel.initrd is not None:
-        keep("initrd", _readable("initrd", config.kernel.initrd, config.confinement))
+    if config.parent is None:
+        keep("kernel", _readable("kernel", config.kernel.path, config.confinement))
+        if config.kernel.initrd is not None:
+            keep("initrd", _readable("initrd", config.kernel.initrd, config.confinement))
     if config.memory.backing.fd is not None:
         opened["memory"] = config.memory.backing.fd
     cid = None
     if config.vsock_cid is not None:
         cid, fd = vsock.claim(config.vsock_cid or None)
         keep("vsock", fd)
-    block_devices = []
     for disk in config.disks:
         fd = _opened("disk", disk.path, os.O_RDONLY if disk.read_only else os.O_RDWR)
         keep(f"disk-{disk.id}", fd)
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise OSError(f"cannot use disk '{disk.path}': neither a file nor a block device")
-        if stat.S_ISBLK(mode):
-            block_devices.append(disk.id)
     for nic in config.nics:
         opened[f"nic-{nic.id}"] = nic.tap_fd
         if nic.vhost_fd is not None:
@@ -221,9 +267,7 @@ def _prepared(config: VmConfig, choice: AccelChoice, stack: ExitStack) -> tuple[
     if config.restore is not None:
         # QEMU gets it over the monitor; that it is missing is better known before QEMU runs.
         os.close(_opened("template state", config.restore, os.O_RDONLY))
-    line = argv(config, choice.accel, block_devices=block_devices, vsock_cid=cid)
-    numbers = descriptors(config)
-    return confined(line, config.confinement, config.labels), {numbers[role]: fd for role, fd in opened.items()}, cid
+    return opened, cid
 
 
 def _opened(what: str, path: Path, flags: int) -> int:

@@ -19,6 +19,7 @@ notice a difference, the guest does.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -41,6 +42,7 @@ MIB = 1024 * 1024
 COPY_AT_ONCE = 64 * MIB
 #: bytes that are looked at together: smaller ones would find little more, and make files of many pieces
 ZERO_BLOCK = 64 * 1024
+_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,25 @@ def _copy_without_zeros(source: int, target: int, size: int) -> None:
                 with view[block : min(block + ZERO_BLOCK, end)] as content:
                     if content != nothing[: len(content)]:
                         os.pwrite(target, content, block)
+
+
+def release_zeros(fd: int) -> None:
+    """Give back what a machine's memory takes for zeros, while the machine stands still."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for block in _zeros(fd, os.fstat(fd).st_size):
+        place, length = ctypes.c_int64(block), ctypes.c_int64(ZERO_BLOCK)
+        if libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, place, length) < 0:
+            raise OSError(ctypes.get_errno(), "cannot give back memory")
+
+
+def _zeros(source: int, size: int) -> Iterator[int]:
+    nothing = bytes(ZERO_BLOCK)
+    with mmap.mmap(source, size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
+        for start, end in _data(source, size):
+            for block in range(start, end - ZERO_BLOCK + 1, ZERO_BLOCK):
+                with view[block : block + ZERO_BLOCK] as content:
+                    if content == nothing:
+                        yield block
 
 
 def _data(source: int, size: int) -> Iterator[tuple[int, int]]:

@@ -13,22 +13,23 @@ import signal
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.aio import background, finish
-from vmsandbox_hypervisor.api import AccelChoice, SharedMemory
+from vmsandbox_hypervisor.api import AccelChoice, Parent, SharedMemory
 from vmsandbox_hypervisor.children import described
-from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError, MonitorError
+from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, ForkError, HypervisorError, MonitorError
+from vmsandbox_hypervisor.forking.fork import allow
 from vmsandbox_hypervisor.qemu import migration, monitor
-from vmsandbox_hypervisor.qemu.argv import MONITOR_SOCKET, port_socket
+from vmsandbox_hypervisor.qemu.argv import MONITOR_SOCKET, descriptors, port_socket
 from vmsandbox_hypervisor.qemu.hotplug import Devices
-from vmsandbox_hypervisor.qemu.hotplug_cpu import Cpus
+from vmsandbox_hypervisor.qemu.hotplug_cpu import Cpus, vcpu_threads
 from vmsandbox_hypervisor.qemu.hotplug_memory import Memory
 from vmsandbox_hypervisor.qemu.monitor import LinkError, integer, record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
-    from pathlib import Path
 
     from vmsandbox_hypervisor.api import (
         CpuState,
@@ -227,13 +228,11 @@ class QemuVm:
 
     async def bind_cpus(self, host_cpus: Collection[int]) -> None:
         async with self._operation():
-            for thread in await self._cpus.threads():
-                # Only what is QEMU's: it says itself which threads these are, and need not be trusted.
-                if os.path.exists(f"/proc/{self.pid}/task/{thread}"):
-                    try:
-                        os.sched_setaffinity(thread, host_cpus)
-                    except OSError as error:
-                        raise DeviceError(f"cannot bind vCPUs to processors: {error.strerror}") from error
+            for thread in vcpu_threads(self.pid):
+                try:
+                    os.sched_setaffinity(thread, host_cpus)
+                except OSError as error:
+                    raise DeviceError(f"cannot bind vCPUs to processors: {error.strerror}") from error
 
     async def set_memory(self, total_mib: int, *, timeout: float = 10.0) -> MemoryState:
         async with self._operation():
@@ -292,6 +291,26 @@ class QemuVm:
     async def wait(self) -> int | None:
         status: int | None = await asyncio.shield(self._end)
         return status
+
+    async def stand(self) -> Parent:
+        if self.accel.accel != "tcg":
+            raise ForkError("a machine that the host's kernel runs cannot be forked")
+        memory = descriptors(self.config).get("memory")
+        if memory is None:
+            raise ForkError(f"cannot have '{self.config.name}' forked: its memory must be a memfd of ours")
+        await self.pause()
+        try:
+            allow(self.pid)
+        except OSError as error:
+            raise ForkError(f"cannot have '{self.config.name}' forked: {error.strerror}") from error
+        return Parent(
+            pid=self.pid,
+            start_time=self.start_time,
+            name=self.config.name,
+            directory=self.config.directory,
+            disks={disk.id: disk.path for disk in self.config.disks},
+            memory=Path(f"/proc/{self.pid}/fd/{memory}"),
+        )
 
     def release(self) -> None:
         self.released = True
@@ -369,8 +388,11 @@ async def opened(
                 backing = config.memory.backing
                 if isinstance(backing, SharedMemory) and backing.filled is not None:
                     await backing.filled
-                await vm.restore(config.restore)
-                phases["restored"] = time.perf_counter() - started
+                if config.parent is None:
+                    await vm.restore(config.restore)
+                    phases["restored"] = time.perf_counter() - started
+                else:
+                    await vm.resume()
             await vm.load(attached=adopting)
             phases["running"] = time.perf_counter() - started
         except (MonitorError, ExitedError, OSError) as error:

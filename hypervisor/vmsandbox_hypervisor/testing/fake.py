@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmsandbox_hypervisor.api import AccelChoice, CpuState, Event, MemoryState, PciAddress, PrivateMemory
+from vmsandbox_hypervisor.api import AccelChoice, CpuState, Event, MemoryState, Parent, PciAddress, PrivateMemory
 from vmsandbox_hypervisor.children import described
-from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, HypervisorError, NoSlotError
+from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, ForkError, HypervisorError, NoSlotError
 from vmsandbox_hypervisor.qemu import argv as qemu_argv
 from vmsandbox_hypervisor.qemu.hotplug_rules import check_balloon, check_dimm, check_slot_id, memory_target
 from vmsandbox_hypervisor.subscription import Subscription
@@ -319,6 +319,20 @@ class FakeVm:
         self._status = "postmigrate"
         os.write(fd, b"the state of a fake")
 
+    async def stand(self) -> Parent:
+        self._did("stand")
+        if self.accel.accel != "tcg":
+            raise ForkError("a machine that the host's kernel runs cannot be forked")
+        self._status = "paused"
+        return Parent(
+            pid=self.pid,
+            start_time=self.start_time,
+            name=self.config.name,
+            directory=self.config.directory,
+            disks={disk.id: disk.path for disk in self.config.disks},
+            memory=self.config.directory / "memory",
+        )
+
     def release(self) -> None:
         self.released = True
 
@@ -350,7 +364,11 @@ class FakeHypervisor:
             if path is not None and not path.exists():
                 message = f"cannot start virtual machine '{config.name}': cannot open '{path}'"
                 raise BootError(message, phase="prepared")
-        self.journal.append(f"boot of {config.name}")
+        if config.parent is not None:
+            original = next((vm for vm in self.machines if vm.pid == config.parent.pid), None)
+            if original is None or original._gone is not None or original._status != "paused":
+                raise ForkError(f"'{config.parent.name}' has ended")
+        self.journal.append(f"{'boot' if config.parent is None else 'fork'} of {config.name}")
         vm = FakeVm(config, self.journal, next(self._pids))
         self.machines.append(vm)
         try:

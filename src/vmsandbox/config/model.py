@@ -87,6 +87,8 @@ class SandboxSettings:
     #: share root file systems that engines mounted from disks, instead of plugging the disks
     disable_block_device_use: bool = False
     template: Literal["auto", "require", "off"] = "auto"
+    #: keep a machine that pods are forked from, while they keep coming
+    forks: bool = True
     #: machines that are kept ready for whoever asks next
     spares: Annotated[int, Between(0, 64)] = 0
     #: seconds between the stop signal and SIGKILL

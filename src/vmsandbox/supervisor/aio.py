@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
 T = TypeVar("T")
 
@@ -37,3 +39,24 @@ async def unless(ending: Coroutine[Any, Any, object], work: Coroutine[Any, Any, 
         for task in (working, other):
             task.cancel()
         await asyncio.gather(working, other, return_exceptions=True)
+
+
+@contextmanager
+def told_to_end() -> Iterator[asyncio.Future[None]]:
+    """What is done when this process is told to end, for the block."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[None] = loop.create_future()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, _tell, told)
+    try:
+        yield told
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        told.cancel()
+
+
+def _tell(told: asyncio.Future[None]) -> None:
+    if not told.done():
+        told.set_result(None)

@@ -22,7 +22,7 @@ from vmsandbox.guest.client import AgentClient
 from vmsandbox.guestbuild.choice import chosen
 from vmsandbox.guestbuild.cmdline import EMULATED
 from vmsandbox.resources import identities, share
-from vmsandbox.supervisor import cards, clock, labels, shares, slots, store, template
+from vmsandbox.supervisor import cards, clock, labels, parents, shares, slots, store, template
 from vmsandbox.supervisor.aio import together
 from vmsandbox.supervisor.answering import first_answer
 from vmsandbox.supervisor.network import Connection, connected, resumed
@@ -144,19 +144,31 @@ async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | 
     async with connected(around, spec, config) as network, AsyncExitStack() as stack:
         config = await stack.enter_async_context(confined(around, spec, config))
         # A 9p export is part of the command line and the pod's own: no two pods are alike.
-        origin = template.clone_of(around, config, shareable=spec.shareable, mode="off" if config.shares else mode)
-        clone, key = await stack.enter_async_context(origin)
-        made = None
-        config = await network.card.put_into(config)
-        if clone is not None:
-            clone = await network.card.put_into(clone)
-            made = await _cloned(around, spec, clone, network, stack, required=mode == "require")
-        if made is None:
-            config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
-            made = await _booted(around, spec, config, network, stack)
-        made.template_key = key
-        await network.settle()
-        yield made
+        yield await _made(around, spec, config, network, stack, mode="off" if config.shares else mode)
+
+
+async def _made(
+    around: Surroundings, spec: SandboxSpec, config: VmConfig, network: Connection, stack: AsyncExitStack, *, mode: str
+) -> Sandbox:
+    """The pod by the fastest way there is; one that fails, and is not required, leads to the next."""
+    key = "" if mode == "off" else await template.key_for(around, config)
+    made = None
+    config = await network.card.put_into(config)
+    if key and parents.is_wanted(around, config):
+        fork = stack.enter_context(parents.forked(around, config, key, shareable=spec.shareable))
+        if fork is not None and fork.parent is not None:
+            made = await _cloned(around, spec, fork, network, stack, layer=fork.parent.disks.get(slots.LAYER))
+    if made is None:
+        clone = stack.enter_context(template.clone_of(around, config, key, shareable=spec.shareable, mode=mode))
+        if clone is not None and clone.restore is not None:
+            layer = clone.restore.with_name(template.LAYER)
+            made = await _cloned(around, spec, clone, network, stack, layer=layer, required=mode == "require")
+    if made is None:
+        config = await asyncio.to_thread(slots.for_boot, config, spec, cache=around.roots.data / "cache")
+        made = await _booted(around, spec, config, network, stack)
+    made.template_key = key
+    await network.settle()
+    return made
 
 
 async def _suiting(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | None) -> spares.Spare | None:
@@ -180,14 +192,13 @@ async def _cloned(
     network: Connection,
     stack: AsyncExitStack,
     *,
-    required: bool,
+    layer: Path | None,
+    required: bool = False,
 ) -> Sandbox | None:
-    """A pod out of a template; None, and a line in the log, where that fails and is not required."""
+    """A pod that goes on from another machine, whose layer is that; None, and a line in the log, where that fails."""
     try:
         async with AsyncExitStack() as attempt:
-            if slots.has(config):
-                assert config.restore is not None
-                layer = config.restore.with_name(template.LAYER)
+            if layer is not None and slots.has(config):
                 config = await asyncio.to_thread(slots.for_clone, config, spec, layer)
             sandbox = await _booted(around, spec, config, network, attempt)
             stack.push_async_exit(attempt.pop_all())
@@ -198,7 +209,10 @@ async def _cloned(
         if required:
             again = "'vmsandbox template build --force' makes the template again"
             raise UnavailableError(f"the template's clone failed: {error}: {again}", detail=error.detail) from error
-        log.warning("the template's clone failed, the pod boots cold: %s", error)
+        if config.parent is None:
+            log.warning("the template's clone failed, the pod boots cold: %s", error)
+        else:
+            log.warning("the fork failed, the pod is cloned: %s", error)
         return None
 
 

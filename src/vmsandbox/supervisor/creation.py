@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError, SandboxError, UnavailableError
 from vmsandbox.resources.images.store import ImageStore
-from vmsandbox.supervisor import agreement, bundled, composition, ending, execution, processors, slots, store, template
+from vmsandbox.supervisor import (
+    agreement,
+    bundled,
+    composition,
+    ending,
+    execution,
+    parents,
+    processors,
+    slots,
+    store,
+    template,
+)
 from vmsandbox.supervisor.imaged import ImageContainer
 
 if TYPE_CHECKING:
@@ -146,8 +157,12 @@ def _want_template(service: Service) -> None:
     sandbox = service.sandbox.result()
     around = service.around
     mode = sandbox.spec.template or around.settings.sandbox.template
-    if mode == "auto" and sandbox.template_key and template.missing(around, sandbox.template_key):
+    if not sandbox.template_key:
+        return
+    if mode == "auto" and template.missing(around, sandbox.template_key):
         template.build_in_background(around, around.config_file, sandbox.spec.accel, explicit=not sandbox.spec.implicit)
+    elif sandbox.vm.config.parent is None and parents.is_wanted(around, sandbox.vm.config):
+        parents.wish(around.roots, parents.Wish.of(around, sandbox.spec, sandbox.template_key))
 
 
 async def start(service: Service, request: dict[str, Any]) -> dict[str, Any]:

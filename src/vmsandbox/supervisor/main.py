@@ -146,6 +146,7 @@ async def supervise(
 ) -> None:
     """Serve the control socket, hold the pod, and leave nothing when it ends."""
     from vmsandbox.config.load import load
+    from vmsandbox.supervisor import parents
     from vmsandbox.supervisor.control import Control, refuse
     from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox.supervisor.service import Service
@@ -165,7 +166,7 @@ async def supervise(
         roots=roots,
         paths=paths,
         settings=settings,
-        hypervisor=QemuHypervisor(accel_cache=roots.run / "accel"),
+        hypervisor=QemuHypervisor(accel_cache=roots.run / "accel", settle=parents.settle),
         config_file=config_file,
     )
     async with asyncio.TaskGroup() as tasks:

@@ -17,6 +17,7 @@ process may fork that has.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -24,6 +25,7 @@ import select
 import socket
 import struct
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ from vmsandbox import cgroups, remains, surroundings, wire
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
+from vmsandbox.supervisor.parents import Wish
 from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, MOVED_ITSELF, Watch
 from vmsandbox.title import set_title
 
@@ -146,6 +149,7 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
     waiting.register(watch.fd, select.POLLIN)
     #: somebody came, so that machines may have to be made ready for whoever comes next
     due = True
+    wishes = _Wishes()
     while os.path.exists(path):
         events = dict(waiting.poll((QUIET if due else LINGER) * 1000))
         if watch.fd in events:
@@ -157,14 +161,18 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
             with connection:
                 try:
                     client = _attend(connection, here, group)
-                except (OSError, ValueError, KeyError, wire.WireError):
+                except (OSError, ValueError, KeyError, TypeError, wire.WireError):
                     continue
-            if client is not None and not Start.of(client.arguments).spare:
+            if isinstance(client, Wish):
+                wishes.add(client)
+            elif client is not None and not Start.of(client.arguments).spare:
                 # One that fails to become ready is tried again with the next client, and not for ever.
-                origin, due = client, True
+                origin = client
+            due |= client is not None
         elif due:
             if origin is not None:
                 _make_ready(origin, watch)
+            wishes.grant(run_root)
             due = False
         else:
             break
@@ -205,7 +213,35 @@ def _ready(roots: Roots) -> int:
     return sum(remains.is_served(roots.sandbox(name)) for name in names)
 
 
-def _attend(connection: socket.socket, here: object, group: str) -> Origin | None:
+class _Wishes:
+    """Which parents pods wish for.  One that cannot be had is not tried with each of them."""
+
+    def __init__(self) -> None:
+        self._open: set[Wish] = set()
+        self._granted: dict[Wish, float] = {}
+
+    def add(self, wish: Wish) -> None:
+        if time.monotonic() > self._granted.get(wish, 0.0) + LINGER:
+            self._open.add(wish)
+
+    def grant(self, run_root: str) -> None:
+        """Have all of them made, each by a process of its own."""
+        for wish in self._open:
+            self._granted[wish] = time.monotonic()
+            _forked(functools.partial(_keep, run_root, wish))
+        self._open.clear()
+
+
+def _keep(run_root: str, wish: Wish) -> None:
+    from vmsandbox.supervisor.keeping import keep
+
+    os.setsid()
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    keep(run_root, wish)
+    os._exit(0)
+
+
+def _attend(connection: socket.socket, here: object, group: str) -> Origin | Wish | None:
     """Fork one client's supervisor, or refuse; without a word the client knows that nothing was done."""
     connection.settimeout(PATIENCE)
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -214,9 +250,13 @@ def _attend(connection: socket.socket, here: object, group: str) -> Origin | Non
     connection.sendall(wire.encode_message({"pid": os.getpid()}))
     head, descriptors, _, _ = socket.recv_fds(connection, wire.HEAD.size, 2)
     try:
-        if len(descriptors) != 2 or len(head) != wire.HEAD.size:
+        if len(head) != wire.HEAD.size:
             return None
         request = _read(connection, head)
+        if "parent" in request:
+            return Wish(**request["parent"])
+        if len(descriptors) != 2:
+            return None
         engine = bool(cgroups_in(request["arguments"]))
         if not engine and surroundings.cgroups_of(pid) != group:
             connection.sendall(wire.encode_message({"pid": None}))

@@ -47,11 +47,17 @@ def has(config: VmConfig) -> bool:
 
 def for_template(config: VmConfig, directory: Path, *, layer_mib: int, cache: Path) -> VmConfig:
     """The machine that becomes a template, with files of its own in `directory`."""
-    image, layer = directory / "image-slot.img", directory / "layer-slot.img"
-    with image.open("wb") as file:
-        file.truncate(IMAGE_LIMIT)
+    image, layer = empty_image(directory), directory / "layer-slot.img"
     scratch.create(layer, layer_mib, cache)
     return _filled(config, {IMAGE: image, LAYER: layer})
+
+
+def empty_image(directory: Path) -> Path:
+    """A file in `directory` that is as large as any image, and holds nothing."""
+    image = directory / "image-slot.img"
+    with image.open("wb") as file:
+        file.truncate(IMAGE_LIMIT)
+    return image
 
 
 def for_clone(config: VmConfig, spec: SandboxSpec, layer: Path) -> VmConfig:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from vmsandbox.config.load import files
 from vmsandbox.errors import SandboxError, UnavailableError
 from vmsandbox.resources.network.options import requested
 from vmsandbox.supervisor import answering, bringup, slots, template, warming
+from vmsandbox.supervisor.aio import told_to_end
 from vmsandbox.supervisor.network import connected
 from vmsandbox.supervisor.sandbox import Sandbox, SandboxSpec
 from vmsandbox.supervisor.translation import translating
@@ -38,8 +38,6 @@ from vmsandbox_hypervisor.aio import readable
 from vmsandbox_hypervisor.api import Disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.supervisor.network import Connection
     from vmsandbox.supervisor.sandbox import Surroundings
@@ -79,8 +77,9 @@ class Spare:
             (self._layer.parent / "owner").write_text(around.roots.run_dir)
             self._network = await stack.enter_async_context(connected(around, self._spec, self._config))
             config = await stack.enter_async_context(bringup.confined(around, self._spec, self._config))
-            origin = template.clone_of(around, config, shareable=False, mode="require")
-            clone, self._key = await stack.enter_async_context(origin)
+            self._key = await template.key_for(around, config)
+            origin = template.clone_of(around, config, self._key, shareable=False, mode="require")
+            clone = stack.enter_context(origin)
             assert clone is not None
             assert clone.restore is not None
             own = replace(self._spec, layer=str(self._layer))
@@ -135,7 +134,7 @@ async def asked_for(
 
     Raises `UnavailableError` when nobody asks in time, or the process is told to end, and then nobody can any more.
     """
-    with _told_to_end() as ending:
+    with told_to_end() as ending:
         making = asyncio.create_task(_prepared(around, pod_id), name="make a machine ready")
         await _first_of(making, ending)
         making.cancel()  # which does nothing once it is there
@@ -158,27 +157,6 @@ async def asked_for(
         finally:
             with suppress(FileNotFoundError):
                 Path(around.roots.spares_dir, pod_id + COMING).unlink()
-
-
-@contextmanager
-def _told_to_end() -> Iterator[asyncio.Future[None]]:
-    """What is done when the process is told to end, for the block."""
-    loop = asyncio.get_running_loop()
-    told: asyncio.Future[None] = loop.create_future()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, _tell, told)
-    try:
-        yield told
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-        told.cancel()
-
-
-def _tell(told: asyncio.Future[None]) -> None:
-    if not told.done():
-        told.set_result(None)
 
 
 async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:

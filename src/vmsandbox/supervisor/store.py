@@ -66,6 +66,8 @@ def vm_document(config: VmConfig, *, pid: int, start_time: int) -> dict[str, Any
     # Descriptors mean nothing to another process; an adopted VM's memory is mapped already.
     for nic in described["nics"]:
         nic.update(tap_fd=-1, vhost_fd=None)
+    # What it was forked from may be gone.
+    del described["parent"]
     described["memory"]["backing"] = "private" if isinstance(config.memory.backing, PrivateMemory) else "shared"
     return {"pid": pid, "start_time": start_time, "config": described}
 

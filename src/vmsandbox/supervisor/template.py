@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ from vmsandbox.supervisor import cards, clock, slots, warming
 from vmsandbox.supervisor.aio import unless
 from vmsandbox.supervisor.answering import death, first_answer
 from vmsandbox.supervisor.translation import translating
-from vmsandbox_hypervisor.api import Disk, PrivateMemory, SecurityLabels, SharedMemory
+from vmsandbox_hypervisor.api import PrivateMemory, SecurityLabels, SharedMemory
 from vmsandbox_hypervisor.qemu.template import (
     MEMORY,
     SEALS,
@@ -47,7 +47,7 @@ from vmsandbox_hypervisor.qemu.template import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox_hypervisor.api import Hypervisor, Vm, VmConfig
@@ -58,7 +58,6 @@ NAME = "vmsandbox-template"
 LAYER = "layer"
 DOCUMENT = "template.json"
 STAGING = ".staging-"
-WARM_DISK_MIB = 16
 
 
 async def key_of(hypervisor: Hypervisor, config: VmConfig, *, layer_mib: int) -> str:
@@ -90,6 +89,11 @@ async def key_of(hypervisor: Hypervisor, config: VmConfig, *, layer_mib: int) ->
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+async def key_for(around: Surroundings, config: VmConfig) -> str:
+    """The key of the template that a pod with this machine is cloned from."""
+    return await key_of(around.hypervisor, config, layer_mib=around.settings.container.scratch_size_mib)
+
+
 def _identity(path: Path) -> list[object]:
     try:
         found = path.stat()
@@ -101,6 +105,30 @@ def _identity(path: Path) -> list[object]:
 
 
 # ---------------------------------------------------------------- using one
+
+
+@contextmanager
+def clone_of(
+    around: Surroundings, config: VmConfig, key: str, *, shareable: bool, mode: str
+) -> Iterator[VmConfig | None]:
+    """The clone's configuration for the block; None: boot cold.
+
+    `mode` is that of the setting: with `require` a missing or damaged template is an error, with `auto` a cold boot.
+    """
+    if mode == "off":
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            clone = stack.enter_context(cloned(around, config, key, shareable=shareable))
+        except SandboxError as error:
+            if mode == "require":
+                raise
+            log.warning("the template cannot be used, the pod boots cold: %s", error)
+            clone = None
+        if clone is None and mode == "require":
+            raise UnavailableError("there is no template for this pod: 'vmsandbox template build' makes it")
+        yield clone
 
 
 @contextmanager
@@ -123,16 +151,22 @@ def cloned(around: Surroundings, config: VmConfig, key: str, *, shareable: bool)
 
 @contextmanager
 def _own_memory(directory: Path, template: Template) -> Iterator[SharedMemory]:
-    """A copy of the template's memory for the block, made while QEMU starts.
+    """A copy of the template's memory for the block: of its file where no supervisor has the memory at hand."""
+    source = _offered(directory, template)
+    if source is None:
+        source = os.open(template.memory, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        with copied(source, size_mib=template.size_mib) as memory:
+            yield memory
+    finally:
+        os.close(source)
 
-    It is made from the template's file where no supervisor has the memory at hand.
-    """
+
+@contextmanager
+def copied(source: int, *, size_mib: int) -> Iterator[SharedMemory]:
+    """A machine's memory, copied into another's own for the block while QEMU starts."""
     with ExitStack() as stack:
-        source = _offered(directory, template)
-        if source is None:
-            source = os.open(template.memory, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        stack.callback(os.close, source)
-        own = empty_memory(template.size_mib)
+        own = empty_memory(size_mib)
         stack.callback(os.close, own)
         copier = stack.enter_context(ThreadPoolExecutor(1, "memory"))
         yield SharedMemory(fd=own, filled=asyncio.wrap_future(copier.submit(fill_memory, own, source)))
@@ -151,6 +185,12 @@ def is_whole(directory: Path) -> bool:
         return found == _facts(directory)
     except (SandboxError, OSError):
         return False
+
+
+def found(around: Surroundings, key: str, *, size_mib: int) -> Template | None:
+    """The template with this key, if it is whole."""
+    directory = around.roots.templates / key
+    return Template.found(directory, size_mib=size_mib) if is_whole(directory) else None
 
 
 def _facts(directory: Path) -> dict[str, list[int]]:
@@ -259,8 +299,7 @@ async def build(
     Two that want the same one make it once: the second waits, or without `waiting` leaves it to the first.  Raises
     a `SandboxError` when it cannot be made; nothing is left then.
     """
-    layer_mib = around.settings.container.scratch_size_mib
-    key = await key_of(around.hypervisor, config, layer_mib=layer_mib)
+    key = await key_for(around, config)
     root = around.roots.templates
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(root, key, waiting=waiting) as ours:
@@ -347,16 +386,8 @@ async def _prepare(around: Surroundings, booted: VmConfig, vm: Vm, agent: AgentC
 
     # Not at the end: what the container needs, those of the clones need too.
     await warming.clear(agent, caches=True)
-    async with AsyncExitStack() as stack:
-        disk = booted.directory / "warm.img"
-        await asyncio.to_thread(scratch.create, disk, WARM_DISK_MIB, around.roots.data / "cache")
-        image = await vm.attach_disk(Disk(id="warm-image", path=booted.disks[0].path, read_only=True))
-        stack.push_async_callback(vm.detach_disk, "warm-image")
-        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
-        stack.push_async_callback(vm.detach_disk, "warm-scratch")
-        async with asyncio.timeout(warming.TIMEOUT):
-            await warming.warm(around, agent, image.pci_path, writable.pci_path)
-            await warming.warm_share(vm, agent, booted.directory / "share")
+    async with asyncio.timeout(warming.TIMEOUT):
+        await warming.rehearse(around, vm, agent)
     if slots.has(booted):
         await agent.add_storages([layer_storage(slots.LAYER_POINT, slots.address(booted, slots.LAYER))])
     await warming.clear(agent)
@@ -365,28 +396,3 @@ async def _prepare(around: Surroundings, booted: VmConfig, vm: Vm, agent: AgentC
 def missing(around: Surroundings, key: str) -> bool:
     """Whether a template with this key is still to be made."""
     return not is_whole(around.roots.templates / key)
-
-
-@asynccontextmanager
-async def clone_of(
-    around: Surroundings, config: VmConfig, *, shareable: bool, mode: str
-) -> AsyncIterator[tuple[VmConfig | None, str]]:
-    """The clone's configuration (None: boot cold) and the template's key.
-
-    `mode` is that of the setting: with `require` a missing or damaged template is an error, with `auto` a cold boot.
-    """
-    if mode == "off":
-        yield None, ""
-        return
-    key = await key_of(around.hypervisor, config, layer_mib=around.settings.container.scratch_size_mib)
-    with ExitStack() as stack:
-        try:
-            clone = stack.enter_context(cloned(around, config, key, shareable=shareable))
-        except SandboxError as error:
-            if mode == "require":
-                raise
-            log.warning("the template cannot be used, the pod boots cold: %s", error)
-            clone = None
-        if clone is None and mode == "require":
-            raise UnavailableError("there is no template for this pod: 'vmsandbox template build' makes it")
-        yield clone, key

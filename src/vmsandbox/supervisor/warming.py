@@ -5,16 +5,18 @@ Templates are saved after it, and with them what is loaded; in a spare the emula
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 from vmsandbox.errors import UnsupportedError
 from vmsandbox.oci import compose, options
+from vmsandbox.resources import scratch
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
-from vmsandbox_hypervisor.api import VirtiofsShare
+from vmsandbox_hypervisor.api import Disk, VirtiofsShare
 from vmsandbox_hypervisor.errors import DeviceError
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -29,12 +31,27 @@ log = logging.getLogger(__name__)
 
 #: seconds the container may take
 TIMEOUT = 120.0
+DISK_MIB = 16
 
 
 async def clear(agent: AgentClient, *, caches: bool = False) -> None:
     """Have the guest's free memory hold nothing; with `caches`, free what it has read and does not use first."""
     with suppress(UnsupportedError):  # a guest that was built before there was this: its template is larger
         await agent.clear_memory(caches=caches)
+
+
+async def rehearse(around: Surroundings, vm: Vm, agent: AgentClient) -> None:
+    """Run a container on disks that are plugged in for it, and share a directory; then nothing of it is plugged."""
+    directory = vm.config.directory
+    async with AsyncExitStack() as stack:
+        disk = directory / "warm.img"
+        await asyncio.to_thread(scratch.create, disk, DISK_MIB, around.roots.data / "cache")
+        image = await vm.attach_disk(Disk(id="warm-image", path=vm.config.disks[0].path, read_only=True))
+        stack.push_async_callback(vm.detach_disk, "warm-image")
+        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
+        stack.push_async_callback(vm.detach_disk, "warm-scratch")
+        await warm(around, agent, image.pci_path, writable.pci_path)
+        await warm_share(vm, agent, directory / "share")
 
 
 async def warm(around: Surroundings, agent: AgentClient, image: str, writable: str | None) -> None:

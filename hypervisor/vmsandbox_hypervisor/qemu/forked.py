@@ -1,0 +1,115 @@
+"""A QEMU that is forked from one that stands still, with everything of its own that the two must not share.
+
+The fork finds its sockets, taps and disks under the numbers that its parent has them under: QEMU keeps numbers, and
+asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+import struct
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from vmsandbox_hypervisor.api import PrivateMemory
+from vmsandbox_hypervisor.children import read_start_time
+from vmsandbox_hypervisor.errors import ForkError
+from vmsandbox_hypervisor.forking.descriptors import descriptor_of
+from vmsandbox_hypervisor.forking.fork import fork
+from vmsandbox_hypervisor.qemu.argv import descriptors, guest_option
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from vmsandbox_hypervisor.api import Parent, VmConfig
+
+_TUNSETOFFLOAD, _TUNGETVNETHDRSZ, _TUNSETVNETHDRSZ = 0x400454D0, 0x800454D7, 0x400454D8
+#: checksums, both TCPs and what QEMU asks for on behalf of every driver that Linux has; UFO, which kernels may lack
+_OFFLOADS, _UFO = 0x01 | 0x02 | 0x04 | 0x08, 0x10
+_OFD_SETLK = 37
+#: seconds that others may take
+PATIENCE = 5.0
+#: a lock in /proc/PID/fdinfo
+_LOCK = re.compile(r"lock:\s+\d+: OFDLCK\s+ADVISORY\s+(READ|WRITE) -1 \S+ (\d+) (\d+|EOF)")
+
+
+def forked(
+    config: VmConfig, parent: Parent, opened: Mapping[str, int], *, stderr: int, settle: Callable[[int], None]
+) -> int:
+    """The pid of a fork of `parent` that stands still as well.
+
+    `opened` are our descriptors by role.  Raises `ForkError` or `OSError`.
+    """
+    if config.vsock_cid is not None or any(nic.vhost_fd is not None for nic in config.nics):
+        raise ForkError(f"'{parent.name}' cannot be forked with what the host's kernel does for its devices")
+    if read_start_time(parent.pid) != parent.start_time:
+        raise ForkError(f"'{parent.name}' has ended")
+    numbers = descriptors(config)
+    replaced = {1: stderr, 2: stderr}
+    for role, fd in opened.items():
+        kind, _, name = role.partition("-")
+        if kind == "disk":
+            replaced.update(_behind(parent, name, fd))
+        elif role != "memory" or not isinstance(config.memory.backing, PrivateMemory):
+            replaced[numbers[role]] = fd
+        if kind == "nic":
+            _equip(fd, parent.pid, numbers[role])
+    names = {guest_option(parent.name).encode(): guest_option(config.name).encode()}
+    return fork(parent.pid, replaced=replaced, identity=config.confinement, words=names, settle=settle)
+
+
+@asynccontextmanager
+async def alone(parent: Parent) -> AsyncIterator[None]:
+    """One at a time can hold a process still; `ForkError` if others do that for too long."""
+    try:
+        lock = os.open(parent.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ForkError(f"'{parent.name}' is gone: {error.strerror}") from error
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+        yield
+    except TimeoutError as error:
+        raise ForkError(f"'{parent.name}' is being forked for more than {PATIENCE:g} s") from error
+    finally:
+        os.close(lock)
+
+
+def _behind(parent: Parent, disk: str, fd: int) -> dict[int, int]:
+    """What the parent has open of a disk, to be replaced by our descriptor, which gets the same locks."""
+    wanted = parent.disks[disk].stat()
+    found = {}
+    for name in os.listdir(f"/proc/{parent.pid}/fd"):
+        status = os.stat(f"/proc/{parent.pid}/fd/{name}")
+        if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
+            found[int(name)] = fd
+            _lock_alike(fd, f"/proc/{parent.pid}/fdinfo/{name}")
+    if not found:
+        raise ForkError(f"'{parent.name}' has no disk '{disk}'")
+    return found
+
+
+def _lock_alike(fd: int, path: str) -> None:
+    with open(path) as file:
+        locks = _LOCK.findall(file.read())
+    for kind, start, end in locks:
+        length = 0 if end == "EOF" else int(end) - int(start) + 1
+        number = fcntl.F_RDLCK if kind == "READ" else fcntl.F_WRLCK
+        fcntl.fcntl(fd, _OFD_SETLK, struct.pack("hhqqi4x", number, os.SEEK_SET, int(start), length, 0))
+
+
+def _equip(tap: int, pid: int, number: int) -> None:
+    """Prepare a tap as QEMU has prepared the parent's."""
+    theirs = descriptor_of(pid, number)
+    try:
+        size = fcntl.ioctl(theirs, _TUNGETVNETHDRSZ, bytes(4))
+    finally:
+        os.close(theirs)
+    fcntl.ioctl(tap, _TUNSETVNETHDRSZ, size)
+    try:
+        fcntl.ioctl(tap, _TUNSETOFFLOAD, _OFFLOADS | _UFO)
+    except OSError:
+        fcntl.ioctl(tap, _TUNSETOFFLOAD, _OFFLOADS)
