@@ -13,7 +13,8 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING, Self
 from scripts.benchmarks import processes
 from scripts.benchmarks.processes import CommandError, Ended
 from scripts.benchmarks.rows import MissingError
+from vmsandbox import documents
 from vmsandbox.errors import NotFoundError
 from vmsandbox.guestbuild import store
 from vmsandbox.paths import Roots
 from vmsandbox.wire import WireError, receive
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/busybox/busybox-static")
@@ -54,6 +57,8 @@ IMAGE = "bench"
 COLD = "--template=off"
 #: the nursery's name in /proc, and the seconds that loading may take it
 NURSERY, NURSERY_TIMEOUT = "vmsandbox-nurse", 30.0
+#: seconds in which no machine to be forked was made is too many; and how long one takes, more or less
+PARENT_TIMEOUT, PARENT_TIME = 60.0, 5.0
 #: what an idle container runs
 IDLE = ("sleep", "1000000")
 
@@ -65,6 +70,7 @@ class Workplace:
         self.installed = Roots.chosen(data=data_root)
         self._stack = ExitStack()
         self._pods = 0
+        self._configuration: tuple[str, ...] = ()
         #: figures of one measurement that another one needs
         self.notes: dict[str, float] = {}
 
@@ -137,7 +143,19 @@ class Workplace:
             words = ("run", "--network", "none", *words[1:])
         program = Path(sys.executable).with_name("vmsandbox")
         roots = ["--root", self.roots.run_dir, "--data-root", self.roots.data_dir]
-        return [str(program), *roots, *words]
+        return [str(program), *roots, *self._configuration, *words]
+
+    @contextmanager
+    def without_forks(self) -> Iterator[None]:
+        """Have no pod forked for the block."""
+        config = self.directory / "without-forks.toml"
+        config.write_text("[sandbox]\nforks = false\n")
+        self._configuration = ("--config", str(config))
+        try:
+            yield
+        finally:
+            self._configuration = ()
+            self.end_nursery()
 
     def vmsandbox(self, *words: str, settle: bool = False) -> Ended:
         """Run a verb of ours to its end; with `settle`, until nothing that it started is there, its nursery neither."""
@@ -162,6 +180,33 @@ class Workplace:
             sock.settimeout(NURSERY_TIMEOUT)
             sock.connect(self.roots.nursery_file)
             receive(sock)
+
+    def await_parent(self, *options: str) -> None:
+        """Have a machine that pods with these options are forked from, and wait until it stands and is at rest."""
+        deadline = time.monotonic() + PARENT_TIMEOUT
+        while not self._parents(shareable="-v" in options):
+            self.vmsandbox("run", "--rm", self.template, *options, self.image, "true")
+            if time.monotonic() > deadline:
+                raise MissingError("no machine could be forked")
+            self.await_nursery()
+            self.vmsandbox("run", "--rm", self.template, *options, self.image, "true")
+            time.sleep(PARENT_TIME)
+
+    def _parents(self, *, shareable: bool) -> list[int]:
+        """The processes that keep one of a kind."""
+        offers = [documents.read(str(path)) for path in Path(self.roots.parents_dir).glob("*/offer.json")]
+        return [
+            offer["keeper"]["pid"]
+            for offer in offers
+            if offer["shareable"] == shareable and os.path.exists(f"/proc/{offer['keeper']['pid']}")
+        ]
+
+    @cached_property
+    def sharing(self) -> tuple[str, str]:
+        """The option with which `run` shares a directory."""
+        directory = self.directory / "shared"
+        directory.mkdir()
+        return "-v", f"{directory}:/mnt"
 
     @cached_property
     def template(self) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from vmsandbox_hypervisor.errors import ForkError
 from vmsandbox_hypervisor.forking import holdings
 from vmsandbox_hypervisor.forking.descriptors import descriptor_of
-from vmsandbox_hypervisor.forking.tracing import Thread
+from vmsandbox_hypervisor.forking.tracing import Thread, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -65,9 +65,9 @@ def allow(pid: int) -> None:
 
     QEMU asks the kernel to leave the guest's memory out of forks, of which it knows helpers only.
     """
-    main = Thread.held(pid, pid)
+    main = Thread.held(pid, pid, gate_of(pid))
     try:
-        for range_ in holdings.mappings(pid):
+        for range_ in list(holdings.mappings(pid)):
             if range_.left_out and not range_.shared_inode:
                 main.call(_MADVISE, range_.start, range_.end - range_.start, _MADV_DOFORK)
         main.call(_PRCTL, _PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -119,11 +119,12 @@ def fork(
 
 def _held(pid: int, stack: ExitStack) -> list[Thread]:
     """All threads of a process, its first one first, until the stack is closed."""
+    gate = gate_of(pid)
     held: dict[int, Thread] = {}
     while new := [int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) not in held]:
         for tid in new:
             try:
-                held[tid] = Thread.held(tid, pid)
+                held[tid] = Thread.held(tid, pid, gate)
             except ProcessLookupError:
                 continue
             stack.callback(held[tid].let_go)

@@ -18,7 +18,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
-_GETREGS, _SETREGS, _DETACH = 12, 13, 17
+_CONT, _GETREGS, _SETREGS, _DETACH = 7, 12, 13, 17
 _GETEVENTMSG = 0x4201
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
@@ -35,9 +35,24 @@ _XSTATE_MAX = 16384
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 #: what the kernel answers, invisible to programs, for a call that is to be made again
 _RESTARTS = frozenset({-512, -513, -514, -516})
+#: what is no message to a thread, but its own doing
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 _SYSCALL = b"\x0f\x05"
 
-SYS_CLONE = 56
+SYS_CLONE, _TGKILL = 56, 234
+
+
+def gate_of(pid: int) -> int:
+    """Where a process has an instruction that is a system call: in what the kernel has mapped into each of them."""
+    with open(f"/proc/{pid}/maps") as file:
+        line = next((line for line in file if line.rstrip().endswith("[vdso]")), "")
+    start, _, end = line.partition(" ")[0].partition("-")
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        code = os.pread(memory.fileno(), int(end or "0", 16) - int(start or "0", 16), int(start or "0", 16))
+    offset = code.find(_SYSCALL)
+    if offset < 0:
+        raise OSError(errno.ENOEXEC, f"process {pid} has no gate to the kernel")
+    return int(start, 16) + offset
 
 
 class Registers(ctypes.Structure):
@@ -62,16 +77,18 @@ class _Vector(ctypes.Structure):
 class Thread:
     """A thread that is held still.  Obtain one from `held`, `forked` or `cloned`; `let_go` ends that."""
 
-    def __init__(self, tid: int, pid: int) -> None:
+    def __init__(self, tid: int, pid: int, gate: int) -> None:
         self.tid = tid
         self.pid = pid
-        self._trap = 0
+        self._gate = gate
+        #: signals that came meanwhile, and are for later
+        self._signals: list[int] = []
         self._regs = Registers()
 
     @classmethod
-    def held(cls, tid: int, pid: int) -> Thread:
-        """Hold a thread of process `pid`; `OSError` if that is not allowed, or it has ended."""
-        thread = cls(tid, pid)
+    def held(cls, tid: int, pid: int, gate: int) -> Thread:
+        """Hold a thread of process `pid`, whose `gate` is that; `OSError` if that is not allowed, or it has ended."""
+        thread = cls(tid, pid, gate)
         # Without its filter of system calls, if we may lift that; if not, calls that it refuses will fail.
         try:
             _ptrace(_SEIZE, tid, 0, _OPTIONS | _SUSPEND_SECCOMP)
@@ -79,7 +96,8 @@ class Thread:
             _ptrace(_SEIZE, tid, 0, _OPTIONS)
         try:
             _ptrace(_INTERRUPT, tid, 0, 0)
-            thread._stopped()
+            while thread._stopped() != _EVENT_STOP:
+                _ptrace(_CONT, tid, 0, 0)
             thread._look()
         except BaseException:
             thread.let_go()
@@ -87,12 +105,17 @@ class Thread:
         return thread
 
     def _stopped(self) -> int:
-        """Wait until it stands; answers with which event."""
-        while True:
-            _, status = os.waitpid(self.tid, _WALL)
-            if not os.WIFSTOPPED(status):
-                raise ProcessLookupError(errno.ESRCH, f"thread {self.tid} has ended")
-            return status >> 16
+        """Wait until it stands; answers at which event, 0 for a trap, -1 for another signal."""
+        _, status = os.waitpid(self.tid, _WALL)
+        if not os.WIFSTOPPED(status):
+            raise ProcessLookupError(errno.ESRCH, f"thread {self.tid} has ended")
+        event, number = status >> 16, os.WSTOPSIG(status)
+        if event or number == signal.SIGTRAP:
+            return event
+        if number in _FAULTS:
+            raise OSError(errno.EFAULT, f"thread {self.tid} has failed with {signal.Signals(number).name}")
+        self._signals.append(number)
+        return -1
 
     def _look(self) -> None:
         """Learn where it stands.  A call that it waits in will be made again."""
@@ -102,7 +125,6 @@ class Thread:
             regs.rax = regs.orig_rax
             regs.rip -= len(_SYSCALL)
         regs.orig_rax = _WORD
-        self._trap = regs.rip if self.read(regs.rip, len(_SYSCALL)) == _SYSCALL else 0
 
     @property
     def registers(self) -> Registers:
@@ -114,56 +136,59 @@ class Thread:
         """Memory of its stack that it does not use."""
         return int(self._regs.rsp) - 1024 & ~15
 
-    def call(self, number: int, *arguments: int, trap: int = 0) -> int:
+    def call(self, number: int, *arguments: int) -> int:
         """Have it make a system call; its result, or `OSError`."""
-        result = self._call(number, arguments, trap)
+        self._enter(number, arguments)
+        self._leave()
+        result = _signed(self._now().rax)
         if -4096 < result < 0:
             raise OSError(-result, f"system call {number}: {os.strerror(-result)}")
         return result
 
-    def _call(self, number: int, arguments: tuple[int, ...], trap: int) -> int:
-        self._enter(number, arguments, trap)
-        self._stepped()
-        return self._result()
-
-    def _enter(self, number: int, arguments: tuple[int, ...], trap: int) -> None:
+    def _enter(self, number: int, arguments: tuple[int, ...]) -> None:
         regs = self._regs.copy()
-        regs.rip = trap or self._trap
+        regs.rip = self._gate
         regs.rax, regs.orig_rax = number, _WORD
         for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(regs, name, value & _WORD)
         _ptrace(_SETREGS, self.tid, 0, ctypes.addressof(regs))
-        _ptrace(_SINGLESTEP, self.tid, 0, 0)
 
-    def _stepped(self) -> int:
-        return self._stopped()
+    def _leave(self) -> int:
+        """Let it take the one step that is a system call; answers at which event it stands within it, 0 behind it.
 
-    def _result(self) -> int:
+        It may stand before the step as well, because a signal has come, which it gets later.
+        """
+        while True:
+            _ptrace(_SINGLESTEP, self.tid, 0, 0)
+            event = self._stopped()
+            if event in (_EVENT_FORK, _EVENT_CLONE):
+                return event
+            if event == 0 and self._now().rip != self._gate:
+                return 0
+
+    def _now(self) -> Registers:
         regs = Registers()
         _ptrace(_GETREGS, self.tid, 0, ctypes.addressof(regs))
-        return _signed(regs.rax)
+        return regs
 
     def born(self, flags: int, *arguments: int) -> Thread:
         """Have it make a child or another thread by clone(2), which is held from its beginning."""
-        self._enter(SYS_CLONE, (flags, *arguments), 0)
-        event = self._stepped()
-        if event not in (_EVENT_FORK, _EVENT_CLONE):
-            result = self._result()
+        self._enter(SYS_CLONE, (flags, *arguments))
+        event = self._leave()
+        if not event:
+            result = _signed(self._now().rax)
             raise OSError(-result, f"clone: {os.strerror(-result)}")
         number = ctypes.c_ulong()
         _ptrace(_GETEVENTMSG, self.tid, 0, ctypes.addressof(number))
-        child = Thread(number.value, number.value if event == _EVENT_FORK else self.pid)
+        child = Thread(number.value, number.value if event == _EVENT_FORK else self.pid, self._gate)
         child._stopped()
-        _ptrace(_SINGLESTEP, self.tid, 0, 0)
-        self._stopped()
+        self._leave()
         child._regs = self._regs.copy()
-        child._trap = self._trap
         return child
 
     def become(self, other: Thread) -> None:
         """Take on what another thread is: registers, floating point, blocked signals."""
         self._regs = other._regs.copy()
-        self._trap = other._trap
         buffer = ctypes.create_string_buffer(_XSTATE_MAX)
         vector = _Vector(ctypes.addressof(buffer), len(buffer))
         _ptrace(_GETREGSET, other.tid, _NT_X86_XSTATE, ctypes.addressof(vector))
@@ -195,6 +220,8 @@ class Thread:
         with suppress(OSError):
             if self._regs.rip:
                 _ptrace(_SETREGS, self.tid, 0, ctypes.addressof(self._regs))
+            for number in self._signals:
+                _libc.syscall(_TGKILL, self.pid, self.tid, number)
             _ptrace(_DETACH, self.tid, 0, 0)
 
     def kill(self) -> None:

@@ -125,6 +125,7 @@ async def _hold(around: Around, wanted: parents.Wish, where: list[object], watch
                 "memory": str(parent.memory),
                 "disks": [{"id": name, "path": str(path)} for name, path in parent.disks.items()],
             },
+            "shareable": wanted.shareable,
             "surroundings": where,
         }
         documents.write(around.paths.offer_file, offer)

@@ -46,6 +46,7 @@ _IDENTITY: dict[str, Any] = {"pid": int, "start_time": int}
 _SHAPE: dict[str, Any] = {
     "keeper": _IDENTITY,
     "machine": {**_IDENTITY, "name": str, "memory": str, "disks": [{"id": str, "path": str}]},
+    "shareable": bool,
     "surroundings": list,
 }
 
