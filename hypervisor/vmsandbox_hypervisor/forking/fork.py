@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vmsandbox_hypervisor import sparse
 from vmsandbox_hypervisor.errors import ForkError
 from vmsandbox_hypervisor.forking import holdings
 from vmsandbox_hypervisor.forking.descriptors import descriptor_of
@@ -146,7 +147,7 @@ def _memories(
 ) -> list[tuple[holdings.Range, int]]:
     """The ranges that are mapped shared, each with the number of the descriptor it is to be mapped from.
 
-    What is not among the `given` descriptors gets an empty memory of its own there.
+    What is not among the `given` descriptors gets a copy of its own there.
     """
     found = []
     for range_ in shared:
@@ -163,16 +164,17 @@ def _memories(
 
 
 def _alike(pid: int, number: int) -> int:
-    """An empty memfd of the same size as one of a process that is empty."""
-    source = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(source)
-    finally:
-        os.close(source)
-    if status.st_blocks:
-        raise ForkError(f"process {pid} uses shared memory that nobody has copied")
+    """A memfd that holds what one of a process does."""
     made = os.memfd_create("forked memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(made, status.st_size)
+    try:
+        source = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            sparse.copy(source, made)
+        finally:
+            os.close(source)
+    except BaseException:
+        os.close(made)
+        raise
     return made
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vmsandbox_hypervisor import sparse
 from vmsandbox_hypervisor.api import SharedMemory
 from vmsandbox_hypervisor.errors import HypervisorError
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 STATE, MEMORY = "state", "memory"
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 MIB = 1024 * 1024
-COPY_AT_ONCE = 64 * MIB
 #: bytes that are looked at together: smaller ones would find little more, and make files of many pieces
 ZERO_BLOCK = 64 * 1024
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
@@ -69,7 +68,7 @@ class Template:
         """The memory as a new sealed memfd; the caller closes it."""
         source = os.open(self.memory, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            return _sealed(_memfd_from(source, self.size_mib * MIB))
+            return _sealed(_memfd_from(source))
         finally:
             os.close(source)
 
@@ -86,12 +85,12 @@ def copied_memory(fd: int) -> int:
 
     Takes 20 ms for 40 MiB in use, so call it off the event loop where that matters, or see `fill_memory`.
     """
-    return _memfd_from(fd, os.fstat(fd).st_size)
+    return _memfd_from(fd)
 
 
 def fill_memory(target: int, source: int) -> None:
     """Copy a template's memory into an empty one, which QEMU may have mapped already (`SharedMemory.filled`)."""
-    _copy_sparse(source, target, os.fstat(source).st_size)
+    sparse.copy(source, target)
 
 
 async def save_template(vm: Vm, directory: Path) -> Template:
@@ -137,10 +136,10 @@ def _written(path: Path, source: int) -> None:
         os.close(target)
 
 
-def _memfd_from(source: int, size: int) -> int:
+def _memfd_from(source: int) -> int:
     fd = os.memfd_create("guest memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        _copy_sparse(source, fd, size)
+        sparse.copy(source, fd)
     except BaseException:
         os.close(fd)
         raise
@@ -155,25 +154,12 @@ def _sealed(fd: int) -> int:
     return fd
 
 
-def _copy_sparse(source: int, target: int, size: int) -> None:
-    """Copy what is there and leave out the holes; neither descriptor's position matters or changes in the source."""
-    os.ftruncate(target, size)
-    for start, end in _data(source, size):
-        os.lseek(target, start, os.SEEK_SET)
-        position = start
-        while position < end:
-            copied = os.sendfile(target, source, position, min(end - position, COPY_AT_ONCE))
-            if copied == 0:
-                raise HypervisorError("the memory of a template ended early")
-            position += copied
-
-
 def _copy_without_zeros(source: int, target: int, size: int) -> None:
-    """Like `_copy_sparse`, and leave a hole for each block that holds nothing but zeros, as free memory may."""
+    """Like `sparse.copy`, and leave a hole for each block that holds nothing but zeros, as free memory may."""
     os.ftruncate(target, size)
     nothing = bytes(ZERO_BLOCK)
     with mmap.mmap(source, size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
-        for start, end in _data(source, size):
+        for start, end in sparse.extents(source, size):
             for block in range(start, end, ZERO_BLOCK):
                 with view[block : min(block + ZERO_BLOCK, end)] as content:
                     if content != nothing[: len(content)]:
@@ -192,22 +178,8 @@ def release_zeros(fd: int) -> None:
 def _zeros(source: int, size: int) -> Iterator[int]:
     nothing = bytes(ZERO_BLOCK)
     with mmap.mmap(source, size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
-        for start, end in _data(source, size):
+        for start, end in sparse.extents(source, size):
             for block in range(start, end - ZERO_BLOCK + 1, ZERO_BLOCK):
                 with view[block : block + ZERO_BLOCK] as content:
                     if content == nothing:
                         yield block
-
-
-def _data(source: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a sparse file holds something: begin and end of each piece."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        position = min(size, os.lseek(source, start, os.SEEK_HOLE))
-        yield start, position

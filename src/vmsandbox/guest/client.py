@@ -78,7 +78,7 @@ class AgentClient:
 
     @staticmethod
     def load() -> None:
-        """Load what a connection needs, which takes a while; no process may fork that has done it."""
+        """Load what a connection needs, which takes a while."""
         import grpc.aio  # noqa: F401
 
     @classmethod

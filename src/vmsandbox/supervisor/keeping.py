@@ -23,7 +23,7 @@ from vmsandbox.paths import Roots
 from vmsandbox.supervisor import bringup, cards, parents, slots, template, warming
 from vmsandbox.supervisor.aio import told_to_end
 from vmsandbox.supervisor.answering import first_answer
-from vmsandbox.supervisor.sandbox import SandboxSpec
+from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Demand, SandboxSpec, memory_of
 from vmsandbox.supervisor.translation import translating
 from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, MOVED_ITSELF, Watch
 from vmsandbox.title import set_title
@@ -44,12 +44,14 @@ log = logging.getLogger(__name__)
 #: seconds without a fork after which it ends
 LINGER = 60.0
 #: how much it leaves the processors to others
-NICENESS = 19
+NICENESS = 5
 LOG = "keeper.log"
+#: after the second a third finds next to nothing left to translate
+REHEARSALS = 2
 
 
-def keep(run_root: str, wanted: parents.Wish) -> None:
-    """Be the keeper of the parent that is wanted, unless somebody else is."""
+def keep(run_root: str, wanted: parents.Wish) -> bool:
+    """Be the keeper of the parent that is wanted, unless somebody else is; whether there was one."""
     roots = Roots(run_root, wanted.data_root)
     paths = parents.place(roots, wanted.key, shareable=wanted.shareable)
     os.makedirs(roots.parents_dir, mode=0o700, exist_ok=True)
@@ -58,11 +60,11 @@ def keep(run_root: str, wanted: parents.Wish) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return
+            return True
         set_title(f"vmsandbox parent {paths.directory.name}")
         try:
             _clear(paths)
-            _run(roots, paths, wanted)
+            return _run(roots, paths, wanted)
         finally:
             remains.remove_tree(paths.dir)
 
@@ -75,7 +77,7 @@ def _clear(paths: SandboxPaths) -> None:
             remains.remove_tree(entry.path)
 
 
-def _run(roots: Roots, paths: SandboxPaths, wanted: parents.Wish) -> None:
+def _run(roots: Roots, paths: SandboxPaths, wanted: parents.Wish) -> bool:
     with open(f"{roots.parents_dir}/{LOG}", "a") as file:
         logs.configure(file)
         logs.sandbox_id.set(paths.directory.name)
@@ -85,10 +87,12 @@ def _run(roots: Roots, paths: SandboxPaths, wanted: parents.Wish) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         try:
             asyncio.run(_kept(roots, paths, wanted, where))
+            return True
         except (SandboxError, OSError) as error:
             log.warning("no machine is kept to be forked: %s", error)
         except Exception:
             log.exception("the keeper failed")
+        return False
 
 
 async def _kept(roots: Roots, paths: SandboxPaths, wanted: parents.Wish, where: list[object]) -> None:
@@ -190,13 +194,17 @@ async def _made(around: Around, vm: Vm) -> Parent:
     async with bringup.agent_of(vm, config.directory) as agent:
         await first_answer(vm, agent.details(timeout=config.boot_timeout))
         async with asyncio.timeout(warming.TIMEOUT):
+            for _ in range(REHEARSALS):
+                await warming.rehearse(around, vm, agent)
             if slots.has(config):
                 await warming.warm(around, agent, slots.address(config, slots.IMAGE), None)
             if isinstance(config.memory.backing, SharedMemory):
-                await warming.rehearse(around, vm, agent)
                 await warming.clear(agent)
     if slots.has(config):
         await vm.replace_disk(Disk(id=slots.IMAGE, path=slots.empty_image(config.directory), read_only=True))
+    if config.memory.hotplug_mib:
+        # What most pods get; the kernel's description of it is a part of what forks share then.
+        await vm.set_memory(memory_of(around.settings.sandbox, [Demand()]), timeout=RPC_TIMEOUT)
     parent = await vm.stand()
     backing = config.memory.backing
     if isinstance(backing, SharedMemory) and backing.fd is not None:

@@ -11,13 +11,12 @@ Supervisors that engines ask for enter cgroups of their own, so where their clie
 a nursery that an engine's `start` has made leaves the cgroup it was made in, which is the engine's to remove.
 
 It is never needed: a client that finds none, or one that is not in the same surroundings as itself (namespaces, control
-groups, limits), starts its supervisor without it.  gRPC is not loaded here, because no
-process may fork that has.
+groups, limits), starts its supervisor without it.  gRPC is loaded here and never used: no process may fork that has had
+a connection.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import os
@@ -39,7 +38,7 @@ from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, MOVED_ITSELF, Watch
 from vmsandbox.title import set_title
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 #: seconds without a client after which it ends
 LINGER = 60.0
@@ -51,6 +50,7 @@ PATIENCE = 5.0
 QUIET = 1.0
 PRELOADED = (
     "concurrent.futures.thread",
+    "grpc.aio",
     "vmsandbox.config.load",
     "vmsandbox.oci.compose",
     "vmsandbox.supervisor.control",
@@ -60,7 +60,7 @@ PRELOADED = (
     "vmsandbox.resources.network.rtnl",
     "vmsandbox_hypervisor.qemu.machine",
     "vmsandbox_hypervisor.qemu.vm",
-    "vmsandbox_protocol.agent_pb2",
+    "vmsandbox_protocol.agent_pb2_grpc",
 )
 
 
@@ -149,9 +149,11 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
     waiting.register(watch.fd, select.POLLIN)
     #: somebody came, so that machines may have to be made ready for whoever comes next
     due = True
-    wishes = _Wishes()
+    wishes = _Wishes(waiting)
     while os.path.exists(path):
         events = dict(waiting.poll((QUIET if due else LINGER) * 1000))
+        if wishes.ended(events):
+            continue
         if watch.fd in events:
             due |= any("." not in name for name in watch.gone())
         elif _sources() != loaded:
@@ -214,22 +216,43 @@ def _ready(roots: Roots) -> int:
 
 
 class _Wishes:
-    """Which parents pods wish for.  One that cannot be had is not tried with each of them."""
+    """Which parents pods wish for, and who makes them.  One that cannot be had is not tried with each of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: select.poll) -> None:
+        self._waiting = waiting
         self._open: set[Wish] = set()
-        self._granted: dict[Wish, float] = {}
+        self._keepers: dict[int, tuple[int, Wish]] = {}
+        self._failed: dict[Wish, float] = {}
 
     def add(self, wish: Wish) -> None:
-        if time.monotonic() > self._granted.get(wish, 0.0) + LINGER:
+        if time.monotonic() > self._failed.get(wish, -LINGER) + LINGER:
             self._open.add(wish)
 
     def grant(self, run_root: str) -> None:
         """Have all of them made, each by a process of its own."""
         for wish in self._open:
-            self._granted[wish] = time.monotonic()
-            _forked(functools.partial(_keep, run_root, wish))
+            keeper = os.fork()
+            if keeper == 0:
+                # Whatever fails here must not go on as a second nursery.
+                try:
+                    _keep(run_root, wish)
+                finally:
+                    os._exit(1)
+            pidfd = os.pidfd_open(keeper)
+            self._keepers[pidfd] = keeper, wish
+            self._waiting.register(pidfd, select.POLLIN)
         self._open.clear()
+
+    def ended(self, events: Iterable[int]) -> bool:
+        """Whether it was the end of a keeper that has woken us, who is buried then."""
+        gone = [fd for fd in events if fd in self._keepers]
+        for pidfd in gone:
+            keeper, wish = self._keepers.pop(pidfd)
+            self._waiting.unregister(pidfd)
+            os.close(pidfd)
+            if os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) != 0:
+                self._failed[wish] = time.monotonic()
+        return bool(gone)
 
 
 def _keep(run_root: str, wish: Wish) -> None:
@@ -237,8 +260,7 @@ def _keep(run_root: str, wish: Wish) -> None:
 
     os.setsid()
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    keep(run_root, wish)
-    os._exit(0)
+    os._exit(0 if keep(run_root, wish) else 1)
 
 
 def _attend(connection: socket.socket, here: object, group: str) -> Origin | Wish | None:

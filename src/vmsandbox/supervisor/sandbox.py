@@ -20,9 +20,10 @@ from vmsandbox.supervisor.translation import translating
 from vmsandbox_hypervisor.api import Disk, PrivateMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-    from vmsandbox.config.model import Settings
+    from vmsandbox.config.model import SandboxSettings, Settings
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.paths import Roots, SandboxPaths
     from vmsandbox.supervisor.network import Connection
@@ -134,6 +135,14 @@ class Demand:
     host_cpus: frozenset[int] = frozenset()
 
 
+def memory_of(settings: SandboxSettings, demands: Iterable[Demand]) -> int:
+    """The MiB of a machine with containers that ask for this."""
+    total = settings.base_memory_mib + sum(
+        demand.memory_mib or settings.default_container_memory_mib for demand in demands
+    )
+    return total + total % 2
+
+
 class Sandbox:
     """The running pod.  Obtain one from `opened` or `adopted`; there is no half-built sandbox."""
 
@@ -218,11 +227,7 @@ class Sandbox:
         return min(max(settings.base_cpus, math.ceil(total)), settings.cpu_ceiling())
 
     def wanted_memory_mib(self) -> int:
-        settings = self.around.settings.sandbox
-        total = settings.base_memory_mib + sum(
-            demand.memory_mib or settings.default_container_memory_mib for demand in self._demands.values()
-        )
-        return total + total % 2
+        return memory_of(self.around.settings.sandbox, self._demands.values())
 
     def wanted_host_cpus(self) -> frozenset[int]:
         """All that any container names: what runs in the machine cannot be told apart from outside."""

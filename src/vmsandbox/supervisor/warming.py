@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tempfile
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UnsupportedError
 from vmsandbox.oci import compose, options
 from vmsandbox.resources import scratch
 from vmsandbox.supervisor import shares
 from vmsandbox.supervisor.storages import ROOTFS, STORAGE, overlay_storages
-from vmsandbox_hypervisor.api import Disk, VirtiofsShare
+from vmsandbox_hypervisor.api import Disk, SharedMemory, VirtiofsShare
 from vmsandbox_hypervisor.errors import DeviceError
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from vmsandbox.guest.attachment import Attachment
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox_hypervisor.api import Vm
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 #: seconds the container may take
 TIMEOUT = 120.0
 DISK_MIB = 16
+#: what the guest's image has for programs of containers
+BUSYBOX = "/usr/bin/busybox"
 
 
 async def clear(agent: AgentClient, *, caches: bool = False) -> None:
@@ -42,26 +45,28 @@ async def clear(agent: AgentClient, *, caches: bool = False) -> None:
 
 async def rehearse(around: Surroundings, vm: Vm, agent: AgentClient) -> None:
     """Run a container on disks that are plugged in for it, and share a directory; then nothing of it is plugged."""
-    directory = vm.config.directory
-    async with AsyncExitStack() as stack:
-        disk = directory / "warm.img"
+    with tempfile.TemporaryDirectory(prefix="warm-", dir=vm.config.directory) as scratch_dir:
+        disk = Path(scratch_dir, "layer.img")
         await asyncio.to_thread(scratch.create, disk, DISK_MIB, around.roots.data / "cache")
-        image = await vm.attach_disk(Disk(id="warm-image", path=vm.config.disks[0].path, read_only=True))
-        stack.push_async_callback(vm.detach_disk, "warm-image")
-        writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
-        stack.push_async_callback(vm.detach_disk, "warm-scratch")
-        await warm(around, agent, image.pci_path, writable.pci_path)
-        await warm_share(vm, agent, directory / "share")
+        async with AsyncExitStack() as stack:
+            image = await vm.attach_disk(Disk(id="warm-image", path=vm.config.disks[0].path, read_only=True))
+            stack.push_async_callback(vm.detach_disk, "warm-image")
+            writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
+            stack.push_async_callback(vm.detach_disk, "warm-scratch")
+            await warm(around, agent, image.pci_path, writable.pci_path)
+            if isinstance(vm.config.memory.backing, SharedMemory):
+                await warm_share(vm, agent, Path(scratch_dir, "share"))
 
 
 async def warm(around: Surroundings, agent: AgentClient, image: str, writable: str | None) -> None:
-    """Run one container the way pods run theirs; `image` and `writable` are addresses of disks nothing else uses.
+    """Run one container the way pods run theirs, and another process in it.
 
-    Without `writable` the container's layer is in memory.
+    `image` and `writable` are addresses of disks nothing else uses.  Without `writable` the container's layer is in
+    memory.
     """
     container_id = "warm"
     rootfs = f"{ROOTFS}/{container_id}"
-    chosen = options.run_options({"args": ["/usr/bin/crun", "--version"]})
+    chosen = options.run_options({"args": [BUSYBOX, "cat"]})
     composed = compose.compose(
         {},
         chosen,
@@ -83,11 +88,33 @@ async def warm(around: Surroundings, agent: AgentClient, image: str, writable: s
     await agent.create_container(request, timeout=TIMEOUT)
     async with agent.attach(container_id, "") as attachment:
         await attachment.receive()  # what was accepted so far; input may follow
+        await _exec(agent, composed.spec, container_id)
         await attachment.send_input(0, b"warm", eof=True)
-        while (answer := await attachment.receive()) is not None:
-            if answer.WhichOneof("what") == "exited":
-                break
+        await _ended(attachment)
     await agent.remove_container(container_id, force=True)
+
+
+async def _exec(agent: AgentClient, spec: dict[str, Any], container_id: str) -> None:
+    added = compose.compose_exec(options.exec_options({"args": [BUSYBOX, "true"]}), spec)
+    request = pb.ExecRequest(
+        container_id=container_id,
+        exec_id=container_id,
+        process_json=json.dumps(added.process).encode(),
+        stdio=pb.Stdio(stdout=True, stderr=True),
+        user=added.user,
+        default_home=added.default_home,
+        inherit=True,
+    )
+    await agent.exec(request, timeout=TIMEOUT)
+    async with agent.attach(container_id, container_id) as attachment:
+        await _ended(attachment)
+    await agent.acknowledge(container_id, container_id)
+
+
+async def _ended(attachment: Attachment) -> None:
+    while (answer := await attachment.receive()) is not None:
+        if answer.WhichOneof("what") == "exited":
+            return
 
 
 async def warm_share(vm: Vm, agent: AgentClient, directory: Path) -> None:
