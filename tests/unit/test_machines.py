@@ -5,35 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-import subprocess
-import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.impostors import running
 from vmsandbox import machines, remains
 from vmsandbox.paths import Roots, SandboxPaths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 ID = "0123456789ab"
-
-
-@contextmanager
-def running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does nothing, and whose command line looks like this."""
-    code = "import sys; print(flush=True); sys.stdin.read()"
-    argv = [words[0], "-c", code, *words[1:]]
-    with subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def main(argv: list[str], roots: Roots) -> int:
         collect_builder(f"{roots.builders_dir}/{directory}", say)
     collect_unfinished_templates(roots, say)
     failures = collect_networks(roots, say)
+    collect_parents(roots, say)
     collect_spares(roots, say)
     collect_containers(roots, say)
     if failures:
@@ -259,6 +260,27 @@ def machine_of(sandbox: SandboxPaths) -> list[int]:
     except SandboxError:
         pass
     return sorted(found)
+
+
+def collect_parents(roots: Roots, say: Callable[[str], None]) -> None:
+    """Remove what a killed keeper has left of a machine that pods are forked from; its forks go on."""
+    for name in entries(roots.parents_dir):
+        parent = SandboxPaths(f"{roots.parents_dir}/{name}")
+        if not os.path.isdir(parent.dir) or is_young(parent.dir):
+            continue
+        try:
+            lock = locks.opened(parent.lock_file)
+        except FileNotFoundError:
+            continue  # its keeper has just removed it
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            for pid in machines.end_all(parent.dir):
+                say(f"ended virtual machine {pid}, which pods were forked from")
+            remains.remove_tree(parent.dir)
+            say(f"removed machine '{name}', which pods were forked from")
 
 
 def collect_spares(roots: Roots, say: Callable[[str], None]) -> None:

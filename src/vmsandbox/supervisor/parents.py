@@ -52,8 +52,12 @@ _SHAPE: dict[str, Any] = {
 
 
 def place(roots: Roots, key: str, *, shareable: bool) -> SandboxPaths:
-    """Where the parent of all pods with this template's key is, or would be."""
-    name = hashlib.sha256(f"{key} {'shareable' if shareable else 'private'}".encode()).hexdigest()
+    """Where the parent of all pods with this template's key is, or would be.
+
+    Its name is that of its machine, by which processes are found: those of another run root are others.
+    """
+    what = f"{os.path.realpath(roots.parents_dir)} {key} {'shareable' if shareable else 'private'}"
+    name = hashlib.sha256(what.encode()).hexdigest()
     return SandboxPaths(f"{roots.parents_dir}/{name[:SHORT_ID]}")
 
 

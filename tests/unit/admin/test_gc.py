@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness.cli import awaited
-from vmsandbox import documents, records
+from tests.harness.impostors import running
+from vmsandbox import documents, locks, records
 from vmsandbox.admin import gc
 from vmsandbox.cli import launch, removal
 from vmsandbox.paths import Roots
@@ -190,3 +192,54 @@ def test_b5_what_a_killed_writer_left_of_a_network_goes(roots: Roots) -> None:
     add(roots, B, explicit=True, established=True, status="ready", vm=me)
     gc.main([], roots)
     assert os.listdir(networks) == [f"{B[:12]}.json.4711.tmp"]
+
+
+def parent(roots: Roots, *, age: float) -> Path:
+    """What there is of a machine that pods are forked from."""
+    directory = Path(roots.parents_dir, "0123456789ab")
+    (directory / "vm").mkdir(parents=True)
+    Path(roots.parents_dir, "keeper.log").touch()
+    for name in ("lock", "offer.json", "vm/qmp.sock"):
+        (directory / name).touch()
+    made = time.time() - age
+    os.utime(directory, (made, made))
+    return directory
+
+
+def test_what_a_killed_keeper_left_goes_and_its_forks_stay(roots: Roots, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = parent(roots, age=60)
+    with (
+        running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{directory.name},debug-threads=on") as machine,
+        running("qemu-system-x86_64", "-name", f"guest=vmsandbox-{A[:12]},debug-threads=on") as fork,
+    ):
+        said = collected(roots, capsys)
+        assert machine.wait(10) == -9
+        assert fork.poll() is None
+    assert said.splitlines() == [
+        f"ended virtual machine {machine.pid}, which pods were forked from",
+        f"removed machine '{directory.name}', which pods were forked from",
+    ]
+    assert os.listdir(roots.parents_dir) == ["keeper.log"]
+    assert collected(roots, capsys) == ""
+
+
+@pytest.mark.parametrize(("age", "held"), [(60, True), (0, False)], ids=["kept", "new"])
+def test_a_parent_that_is_kept_or_may_be_in_the_making_stays(
+    roots: Roots, capsys: pytest.CaptureFixture[str], age: float, held: bool
+) -> None:
+    directory = parent(roots, age=age)
+    name = f"guest=vmsandbox-{directory.name},debug-threads=on"
+    with locks.opened(directory / "lock") as lock, running("qemu-system-x86_64", "-name", name) as machine:
+        if held:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert collected(roots, capsys) == ""
+        assert machine.poll() is None
+    assert (directory / "offer.json").exists()
+
+
+def test_a_keeper_that_was_killed_while_it_removed_is_helped(roots: Roots, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = parent(roots, age=60)
+    (directory / "lock").unlink()
+    os.utime(directory, (OLD, OLD))
+    assert "removed machine" in collected(roots, capsys)
+    assert not directory.exists()
