@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import resource
+import signal
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -61,12 +62,18 @@ def keep(run_root: str, wanted: parents.Wish) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        # Until somebody waits for it: what is here has to go in any case.
+        signal.signal(signal.SIGTERM, _end)
         set_title(f"vmsandbox parent {paths.directory.name}")
         try:
             _clear(paths)
             return _run(roots, paths, wanted)
         finally:
             remains.remove_tree(paths.dir)
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise SystemExit
 
 
 def _clear(paths: SandboxPaths) -> None:
