@@ -268,6 +268,7 @@ async def adopted(around: Surroundings, document: dict[str, Any]) -> AsyncIterat
         ):
             network.recognise(vm)
             sandbox = Sandbox(around, spec, vm, agent, network)
+            sandbox.boot = document.get("boot")
             sandbox.details = await first_answer(vm, agent.details(timeout=config.boot_timeout))
             sandbox.note("ready")
             yield sandbox

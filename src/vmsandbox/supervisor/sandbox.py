@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.paths import Roots, SandboxPaths
     from vmsandbox.supervisor.network import Connection
-    from vmsandbox_hypervisor.api import Accel, Hypervisor, Vm
+    from vmsandbox_hypervisor.api import Accel, Hypervisor, Vm, VmConfig
     from vmsandbox_protocol import agent_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,13 @@ def memory_of(settings: SandboxSettings, demands: Iterable[Demand]) -> int:
     return total + total % 2
 
 
+def _boot_of(config: VmConfig) -> str:
+    """How a new machine comes up."""
+    if config.parent is not None:
+        return "fork"
+    return "cold" if config.restore is None else "template"
+
+
 class Sandbox:
     """The running pod.  Obtain one from `opened` or `adopted`; there is no half-built sandbox."""
 
@@ -158,6 +165,8 @@ class Sandbox:
         #: nobody needs the pod any more
         self.ended = asyncio.Event()
         self.phases: dict[str, float] = {}
+        #: how the machine came up, where an earlier supervisor knew that
+        self.boot: str | None = None
         #: of the template this pod is, or could have been, a clone of
         self.template_key = ""
         self._demands: dict[str, Demand] = {}
@@ -178,7 +187,7 @@ class Sandbox:
             "supervisor": {"pid": os.getpid()},
             "accel_used": {"accel": self.vm.accel.accel, "reason": self.vm.accel.reason},
             "kernel": self.details.kernel_release if self.details else "",
-            "boot": "template" if self.vm.config.restore else "cold",
+            "boot": self.boot or _boot_of(self.vm.config),
             "phases": {key: round(value, 4) for key, value in self.phases.items()},
             "vm": store.vm_document(self.vm.config, pid=self.vm.pid, start_time=self.vm.start_time),
         }
