@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness import parents
 from tests.harness.boxes import make_rootfs
 from tests.harness.cli import Cli
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +40,35 @@ def boot(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Pods of a test are clones of a template; booted cold too in long runs, and always where a test is marked."""
+    """Pods of a test are clones of a template; forked and booted cold too in long runs, or always if it is marked."""
     if "boot" in metafunc.fixturenames and not metafunc.definition.get_closest_marker("cloned"):
-        always = metafunc.definition.get_closest_marker("both_ways")
-        cold = pytest.param("cold", marks=() if always else (pytest.mark.long,))
-        metafunc.parametrize("boot", ["clone", cold], indirect=True, scope="module")
+        marks = () if metafunc.definition.get_closest_marker("all_ways") else (pytest.mark.long,)
+        others = [pytest.param(way, marks=marks) for way in ("fork", "cold")]
+        metafunc.parametrize("boot", ["clone", *others], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def standing(data_root: Path, box: str, pod_template: None) -> Iterator[parents.Standing]:
+    """Machines of every kind that pods are forked from."""
+    with parents.standing(data_root, box) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cli_at(request: pytest.FixtureRequest, data_root: Path, boot: str) -> Callable[[Path], Cli]:
+    """The command, whose pods come up as they are to, by its run root."""
+    if boot == "fork":
+        # Not with a test: what is started then has to end with it.
+        standing: parents.Standing = request.getfixturevalue("standing")
+        return standing.cli
+    return lambda run_root: Cli(run_root, data_root, boot=boot)
 
 
 @pytest.fixture
-def cli(data_root: Path, boot: str) -> Iterator[Cli]:
+def cli(cli_at: Callable[[Path], Cli]) -> Iterator[Cli]:
     """The command with a run root of its own; afterwards nothing of it may be left."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        made = Cli(Path(scratch), data_root, boot=boot)
+        made = cli_at(Path(scratch))
         yield made
         made.remove_all()
         made("gc", "-q")
@@ -58,10 +76,10 @@ def cli(data_root: Path, boot: str) -> Iterator[Cli]:
 
 
 @pytest.fixture(scope="module")
-def pod(data_root: Path, box: str, boot: str) -> Iterator[tuple[Cli, str]]:
+def pod(cli_at: Callable[[Path], Cli], box: str) -> Iterator[tuple[Cli, str]]:
     """A running container that a module's tests share; they only exec in it."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        made = Cli(Path(scratch), data_root, boot=boot)
+        made = cli_at(Path(scratch))
         container = made.ok("run", "-d", "--name", "shared", box, "sleep", "100000").strip()
         yield made, container
         made.remove_all()

@@ -23,7 +23,7 @@ def supervisor_of(cli: Cli, name: str) -> int:
     return int(cli.inspect(name)["pod"]["supervisor"]["pid"])
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_output_and_exit_code_survive_the_supervisors_death_without_any_verb(cli: Cli, box: str) -> None:
     script = "i=0; while [ $i -lt 60 ]; do echo line $i; i=$((i+1)); sleep 0.1; done; exit 11"
     with cli.popen("run", "--name", "count", box, "sh", "-c", script, stdout=subprocess.PIPE) as client:
@@ -116,7 +116,7 @@ def test_a_guest_s_clock_that_went_wrong_while_nobody_looked_is_set_right_by_the
         assert time.monotonic() < deadline, "the clock is still wrong"
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_the_virtual_machines_death_stops_the_container_and_says_why(cli: Cli, box: str) -> None:
     cli.ok("run", "-d", "--name", "web", box, "sleep", "1000")
     described = cli.inspect("web")

@@ -72,7 +72,7 @@ def test_stats_streams_a_reading_a_second(pod: tuple[Cli, str]) -> None:
     assert times[1] - times[0] >= 900_000_000
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_a15_limits_change_both_ways_while_the_container_runs(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo"

@@ -155,7 +155,7 @@ def test_a_machine_that_was_kept_ready_has_its_network_and_a_name_in_it(
     cli: Cli, town: tuple[str, str], tmp_path: Path
 ) -> None:
     cli.config = tmp_path / "config.toml"
-    cli.config.write_text("[sandbox]\nspares = 1\n")
+    cli.config.write_text("[sandbox]\nspares = 1\nforks = false\n")
     try:
         cli.ok("run", "--rm", "box", "true")
         (offer,) = awaited(lambda: offers(cli))
@@ -358,7 +358,7 @@ def test_a_port_of_another_program_is_one_clear_error(cli: Cli, town: tuple[str,
 def configured(cli: Cli, directory: Path, text: str) -> Iterator[None]:
     """Commands of the block read these settings of the network."""
     cli.config = directory / "config.toml"
-    cli.config.write_text(f"[network]\n{text}\n")
+    cli.config.write_text(f"[network]\n{text}\n[sandbox]\nforks = false\n")
     try:
         yield
     finally:

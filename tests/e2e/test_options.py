@@ -40,7 +40,7 @@ def test_writes_go_to_the_containers_own_layer(cli: Cli, box: str) -> None:
     assert cli("run", "--rm", box, "cat", "/etc/mine").code == 1
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_cpus_are_what_nproc_shows_and_memory_what_can_be_had(cli: Cli, box: str) -> None:
     script = "nproc; cat /sys/fs/cgroup/memory.max; grep MemTotal /proc/meminfo"
     cpus, limit, total = cli.ok("run", "--rm", "--cpus", "2", "--memory", "300m", box, "sh", "-c", script).splitlines()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_a_command_runs_on_a_kernel_of_its_own_and_prints(cli: Cli, box: str) -> None:
     result = cli("run", "--rm", box, "sh", "-c", f"cat {BOOT_ID}; echo to stderr >&2; exit 7")
     assert (result.code, result.stderr) == (7, "to stderr\n"), result
@@ -28,7 +28,7 @@ def test_a_command_runs_on_a_kernel_of_its_own_and_prints(cli: Cli, box: str) ->
     assert cli.ps() == []
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_stdin_and_its_end_reach_the_container(cli: Cli, box: str) -> None:
     assert cli.ok("run", "--rm", "-i", box, "sh", "-c", "cat; echo done", stdin=b"hello\n") == "hello\ndone\n"
 
@@ -100,14 +100,14 @@ def test_a_container_that_ends_by_a_signal_is_128_and_its_number(cli: Cli, box: 
         assert client.wait(60) == 128 + signal.SIGKILL
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_a_program_that_prints_and_exits_at_once_loses_nothing(pod: tuple[Cli, str]) -> None:
     cli, container = pod
     for number in range(20):
         assert cli.ok("exec", container, "echo", f"line {number}") == f"line {number}\n"
 
 
-@pytest.mark.both_ways
+@pytest.mark.all_ways
 def test_a_container_that_prints_and_ends_at_once_loses_nothing(cli: Cli, box: str) -> None:
     for number in range(3):
         assert cli.ok("run", "--rm", box, "echo", f"line {number}") == f"line {number}\n"

@@ -51,10 +51,10 @@ def source() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def sharing(data_root: Path, box: str, boot: str, source: Path) -> Iterator[Cli]:
+def sharing(cli_at: Callable[[Path], Cli], box: str, source: Path) -> Iterator[Cli]:
     """A running container `box` that shares the source in several ways; the tests only exec in it."""
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch:
-        cli = Cli(Path(scratch), data_root, boot=boot)
+        cli = cli_at(Path(scratch))
         cli.ok(
             *("run", "-d", "--name", "box", "-v", f"{source}:/data", "-v", f"{source}:/ro:ro"),
             *("-v", f"{source}/file:/etc/one", "--mount", f"type=bind,src={source}/file,dst=/ro-file,readonly"),

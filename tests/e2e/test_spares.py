@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cli import Cli, awaited, kill, wait_until_gone
-from tests.harness.spares import SETTINGS, end_nursery, keeping_ready, machines, offers
+from tests.harness.nurseries import end_nursery
+from tests.harness.spares import SETTINGS, keeping_ready, machines, offers
 from vmsandbox.supervisor import spares
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def age(path: Path) -> None:
 def test_one_whose_taker_dies_before_it_asks_for_a_pod_ends_soon(ready: Cli, box: str) -> None:
     offer = first(ready, box)
     (supervisor,) = machines(ready)
-    end_nursery(ready)
+    end_nursery(ready.run_root)
     (ready.run_root / "r" / offer).unlink()
     # Well before it would have ended if nobody had taken it.
     supervisor.wait(timeout=spares.LINGER / 2)
@@ -147,7 +148,7 @@ def test_one_whose_taker_dies_before_it_asks_for_a_pod_ends_soon(ready: Cli, box
 def test_one_that_is_told_to_end_leaves_nothing(ready: Cli, box: str) -> None:
     first(ready, box)
     (supervisor,) = machines(ready)
-    end_nursery(ready)
+    end_nursery(ready.run_root)
     supervisor.send_signal(signal.SIGTERM)
     wait_until_gone(supervisor.pid)
     assert ready.leftovers() == []

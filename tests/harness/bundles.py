@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from tests.harness import parents
 from tests.harness.cli import TIMEOUT, Result
 from vmsandbox.cli.runtime.static import default_spec
 
@@ -154,6 +155,7 @@ class Runtime:
     def remove_all(self) -> None:
         for container_id in self("list", "-q").stdout.split():
             self("delete", "--force", container_id)
+        parents.end_all(self.root)
 
     def leftovers(self) -> list[str]:
         left = []

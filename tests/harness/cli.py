@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: seconds a command may take under emulation on a busy machine
 TIMEOUT = 120.0
+#: of pods whose test has none of its own, by how they come up
+SETTINGS = Path(__file__).with_name("settings")
 COMMAND = (sys.executable, "-c", "import sys; from vmsandbox.cli.main import main; sys.exit(main())")
 
 
@@ -48,8 +50,11 @@ class Cli:
         self.network = "none"
         #: whether nobody else uses the data root, so that the default network's leases and names are ours as well
         self.owns_data = False
-        #: "cold": containers that do not say otherwise boot without a template
+        #: "cold": containers that do not say otherwise boot without a template; "clone": of one, and are not forked;
+        #: "fork": see `parents.Standing`
         self.boot = boot
+        #: whether it was ever used with a configuration with which pods may be forked
+        self.may_have_parents = False
 
     def argv(self, *words: str) -> list[str]:
         template = ("--template", "off") if self.boot == "cold" else ()
@@ -58,7 +63,8 @@ class Cli:
             words = (words[0], *network, *template, *words[1:])
         elif words[:2] == ("pod", "create"):
             words = (*words[:2], *network, *template, *words[2:])
-        config = ("--config", str(self.config)) if self.config else ()
+        self.may_have_parents |= self.boot == "fork" or self.config is not None
+        config = ("--config", str(self.config or SETTINGS / f"{self.boot}.toml"))
         roots = ("--root", str(self.run_root), "--data-root", str(self.data_root))
         return [*self.prefix, *COMMAND, "--debug", *roots, *config, *words]
 
@@ -105,10 +111,15 @@ class Cli:
         ids = [row["id"] for row in self.ps()]
         if ids:
             self("rm", "-f", *ids)
+        if self.may_have_parents:
+            from tests.harness import parents  # which knows of us
+
+            parents.end_all(self.run_root)
 
     def processes(self) -> list[psutil.Process]:
         """Every process of ours that belongs to this run root, but the nursery, which ends by itself."""
         names = {path.name for path in (self.run_root / "s").glob("*")} | {str(self.run_root)}
+        names |= {path.name for path in self._parents()}
         found = []
         for process in psutil.process_iter():
             try:
@@ -120,6 +131,11 @@ class Cli:
             if ours and (any(name in line for name in names) or self._is_open_in(process)):
                 found.append(process)
         return found
+
+    def _parents(self) -> list[Path]:
+        """Directories of machines that pods are forked from, and their log, unless these are shared by many tests."""
+        place = self.run_root / "o"
+        return [] if place.is_symlink() else [path for path in place.glob("*") if path.name != "keeper.log"]
 
     def _is_open_in(self, process: psutil.Process) -> bool:
         """Whether it has files of this run root open, be they removed or not."""
@@ -144,6 +160,7 @@ class Cli:
             for directory in ("s", "c", "n", "p", "r", "net")
             for path in (self.run_root / directory).glob("*")
         ]
+        left += [f"file {path}" for path in self._parents()]
         left += [f"uid {path}" for path in (self.run_root / "u").glob("[0-9]*")]
         containers = self.data_root / "containers"
         left += [f"data {path}" for path in containers.glob("*") if self._is_ours(path)]

@@ -143,6 +143,9 @@ class Engines:
         self._mounts = set(self._read_mounts())
         # What the runtime needs in there, it writes itself.
         self.inside("/etc/containers/containers.conf").write_text(CONTAINERS_CONF)
+        # What is kept for more pods would outlive a test.
+        self.inside("/etc/vmsandbox").mkdir(exist_ok=True)
+        self.inside("/etc/vmsandbox/config.toml").write_text("[sandbox]\nforks = false\n")
         daemons.configure(self)
         for engine in ("podman", "containerd", "docker"):
             self.ok(str(self.runtime), "install", engine)

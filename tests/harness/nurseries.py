@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.harness.cli import TIMEOUT, title
+from tests.harness.cli import TIMEOUT, awaited, title
 from vmsandbox import wire
 
 
@@ -16,6 +16,20 @@ def nursery(run_root: Path) -> int:
     found = [process.pid for process in psutil.process_iter() if title(process) == f"vmsandbox nursery {run_root}"]
     (pid,) = found
     return pid
+
+
+def with_title(wanted: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if title(process) == wanted]
+
+
+def end_nursery(run_root: Path) -> None:
+    """Have nothing made any more that nobody has asked for.
+
+    Without its socket a nursery ends by itself.  By its name it could not be killed: what it forks has that too until
+    it is something else, and a maker that dies between two steps leaves a directory that gc takes for unfinished.
+    """
+    (run_root / "nursery.sock").unlink(missing_ok=True)
+    awaited(lambda: not with_title(f"vmsandbox nursery {run_root}"))
 
 
 def await_nursery(run_root: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from tests.harness.cli import awaited, wait_until_gone
+from tests.harness.nurseries import end_nursery, with_title
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,7 @@ default = "none"
 
 [sandbox]
 spares = 1
+forks = false
 """
 #: seconds it may take until a machine that is to be made ready has a supervisor
 YOUNG = 10.0
@@ -39,14 +41,6 @@ def keeping_ready(cli: Cli, directory: Path) -> Iterator[None]:
     finally:
         end_all(cli)
         cli.config, cli.network = before
-
-
-def with_title(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or []).rstrip() == title:
-            found.append(process)
-    return found
 
 
 def offers(cli: Cli) -> list[str]:
@@ -78,19 +72,9 @@ def is_coming(note: Path) -> bool:
     return young or bool(with_title(f"vmsandbox supervisor {note.name[:12]}"))
 
 
-def end_nursery(cli: Cli) -> None:
-    """Have no more machines made ready.
-
-    Without its socket a nursery ends by itself.  By its name it could not be killed: what it forks has that too until
-    it is something else, and a maker that dies between two steps leaves a directory that gc takes for unfinished.
-    """
-    (cli.run_root / "nursery.sock").unlink(missing_ok=True)
-    awaited(lambda: not with_title(f"vmsandbox nursery {cli.run_root}"))
-
-
 def end_all(cli: Cli) -> None:
     """End what is ready, or becomes so."""
-    end_nursery(cli)
+    end_nursery(cli.run_root)
     awaited(lambda: not makers(cli))
     awaited(lambda: not any(is_coming(path) for path in (cli.run_root / "r").glob("*.new")))
     for machine in machines(cli):

@@ -1,0 +1,171 @@
+"""Machines that pods are forked from: which there are, their keepers, their end; and some that many tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from tests.harness.cli import Cli, awaited, title, wait_until_gone
+from tests.harness.nurseries import end_nursery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: how pods are made whose parents are of their own
+KINDS = ("private", "shareable", "explicit")
+#: seconds after which parents that are shared are told that they are still of use
+REFRESHED = 10.0
+
+
+def directories(run_root: Path) -> list[Path]:
+    """Those of parents that this run root has for itself."""
+    place = run_root / "o"
+    return [] if place.is_symlink() else sorted(path for path in place.glob("*") if path.is_dir())
+
+
+def keepers(run_root: Path) -> list[psutil.Process]:
+    """Who keeps a parent of this run root, be its directory there or not."""
+    names = {path.name for path in directories(run_root)}
+    found = []
+    for process in psutil.process_iter():
+        verb, _, name = title(process).rpartition(" ")
+        if verb == "vmsandbox parent" and (name in names or _is_open_below(process, f"{run_root}/o/")):
+            found.append(process)
+    return found
+
+
+def _is_open_below(process: psutil.Process, place: str) -> bool:
+    with suppress(OSError):
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if os.readlink(link).startswith(place):
+                    return True
+    return False
+
+
+def offers(run_root: Path) -> list[dict[str, Any]]:
+    """What pods know of the parents there are."""
+    found = []
+    for path in directories(run_root):
+        with suppress(FileNotFoundError):
+            found.append(json.loads((path / "offer.json").read_text()))
+    return found
+
+
+def await_offers(run_root: Path, count: int = 1) -> list[dict[str, Any]]:
+    """The parents, once there are that many."""
+    awaited(lambda: len(offers(run_root)) >= count)
+    return offers(run_root)
+
+
+def end_all(run_root: Path) -> None:
+    """End the parents of a run root, and have none made any more.
+
+    Before the nursery has gone none can be found for certain: a keeper is called as it is at first.
+    """
+    end_nursery(run_root)
+    for keeper in keepers(run_root):
+        with suppress(psutil.NoSuchProcess):
+            keeper.terminate()
+            wait_until_gone(keeper.pid)
+
+
+def make(cli: Cli, box: str, kind: str, directory: Path) -> None:
+    """Have a pod of this kind wish for a parent."""
+    if kind == "explicit":
+        cli.ok("pod", "create", "--name", kind)
+        cli.ok("run", "--rm", "--pod", kind, box, "true")
+        cli.ok("pod", "rm", "-f", kind)
+    else:
+        volume = ("-v", f"{directory}:/data") if kind == "shareable" else ()
+        cli.ok("run", "--rm", *volume, box, "true")
+
+
+# ---------------------------------------------------------------- shared by many tests
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Parents of every kind; a data root whose pods are forks of them, or fail."""
+
+    data_root: Path
+    parents: Path
+
+    def cli(self, run_root: Path) -> Cli:
+        """The command with a run root of its own, but for the parents."""
+        (run_root / "o").symlink_to(self.parents)
+        return Cli(run_root, self.data_root, boot="fork")
+
+
+@contextmanager
+def standing(data_root: Path, box: str) -> Iterator[Standing]:
+    """Parents of `data_root`'s templates for the block; guest and images are the same."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vs-") as run,
+        tempfile.TemporaryDirectory(prefix="vsd-") as data,
+        tempfile.TemporaryDirectory(prefix="vss-") as source,
+    ):
+        for name in ("guest", "images"):
+            Path(data, name).symlink_to(data_root / name)
+        copy_templates(data_root, Path(data))
+        cli = Cli(Path(run), Path(data))
+        cli.config = Path(run, "config.toml")
+        cli.config.write_text("[sandbox]\nforks = true\n")
+        try:
+            for count, kind in enumerate(KINDS, 1):
+                make(cli, box, kind, Path(source))
+                await_offers(cli.run_root, count)
+            end_nursery(cli.run_root)
+            for state in Path(data, "templates").glob("*/state"):
+                spoil(state)
+            with _kept(cli):
+                yield Standing(Path(data), Path(run, "o"))
+        finally:
+            cli.remove_all()
+        assert cli.leftovers() == []
+
+
+def copy_templates(source: Path, target: Path) -> None:
+    """Copy a data root's templates into another one, which must not have any."""
+    subprocess.run(["cp", "-a", "--sparse=always", source / "templates", target], check=True)
+    for holders in target.glob("templates/*/holders"):
+        shutil.rmtree(holders)
+        holders.mkdir(mode=0o700)
+
+
+def spoil(state: Path) -> None:
+    """Have a template look as it was, and every clone of it fail."""
+    known = state.stat()
+    with state.open("r+b") as file:
+        file.write(bytes(known.st_size))
+    os.utime(state, ns=(known.st_atime_ns, known.st_mtime_ns))
+
+
+@contextmanager
+def _kept(cli: Cli) -> Iterator[None]:
+    """Have the parents not end for want of pods for the block."""
+    over = threading.Event()
+
+    def refresh() -> None:
+        while not over.wait(REFRESHED):
+            for path in directories(cli.run_root):
+                with suppress(FileNotFoundError):
+                    os.utime(path / "offer.json")
+
+    thread = threading.Thread(target=refresh, name="refresh parents", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
