@@ -14,7 +14,7 @@ import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from vmsandbox_hypervisor.api import PrivateMemory
+from vmsandbox_hypervisor.api import PrivateMemory, SecurityLabels
 from vmsandbox_hypervisor.children import read_start_time
 from vmsandbox_hypervisor.errors import ForkError
 from vmsandbox_hypervisor.forking.descriptors import descriptor_of
@@ -32,6 +32,8 @@ _OFFLOADS, _UFO = 0x01 | 0x02 | 0x04 | 0x08, 0x10
 _OFD_SETLK = 37
 #: seconds that others may take
 PATIENCE = 5.0
+#: seconds between two attempts; a fork takes longer than that
+_INTERVAL = 0.005
 #: a lock in /proc/PID/fdinfo
 _LOCK = re.compile(r"lock:\s+\d+: OFDLCK\s+ADVISORY\s+(READ|WRITE) -1 \S+ (\d+) (\d+|EOF)")
 
@@ -45,7 +47,9 @@ def forked(
     """
     if config.vsock_cid is not None or any(nic.vhost_fd is not None for nic in config.nics):
         raise ForkError(f"'{parent.name}' cannot be forked with what the host's kernel does for its devices")
-    if read_start_time(parent.pid) != parent.start_time:
+    if config.labels != SecurityLabels():
+        raise ForkError(f"'{parent.name}' cannot be forked under labels, which processes get when they are executed")
+    if not _is_there(parent):
         raise ForkError(f"'{parent.name}' has ended")
     numbers = descriptors(config)
     replaced = {1: stderr, 2: stderr}
@@ -58,7 +62,21 @@ def forked(
         if kind == "nic":
             _equip(fd, parent.pid, numbers[role])
     names = {guest_option(parent.name).encode(): guest_option(config.name).encode()}
-    return fork(parent.pid, replaced=replaced, identity=config.confinement, words=names, settle=settle)
+    return fork(
+        parent.pid,
+        start_time=parent.start_time,
+        replaced=replaced,
+        identity=config.confinement,
+        words=names,
+        settle=settle,
+    )
+
+
+def _is_there(parent: Parent) -> bool:
+    try:
+        return read_start_time(parent.pid) == parent.start_time
+    except ProcessLookupError:
+        return False
 
 
 @asynccontextmanager
@@ -69,17 +87,29 @@ async def alone(parent: Parent) -> AsyncIterator[None]:
     except OSError as error:
         raise ForkError(f"'{parent.name}' is gone: {error.strerror}") from error
     try:
-        async with asyncio.timeout(PATIENCE):
-            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+        await _locked(lock, parent)
         yield
-    except TimeoutError as error:
-        raise ForkError(f"'{parent.name}' is being forked for more than {PATIENCE:g} s") from error
     finally:
         os.close(lock)
 
 
+async def _locked(lock: int, parent: Parent) -> None:
+    """Wait for the others without a thread, which would go on waiting when we do not."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                try:
+                    return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    await asyncio.sleep(_INTERVAL)
+    except TimeoutError as error:
+        raise ForkError(f"'{parent.name}' is being forked for more than {PATIENCE:g} s") from error
+
+
 def _behind(parent: Parent, disk: str, fd: int) -> dict[int, int]:
     """What the parent has open of a disk, to be replaced by our descriptor, which gets the same locks."""
+    if disk not in parent.disks:
+        raise ForkError(f"'{parent.name}' has no disk '{disk}'")
     wanted = parent.disks[disk].stat()
     found = {}
     for name in os.listdir(f"/proc/{parent.pid}/fd"):
@@ -88,7 +118,7 @@ def _behind(parent: Parent, disk: str, fd: int) -> dict[int, int]:
             found[int(name)] = fd
             _lock_alike(fd, f"/proc/{parent.pid}/fdinfo/{name}")
     if not found:
-        raise ForkError(f"'{parent.name}' has no disk '{disk}'")
+        raise ForkError(f"'{parent.name}' does not use '{parent.disks[disk]}' as disk '{disk}'")
     return found
 
 

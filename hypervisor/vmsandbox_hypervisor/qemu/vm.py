@@ -298,11 +298,15 @@ class QemuVm:
         memory = descriptors(self.config).get("memory")
         if memory is None:
             raise ForkError(f"cannot have '{self.config.name}' forked: its memory must be a memfd of ours")
-        await self.pause()
+        if set(self.devices()) != {f"nic-{nic.id}" for nic in self.config.nics}:
+            raise ForkError(
+                f"cannot have '{self.config.name}' forked: something was hot-plugged, which no fork would know of"
+            )
         try:
             allow(self.pid)
         except OSError as error:
             raise ForkError(f"cannot have '{self.config.name}' forked: {error.strerror}") from error
+        await self.pause()
         return Parent(
             pid=self.pid,
             start_time=self.start_time,
@@ -384,15 +388,8 @@ async def opened(
             vm = QemuVm(config, accel=accel, child=child, link=link, evidence=evidence, stderr=stderr, phases=phases)
             link.observe(vm.observe)
             await stack.enter_async_context(background(vm.watch(), f"watch {config.name}"))
-            if config.restore is not None and not adopting:
-                backing = config.memory.backing
-                if isinstance(backing, SharedMemory) and backing.filled is not None:
-                    await backing.filled
-                if config.parent is None:
-                    await vm.restore(config.restore)
-                    phases["restored"] = time.perf_counter() - started
-                else:
-                    await vm.resume()
+            if not adopting:
+                await _going_on(vm, started)
             await vm.load(attached=adopting)
             phases["running"] = time.perf_counter() - started
         except (MonitorError, ExitedError, OSError) as error:
@@ -405,6 +402,20 @@ async def opened(
             yield vm
         finally:
             await finish(vm.close(), seconds=CLOSE_TIMEOUT)
+
+
+async def _going_on(vm: QemuVm, started: float) -> None:
+    """Have a clone or a fork go on from where its origin was, once its memory is there."""
+    config, backing = vm.config, vm.config.memory.backing
+    if config.parent is None and config.restore is None:
+        return
+    if isinstance(backing, SharedMemory) and backing.filled is not None:
+        await backing.filled
+    if config.parent is not None:
+        await vm.resume()
+    elif config.restore is not None:
+        await vm.restore(config.restore)
+        vm.phases["restored"] = time.perf_counter() - started
 
 
 async def _accel_of(link: Monitor) -> AccelChoice:

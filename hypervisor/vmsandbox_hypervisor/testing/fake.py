@@ -40,7 +40,7 @@ class FakeVm:
         self.pid = pid
         self.start_time = pid * 10
         self.vsock_cid = config.vsock_cid
-        self.phases = {"spawned": 0.001, "monitor": 0.02, "running": 0.021}
+        self.phases = {"spawned" if config.parent is None else "forked": 0.001, "monitor": 0.02, "running": 0.021}
         self.released = False
         #: what the guest does when a device is to go, or memory to come
         self.guest_cooperates = True
@@ -323,6 +323,12 @@ class FakeVm:
         self._did("stand")
         if self.accel.accel != "tcg":
             raise ForkError("a machine that the host's kernel runs cannot be forked")
+        if self.config.memory.backing.fd is None:
+            raise ForkError(f"cannot have '{self.config.name}' forked: its memory must be a memfd of ours")
+        if set(self.devices()) != {f"nic-{nic.id}" for nic in self.config.nics}:
+            raise ForkError(
+                f"cannot have '{self.config.name}' forked: something was hot-plugged, which no fork would know of"
+            )
         self._status = "paused"
         return Parent(
             pid=self.pid,
