@@ -18,9 +18,9 @@ PODS = 8
 
 
 @measurement(
-    Row("start_pod", "s", "vmsandbox run -d: one clone, until its container runs", against="cold_boot_floor"),
+    Row("start_pod", "s", "vmsandbox run -d: one pod, until its container runs", against="cold_boot_floor"),
     Row("start_8_pods", "s", f"the same for {PODS} asked for at once, until all run", against="start_pod"),
-    Row("pss_pod_block", "MiB", f"memory of an idle pod among {PODS} clones, private", against="pss_podman"),
+    Row("pss_pod_block", "MiB", f"memory of an idle pod among {PODS}, private", against="pss_podman"),
     most_runs=3,
     warm_up=False,
 )
@@ -33,28 +33,27 @@ def start_8_pods(place: Workplace) -> Mapping[str, float]:
 
 
 @measurement(
-    Row("pss_pod_virtiofs", "MiB", f"memory of an idle pod among {PODS} clones that share", against="pss_podman"),
+    Row("pss_pod_virtiofs", "MiB", f"memory of an idle pod among {PODS} that share directories", against="pss_podman"),
     most_runs=1,
     warm_up=False,
 )
 def pss_pod_virtiofs(place: Workplace) -> Mapping[str, float]:
-    directory = place.directory / "shared"
-    directory.mkdir(exist_ok=True)
-    with running(place, PODS, "-v", f"{directory}:/mnt") as (_, pids):
+    with running(place, PODS, *place.sharing) as (_, pids):
         return {"pss_pod_virtiofs": memory.footprint(pids).total_mib / PODS}
 
 
 @contextmanager
 def running(place: Workplace, pods: int, *options: str) -> Iterator[tuple[float, set[int]]]:
-    """Seconds from the first request until all pods run, and their processes."""
+    """Seconds from the first request until all pods run, and their processes, with what they are forked from."""
+    origin = place.await_parent(*options)
     options = (place.template, *options)
     image = place.image
     names = [f"crowd-{number}" for number in range(pods)]
-    before = set(processes.children())
+    before = processes.descendants(set(processes.children()))
     with ExitStack() as stack:
         for name in names:
             stack.callback(place.remove_quietly, name)
         seconds = processes.run_together(
             [place.command("run", "-d", "--name", name, *options, image, *IDLE) for name in names]
         )
-        yield seconds, processes.descendants(set(processes.children()) - before)
+        yield seconds, processes.descendants(set(processes.children())) - before | origin

@@ -22,8 +22,8 @@ FILE = MB
 
 
 @measurement(
-    *(Row(f"start_pods.{n}", "s", f"{n} clones at once, until all run", against="start_pods.1") for n in PODS),
-    *(Row(f"pss_pods.{n}", "MiB", f"memory of each of {n} idle clones, private", against="pss_pods.1") for n in PODS),
+    *(Row(f"start_pods.{n}", "s", f"{n} pods at once, until all run", against="start_pods.1") for n in PODS),
+    *(Row(f"pss_pods.{n}", "MiB", f"memory of each of {n} idle pods, private", against="pss_pods.1") for n in PODS),
     most_runs=1,
     warm_up=False,
 )

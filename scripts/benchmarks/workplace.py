@@ -181,25 +181,26 @@ class Workplace:
             sock.connect(self.roots.nursery_file)
             receive(sock)
 
-    def await_parent(self, *options: str) -> None:
-        """Have a machine that pods with these options are forked from, and wait until it stands and is at rest."""
+    def await_parent(self, *options: str) -> set[int]:
+        """Have a machine that pods with these options are forked from; its processes, once it stands and is at rest."""
         deadline = time.monotonic() + PARENT_TIMEOUT
-        while not self._parents(shareable="-v" in options):
+        while not (found := self._parents(shareable="-v" in options)):
             self.vmsandbox("run", "--rm", self.template, *options, self.image, "true")
             if time.monotonic() > deadline:
                 raise MissingError("no machine could be forked")
             self.await_nursery()
             self.vmsandbox("run", "--rm", self.template, *options, self.image, "true")
             time.sleep(PARENT_TIME)
+        return found
 
-    def _parents(self, *, shareable: bool) -> list[int]:
-        """The processes that keep one of a kind."""
-        offers = [documents.read(str(path)) for path in Path(self.roots.parents_dir).glob("*/offer.json")]
-        return [
-            offer["keeper"]["pid"]
-            for offer in offers
-            if offer["shareable"] == shareable and os.path.exists(f"/proc/{offer['keeper']['pid']}")
-        ]
+    def _parents(self, *, shareable: bool) -> set[int]:
+        """Who keeps one of a kind, and the machine itself."""
+        for path in Path(self.roots.parents_dir).glob("*/offer.json"):
+            offer = documents.read(str(path))
+            if offer["shareable"] == shareable:
+                pids = {offer["keeper"]["pid"], offer["machine"]["pid"]}
+                return {pid for pid in pids if os.path.exists(f"/proc/{pid}")}
+        return set()
 
     @cached_property
     def sharing(self) -> tuple[str, str]:

@@ -74,7 +74,7 @@ def allow(pid: int) -> None:
     """
     main = Thread.held(pid, pid, trap_of(pid))
     try:
-        for range_ in holdings.mappings(pid):
+        for range_ in list(holdings.mappings(pid)):  # before any of them changes
             if range_.left_out and not range_.shared_inode:
                 main.call(_MADVISE, range_.start, range_.length, _MADV_DOFORK)
         main.call(_PRCTL, _PR_SET_PDEATHSIG, signal.SIGKILL)
