@@ -48,13 +48,15 @@ signal.signal(signal.SIGUSR1, lambda *_: handled.append(1))
 def told(name):
     class Stack(ctypes.Structure):
         _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
-    stack, head, length = Stack(), ctypes.c_void_p(), ctypes.c_size_t()
+    stack, head, length, number = Stack(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_void_p()
     libc.sigaltstack(None, ctypes.byref(stack))
     libc.syscall(274, 0, ctypes.byref(head), ctypes.byref(length))
+    libc.prctl(40, ctypes.byref(number))
     with open("/proc/thread-self/comm") as file:
         comm = file.read().strip()
     return {
         "name": name, "tid": threading.get_native_id(), "comm": comm, "stack": stack.at, "robust": head.value,
+        "number_at": number.value,
         "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
     }
 
@@ -208,10 +210,7 @@ class Victim:
 
     def is_childless(self) -> bool:
         """Whether all its children are gone; those that have ended may take a moment to be buried."""
-        deadline = time.monotonic() + PATIENCE
-        while self.children() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return not self.children()
+        return comes_true(lambda: not self.children())
 
     def is_held(self) -> bool:
         return any(self.status("TracerPid", tid) != "0" for tid in self.threads())
@@ -246,6 +245,14 @@ class Victim:
                     signal.pidfd_send_signal(end, signal.SIGKILL)
                 ended(end)
                 os.close(end)
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether something is so within a time that is ample."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
 
 
 def ended(pidfd: int) -> bool:

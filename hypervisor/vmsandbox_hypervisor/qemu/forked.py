@@ -10,8 +10,9 @@ import asyncio
 import fcntl
 import os
 import re
+import socket
 import struct
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.api import PrivateMemory, SecurityLabels
@@ -32,10 +33,24 @@ _OFFLOADS, _UFO = 0x01 | 0x02 | 0x04 | 0x08, 0x10
 _OFD_SETLK = 37
 #: seconds that others may take
 PATIENCE = 5.0
-#: seconds between two attempts; a fork takes longer than that
+#: seconds that the parent may take to notice who has gone
+_NOTICE = 1.0
+#: seconds between two attempts
 _INTERVAL = 0.005
 #: a lock in /proc/PID/fdinfo
 _LOCK = re.compile(r"lock:\s+\d+: OFDLCK\s+ADVISORY\s+(READ|WRITE) -1 \S+ (\d+) (\d+|EOF)")
+
+
+def check(config: VmConfig, parent: Parent) -> None:
+    """Refuse, with `ForkError`, what no fork of `parent` can be."""
+    if config.vsock_cid is not None or any(nic.vhost_fd is not None for nic in config.nics):
+        raise ForkError(f"'{parent.name}' cannot be forked with what the host's kernel does for its devices")
+    if config.labels != SecurityLabels():
+        raise ForkError(f"'{parent.name}' cannot be forked under labels, which processes get when they are executed")
+    if len(guest_option(config.name)) != len(guest_option(parent.name)):
+        raise ForkError(f"'{parent.name}' cannot be renamed to '{config.name}', which is not as long")
+    if other := sorted({disk.id for disk in config.disks} ^ set(parent.disks)):
+        raise ForkError(f"'{parent.name}' cannot be forked with other disks than it has: '{other[0]}'")
 
 
 def forked(
@@ -43,12 +58,8 @@ def forked(
 ) -> int:
     """The pid of a fork of `parent` that stands still as well.
 
-    `opened` are our descriptors by role.  Raises `ForkError` or `OSError`.
+    `opened` are our descriptors by role, `config` is as `check` wants it.  Raises `ForkError` or `OSError`.
     """
-    if config.vsock_cid is not None or any(nic.vhost_fd is not None for nic in config.nics):
-        raise ForkError(f"'{parent.name}' cannot be forked with what the host's kernel does for its devices")
-    if config.labels != SecurityLabels():
-        raise ForkError(f"'{parent.name}' cannot be forked under labels, which processes get when they are executed")
     if not _is_there(parent):
         raise ForkError(f"'{parent.name}' has ended")
     numbers = descriptors(config)
@@ -77,6 +88,26 @@ def _is_there(parent: Parent) -> bool:
         return read_start_time(parent.pid) == parent.start_time
     except ProcessLookupError:
         return False
+
+
+async def left(parent: Parent) -> None:
+    """Wait a moment for `parent` to notice who has hung up, which it does in its own time."""
+    with suppress(OSError, TimeoutError):  # the fork says what is wrong
+        async with asyncio.timeout(_NOTICE):
+            while True:
+                if not _is_connected(parent.pid):
+                    return
+                await asyncio.sleep(_INTERVAL)
+
+
+def _is_connected(pid: int) -> bool:
+    """Whether a process has a socket that does not just listen."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+            with socket.socket(fileno=descriptor_of(pid, int(name))) as found:
+                if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    return True
+    return False
 
 
 @asynccontextmanager
@@ -108,8 +139,6 @@ async def _locked(lock: int, parent: Parent) -> None:
 
 def _behind(parent: Parent, disk: str, fd: int) -> dict[int, int]:
     """What the parent has open of a disk, to be replaced by our descriptor, which gets the same locks."""
-    if disk not in parent.disks:
-        raise ForkError(f"'{parent.name}' has no disk '{disk}'")
     wanted = parent.disks[disk].stat()
     found = {}
     for name in os.listdir(f"/proc/{parent.pid}/fd"):

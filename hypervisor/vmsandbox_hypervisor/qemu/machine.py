@@ -67,6 +67,8 @@ class QemuHypervisor:
         if config.parent is None:
             launch = launched(config, choice, evidence)
         else:
+            forked.check(config, config.parent)
+            await forked.left(config.parent)
             async with forked.alone(config.parent):
                 launch = launched(config, choice, evidence, settle=self._settle)
         try:

@@ -12,18 +12,19 @@ import os
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsandbox_hypervisor.api import AccelChoice, CpuState, Event, MemoryState, Parent, PciAddress, PrivateMemory
 from vmsandbox_hypervisor.children import described
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, ForkError, HypervisorError, NoSlotError
 from vmsandbox_hypervisor.qemu import argv as qemu_argv
+from vmsandbox_hypervisor.qemu import forked
 from vmsandbox_hypervisor.qemu.hotplug_rules import check_balloon, check_dimm, check_slot_id, memory_target
 from vmsandbox_hypervisor.subscription import Subscription
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-    from pathlib import Path
 
     from vmsandbox_hypervisor.api import Accel, Disk, Nic, NinePShare, VirtiofsShare, VmConfig
 
@@ -336,7 +337,7 @@ class FakeVm:
             name=self.config.name,
             directory=self.config.directory,
             disks={disk.id: disk.path for disk in self.config.disks},
-            memory=self.config.directory / "memory",
+            memory=Path(f"/proc/self/fd/{self.config.memory.backing.fd}"),
         )
 
     def release(self) -> None:
@@ -371,6 +372,7 @@ class FakeHypervisor:
                 message = f"cannot start virtual machine '{config.name}': cannot open '{path}'"
                 raise BootError(message, phase="prepared")
         if config.parent is not None:
+            forked.check(config, config.parent)
             original = next((vm for vm in self.machines if vm.pid == config.parent.pid), None)
             if original is None or original._gone is not None or original._status != "paused":
                 raise ForkError(f"'{config.parent.name}' has ended")

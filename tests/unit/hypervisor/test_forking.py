@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.victims import ended, victim
+from tests.harness.victims import comes_true, ended, victim
 from vmsandbox_hypervisor.api import Confinement, Parent
 from vmsandbox_hypervisor.children import Child, _told_status
 from vmsandbox_hypervisor.errors import ForkError
@@ -66,8 +66,9 @@ def test_every_thread_goes_on_in_the_fork_as_in_the_parent(parent: Victim) -> No
             here, there = fork.woken(name), parent.woken(name)
             assert here.pop("tid") in fork.threads()
             assert there.pop("tid") in parent.threads()
-            # Name, blocked signals, stack of signal handlers, list of locks.
+            # Name, blocked signals, stack of signal handlers, list of locks, where the kernel clears the number.
             assert here == there
+            assert here["number_at"]
         assert fork.woken("sigwait")["stack"] is not None
 
 
@@ -152,6 +153,24 @@ def test_signals_that_keep_coming_disturb_nobody(parent: Victim) -> None:
         flooding.join()
 
 
+def test_a_signal_that_is_about_to_be_delivered_is_not_lost(parent: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent.ask("handled.clear()")
+    original = Thread._seize
+
+    def seize(thread: Thread) -> int:
+        options = original(thread)
+        if thread.tid == parent.pid:
+            os.kill(parent.pid, signal.SIGUSR1)
+            # Of which it tells us first.
+            assert comes_true(lambda: parent.status("State").startswith("t"))
+        return options
+
+    monkeypatch.setattr(Thread, "_seize", seize)
+    with parent.forked() as fork:
+        assert parent.ask("len(handled)") == 1
+        assert fork.ask("len(handled)") == 1
+
+
 def test_a_handler_of_breakpoints_is_kept(parent: Victim) -> None:
     parent.ask("signal.signal(signal.SIGTRAP, lambda *_: handled.append('trap'))")
     try:
@@ -175,10 +194,16 @@ def test_a_stopped_parent_can_be_forked_and_stays_stopped(parent: Victim, meanwh
             stop()
         with parent.forked(settle=stop if meanwhile else lambda _pid: None) as fork:
             assert fork.woken("futex")["name"] == "futex"
-            os.waitid(os.P_PID, parent.pid, os.WSTOPPED | os.WNOWAIT)
-            assert parent.status("State").startswith("T")
+            assert comes_true(lambda: parent.status("State").startswith("T"))
     finally:
         os.kill(parent.pid, signal.SIGCONT)
+
+
+def test_a_fork_may_be_stopped_before_it_runs(parent: Victim) -> None:
+    with parent.forked(settle=lambda pid: os.kill(pid, signal.SIGSTOP)) as fork:
+        assert comes_true(lambda: fork.status("State").startswith("T"))
+        os.kill(fork.pid, signal.SIGCONT)
+        assert [fork.woken(name)["name"] for name in THREADS] == list(THREADS)
 
 
 # ---------------------------------------------------------------- memory

@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +23,7 @@ from vmsandbox_hypervisor.forking.tracing import Thread, trap_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+PAUSE = 34
 THREADS = ("read", "poll", "futex", "sigwait")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another identity")
@@ -260,6 +262,20 @@ def test_a_thread_that_is_killed_while_it_is_let_go_is_no_failure() -> None:
         thread.let_go()
         # Its status is known to whom the kernel told it first.
         assert process.wait(timeout=10) in (-signal.SIGKILL, 0)
+
+
+def test_a_first_thread_that_is_killed_in_a_call_is_not_waited_for_in_vain() -> None:
+    """Of its end the kernel tells when the others are gone, and these are held."""
+    with victim() as (parent, process), ExitStack() as stack:
+        trap = trap_of(parent.pid)
+        held = [Thread.held(tid, parent.pid, trap) for tid in parent.threads()]
+        for thread in held:
+            stack.callback(thread.let_go)
+        killing = threading.Timer(0.1, process.kill)
+        killing.start()
+        with pytest.raises(ProcessLookupError):
+            held[0].call(PAUSE)
+        killing.join()
 
 
 # ---------------------------------------------------------------- whoever forks, or starts, dies
