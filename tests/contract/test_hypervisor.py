@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.taps import tap
-from vmsandbox_hypervisor.api import Disk, Kernel, Memory, Nic, NinePShare, PciAddress, PrivateMemory, VirtiofsShare
-from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, NoSlotError
+from vmsandbox_hypervisor.api import (
+    Disk,
+    Kernel,
+    Memory,
+    Nic,
+    NinePShare,
+    PciAddress,
+    PrivateMemory,
+    SecurityLabels,
+    SharedMemory,
+    VirtiofsShare,
+)
+from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, ForkError, NoSlotError
 from vmsandbox_hypervisor.qemu.machine import QemuHypervisor
-from vmsandbox_hypervisor.qemu.template import empty_memory
+from vmsandbox_hypervisor.qemu.template import empty_memory, fill_memory
 from vmsandbox_hypervisor.testing import (
     FakeHypervisor,
     FakeVm,
@@ -32,7 +43,7 @@ from vmsandbox_hypervisor.testing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from vmsandbox_hypervisor.api import Hypervisor, Vm, VmConfig
@@ -383,3 +394,136 @@ async def test_a_port_that_was_not_declared_has_no_path(running: Stage[Vm], vm_c
         assert vm.port_path(name).parent == vm_config.directory
         with pytest.raises(KeyError):
             vm.port_path("other")
+
+
+@pytest.fixture
+def standing_config(vm_config: VmConfig, image: Path, tmp_path: Path) -> Iterator[VmConfig]:
+    """A machine that can be made to stand; its forks keep their identity."""
+    fd = empty_memory(256)
+    directory = tmp_path / "parent"
+    directory.mkdir()
+    memory = replace(vm_config.memory, backing=SharedMemory(fd=fd))
+    disks = (Disk(id="slot", path=image),)
+    yield replace(vm_config, directory=directory, memory=memory, disks=disks, accel="tcg", confinement=None)
+    assert list(directory.iterdir()) == []
+    os.close(fd)
+
+
+@pytest.fixture
+def fork_config(standing_config: VmConfig, vm_directory: Path, tmp_path: Path) -> Iterator[VmConfig]:
+    """What a fork of that is, but for its parent."""
+    fd = empty_memory(256)
+    image = tmp_path / "fork's image"
+    image.write_bytes(bytes(1024 * 1024))
+    memory = replace(standing_config.memory, backing=SharedMemory(fd=fd))
+    disks = (Disk(id="slot", path=image),)
+    yield replace(standing_config, name="fork", directory=vm_directory, memory=memory, disks=disks)
+    os.close(fd)
+
+
+@pytest.fixture
+def parent(any_hypervisor: Hypervisor, standing_config: VmConfig) -> Stage[Vm]:
+    """A machine that stands still and that nobody holds."""
+
+    @asynccontextmanager
+    async def block() -> AsyncIterator[Vm]:
+        async with any_hypervisor.running(standing_config) as vm:
+            await vm.stand()
+            vm.release()
+        try:
+            yield vm
+        finally:
+            await any_hypervisor.destroy(standing_config, pid=vm.pid, start_time=vm.start_time)
+
+    return Stage(block)
+
+
+async def test_a_machine_that_stands_says_how_it_is_forked(
+    any_hypervisor: Hypervisor, standing_config: VmConfig
+) -> None:
+    async with any_hypervisor.running(standing_config) as vm:
+        parent = await vm.stand()
+        assert (parent.pid, parent.start_time, parent.name) == (vm.pid, vm.start_time, "test")
+        assert parent.directory == standing_config.directory
+        assert parent.disks == {"slot": standing_config.disks[0].path}
+        assert await vm.status() == "paused"
+        assert await vm.stand() == parent
+
+
+async def test_forks_run_beside_each_other_and_what_they_came_from(
+    any_hypervisor: Hypervisor, parent: Stage[Vm], standing_config: VmConfig, fork_config: VmConfig, image: Path
+) -> None:
+    async with parent as original:
+        config = await forked_from(any_hypervisor, standing_config, original, fork_config)
+        async with any_hypervisor.running(config) as vm:
+            assert list(vm.phases) == ["forked", "monitor", "running"]
+            assert vm.pid != original.pid
+            assert await vm.status() == "running"
+            assert not vm.devices()
+            assert await vm.attach_disk(Disk(id="a", path=image, read_only=True)) == PciAddress(pci_path="01.0/00.0")
+            assert (await vm.set_cpus(2)).present == 2
+            kill(vm)
+            assert await vm.wait() in (-signal.SIGKILL, None)
+            assert str(vm.ended()).startswith("virtual machine 'fork' ")
+        config = await forked_from(any_hypervisor, standing_config, original, fork_config)
+        async with any_hypervisor.running(config) as vm:
+            assert (await vm.cpus()).present == 1
+            vm.release()
+        async with any_hypervisor.adopted(replace(config, parent=None), pid=vm.pid, start_time=vm.start_time) as again:
+            assert await again.status() == "running"
+
+
+async def forked_from(any_hypervisor: Hypervisor, origin: VmConfig, vm: Vm, config: VmConfig) -> VmConfig:
+    """`config` as that of a fork of a machine that stands, with a copy of its memory."""
+    async with any_hypervisor.adopted(origin, pid=vm.pid, start_time=vm.start_time) as again:
+        again.release()
+        parent = await again.stand()
+    assert config.memory.backing.fd is not None
+    os.ftruncate(config.memory.backing.fd, 0)
+    with parent.memory.open("rb") as memory:
+        fill_memory(config.memory.backing.fd, memory.fileno())
+    return replace(config, parent=parent)
+
+
+async def test_what_cannot_be_forked_does_not_stand_and_goes_on(
+    any_hypervisor: Hypervisor, standing_config: VmConfig, image: Path
+) -> None:
+    async with any_hypervisor.running(standing_config) as vm:
+        await vm.attach_disk(Disk(id="a", path=image, read_only=True))
+        with pytest.raises(ForkError, match="hot-plugged"):
+            await vm.stand()
+        assert await vm.status() == "running"
+    memory = replace(standing_config.memory, backing=SharedMemory())
+    async with any_hypervisor.running(replace(standing_config, memory=memory)) as vm:
+        with pytest.raises(ForkError, match="must be a memfd of ours"):
+            await vm.stand()
+        assert await vm.status() == "running"
+
+
+async def test_a_fork_that_is_unlike_its_parent_is_refused(
+    any_hypervisor: Hypervisor, parent: Stage[Vm], standing_config: VmConfig, fork_config: VmConfig
+) -> None:
+    async with parent as original:
+        config = await forked_from(any_hypervisor, standing_config, original, fork_config)
+        for other, words in (
+            (replace(config, name="longer"), "cannot be renamed"),
+            (replace(config, vsock_cid=0), "what the host's kernel does"),
+            (replace(config, labels=SecurityLabels(selinux="label")), "under labels"),
+            (replace(config, disks=()), "other disks than it has: 'slot'"),
+        ):
+            with pytest.raises(ForkError, match=words):
+                async with any_hypervisor.running(other):
+                    pytest.fail("it was forked")
+        async with any_hypervisor.running(config) as vm:
+            assert await vm.status() == "running"
+
+
+async def test_a_parent_that_has_ended_cannot_be_forked(
+    any_hypervisor: Hypervisor, standing_config: VmConfig, fork_config: VmConfig
+) -> None:
+    async with any_hypervisor.running(standing_config) as vm:
+        config = replace(fork_config, parent=await vm.stand())
+        await vm.kill()
+        with pytest.raises(ForkError, match="'test' has ended"):
+            async with any_hypervisor.running(config):
+                pytest.fail("it was forked")
