@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import parents
-from tests.harness.boxes import make_rootfs
+from tests.harness.boxes import add_program, make_rootfs
 from tests.harness.cli import Cli
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ def box(data_root: Path) -> str:
         cli = Cli(Path(scratch, "run"), data_root)
         cli.ok("image", "import", f"rootfs:{rootfs}", "--name", "box", "--cmd", "/bin/sh")
     return "box"
+
+
+@pytest.fixture(scope="session")
+def tls(data_root: Path) -> str:
+    """The name of an image with openssl, and with a clock that shows nanoseconds."""
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+        rootfs = make_rootfs(Path(scratch, "rootfs"))
+        for program in ("/usr/bin/openssl", "/bin/date"):
+            add_program(rootfs, Path(program))
+        Cli(Path(scratch, "run"), data_root).ok("image", "import", f"rootfs:{rootfs}", "--name", "tls", "--cmd", "sh")
+    return "tls"
 
 
 @pytest.fixture(scope="session")

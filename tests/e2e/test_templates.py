@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.boxes import add_program, make_rootfs
+from tests.harness import identities, parents
 from tests.harness.cli import Cli, awaited, kill
 
 if TYPE_CHECKING:
@@ -22,30 +20,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cloned
 
 CLONES = 8
-#: seconds a clone's clock may differ from the host's
-CLOCK = 0.05
-#: prints one line each of what no two machines may have in common; openssl asks getrandom(2)
-IDENTITY = """
-head -c 32 /dev/urandom | hexdump -ve '1/1 "%02x"'; echo
-openssl rand -hex 32
-cat /proc/sys/kernel/random/uuid
-cat /proc/sys/kernel/random/boot_id
-openssl genpkey -algorithm ed25519 -outform DER | sha256sum
-grep -m1 stack /proc/self/maps
-grep -m1 heap /proc/self/maps
-cat /etc/hostname
-"""
-
-
-@pytest.fixture(scope="module")
-def tls(data_root: Path) -> str:
-    """An image with openssl and a clock that shows nanoseconds."""
-    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
-        rootfs = make_rootfs(Path(scratch, "rootfs"))
-        for program in ("/usr/bin/openssl", "/bin/date"):
-            add_program(rootfs, Path(program))
-        Cli(Path(scratch, "run"), data_root).ok("image", "import", f"rootfs:{rootfs}", "--name", "tls", "--cmd", "sh")
-    return "tls"
 
 
 @pytest.fixture
@@ -59,16 +33,12 @@ def apart(data_root: Path, box: str) -> Iterator[Cli]:
             Path(data, name).symlink_to(data_root / name)
         cli = Cli(Path(run), data_root)
         key = cli("template", "build").stderr.split()[1]
-        shutil.copytree(data_root / "templates" / key, Path(data, "templates", key), copy_function=copy_sparse)
+        parents.copy_templates(data_root, Path(data), key)
         cli = Cli(Path(run), Path(data))
         yield cli
         cli.remove_all()
         cli("gc", "-q")
         assert cli.leftovers() == []
-
-
-def copy_sparse(source: str, target: str) -> None:
-    subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True)
 
 
 def template_of(cli: Cli) -> Path:
@@ -83,23 +53,11 @@ def boot_of(cli: Cli, name: str) -> str:
 
 def test_eight_clones_at_once_are_eight_machines(cli: Cli, tls: str) -> None:
     names = [f"c{number}" for number in range(CLONES)]
+    words = ("--template", "require", tls, "sleep", "1000")
     with ThreadPoolExecutor(CLONES) as pool:
-        list(
-            pool.map(
-                lambda name: cli.ok("run", "-d", "--name", name, "--template", "require", tls, "sleep", "1000"), names
-            )
-        )
-        answers = list(pool.map(lambda name: cli.ok("exec", name, "sh", "-c", IDENTITY).splitlines(), names))
-    assert [len(answer) for answer in answers] == [8] * CLONES
-    for facts in zip(*answers, strict=True):
-        assert len(set(facts)) == CLONES, facts
-    for name in names:
-        before = time.time()
-        guest = float(cli.ok("exec", name, "date", "+%s.%N"))
-        assert before - CLOCK <= guest <= time.time() + CLOCK
-    described = [cli.inspect(name)["pod"] for name in names]
-    assert {pod["boot"] for pod in described} == {"template"}
-    assert len({pod["vm"]["pid"] for pod in described}) == CLONES
+        list(pool.map(lambda name: cli.ok("run", "-d", "--name", name, *words), names))
+    identities.assert_all_differ(cli, names, facts=8)
+    assert {boot_of(cli, name) for name in names} == {"template"}
 
 
 def test_a_damaged_template_is_a_cold_boot_and_an_error_where_it_is_required(apart: Cli, box: str) -> None:

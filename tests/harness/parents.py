@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -91,6 +90,19 @@ def make(cli: Cli, box: str, kind: str, directory: Path) -> None:
         cli.ok("run", "--rm", *volume, box, "true")
 
 
+@contextmanager
+def keeping(cli: Cli, directory: Path) -> Iterator[None]:
+    """Have pods of the command be forked for the block; its configuration is put into the directory."""
+    before = cli.config
+    cli.config = directory / "parents.toml"
+    cli.config.write_text("[sandbox]\nforks = true\n")
+    try:
+        yield
+    finally:
+        end_all(cli.run_root)
+        cli.config = before
+
+
 # ---------------------------------------------------------------- shared by many tests
 
 
@@ -128,19 +140,22 @@ def standing(data_root: Path, box: str) -> Iterator[Standing]:
             end_nursery(cli.run_root)
             for state in Path(data, "templates").glob("*/state"):
                 spoil(state)
-            with _kept(cli):
+            with kept(cli.run_root):
                 yield Standing(Path(data), Path(run, "o"))
         finally:
             cli.remove_all()
         assert cli.leftovers() == []
 
 
-def copy_templates(source: Path, target: Path) -> None:
-    """Copy a data root's templates into another one, which must not have any."""
-    subprocess.run(["cp", "-a", "--sparse=always", source / "templates", target], check=True)
-    for holders in target.glob("templates/*/holders"):
-        shutil.rmtree(holders)
-        holders.mkdir(mode=0o700)
+def copy_templates(source: Path, target: Path, *keys: str) -> None:
+    """Copy a data root's templates, or some of them, into another one, which must not have any."""
+    templates = target / "templates"
+    templates.mkdir(mode=0o700)
+    for saved in (source / "templates").iterdir():
+        if saved.is_dir() and not saved.name.startswith(".") and (not keys or saved.name in keys):
+            subprocess.run(["cp", "-a", "--sparse=always", saved, templates], check=True)
+            for holder in (templates / saved.name / "holders").iterdir():
+                holder.unlink()
 
 
 def spoil(state: Path) -> None:
@@ -152,13 +167,13 @@ def spoil(state: Path) -> None:
 
 
 @contextmanager
-def _kept(cli: Cli) -> Iterator[None]:
+def kept(run_root: Path) -> Iterator[None]:
     """Have the parents not end for want of pods for the block."""
     over = threading.Event()
 
     def refresh() -> None:
         while not over.wait(REFRESHED):
-            for path in directories(cli.run_root):
+            for path in directories(run_root):
                 with suppress(FileNotFoundError):
                     os.utime(path / "offer.json")
 

@@ -31,7 +31,7 @@ from vmsandbox.title import set_title
 from vmsandbox_hypervisor.aio import readable
 from vmsandbox_hypervisor.api import Disk, SharedMemory
 from vmsandbox_hypervisor.children import Child
-from vmsandbox_hypervisor.qemu.template import release_zeros
+from vmsandbox_hypervisor.qemu.template import STATE, release_zeros
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -125,6 +125,9 @@ async def _kept(roots: Roots, paths: SandboxPaths, wanted: parents.Wish, where: 
 
 
 async def _hold(around: Around, wanted: parents.Wish, where: list[object], watch: Watch) -> None:
+    # Another one in its place has the same key.
+    state = str(around.roots.templates / wanted.key / STATE)
+    saved = surroundings.change_of(state)
     async with _standing(around, wanted) as (parent, child):
         me = os.getpid()
         offer: dict[str, Any] = {
@@ -140,13 +143,12 @@ async def _hold(around: Around, wanted: parents.Wish, where: list[object], watch
             "surroundings": where,
         }
         documents.write(around.paths.offer_file, offer)
-        template = around.roots.templates / wanted.key
         while (left := _unused_until(around.paths) - time.time()) > 0:
             gone = asyncio.create_task(_gone(watch), name="watch what it depends on")
             either: set[asyncio.Future[Any]] = {gone, child.exited}
             await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             gone.cancel()
-            if child.exited.done() or not template.exists():
+            if child.exited.done() or surroundings.change_of(state) != saved:
                 return
 
 
