@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.harness import hosts, remainders
+from tests.harness import hosts, parents, remainders
 from tests.harness.cli import Cli, awaited, title
 from tests.harness.netns import namespace
 from tests.harness.nurseries import is_nursery
@@ -31,6 +31,7 @@ from tests.harness.spares import keeping_ready, offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from tests.harness.hosts import Host
     from tests.harness.netns import Netns
@@ -51,11 +52,15 @@ TITLES = {
     "stand-in": "vmsandbox stand-in",
     "machine": "qemu-system",
     "virtiofsd": "virtiofsd",
+    "keeper": "vmsandbox parent",
+    "parent": "qemu-system",
 }
 #: what 125 stands for: the operation did not come about
 FAILED = 125
 #: whose death takes the machine along: the agent is process 1 in it, and files that are shared are gone
 LOST = frozenset({"machine", "agent", "virtiofsd"})
+#: whose death nobody is to notice
+UNNOTICED = frozenset({"supervisor", "template", "nursery", "keeper", "parent"})
 #: waits for a line, and then has the guest's kernel do what it does when process 1 dies
 CRASH = "echo ready; read line; echo c > /proc/sysrq-trigger"
 #: how a container ends that no machine's end took away, by the operation that ends it
@@ -65,9 +70,12 @@ ORDERLY = {
     "run in a namespace": CODE,
     "run without its template": CODE,
     "run in what is ready": CODE,
+    "run as a fork": CODE,
+    "run while a parent is made": CODE,
     "stop": 137,
     "rm": 137,
     "restart": 137,
+    "restart as a fork": 137,
     "pod stop": 137,
 }
 
@@ -156,7 +164,7 @@ class _Play:
         others = {process.pid for process in self._processes()}
         left = self._left()
         # Only until all was looked at: what removes something may have a machine made ready as well.
-        with keeping_ready(self.cli, self.ground.source) if self.about.prepared == "spare" else nullcontext():
+        with self._kept():
             self._operate(others)
         self._remove(others)
         if self.crash is not None:
@@ -167,6 +175,14 @@ class _Play:
         now = self._left()
         assert now == left, f"something is left, or gone: {sorted(set(now) ^ set(left))}"
         self._assert_host_is_as_it_was()
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """Have machines kept for the block that no pod has asked for, where the round is about these."""
+        if self.about.prepared == "spare":
+            return keeping_ready(self.cli, self.ground.source)
+        if self.about.parent:
+            return parents.keeping(self.cli, self.ground.source)
+        return nullcontext()
 
     def _operate(self, others: set[int]) -> None:
         """Do what the round is about, kill, and look at what came of it."""
@@ -214,9 +230,11 @@ class _Play:
 
     def _prepare(self) -> None:
         cli = self.cli
+        self._prepare_parent()
         match self.about.prepared:
             case "container":
                 self._run_sleeper(self.name)
+                assert not self.about.parent or cli.inspect(self.name)["pod"]["boot"] == "fork"
             case "stopped":
                 self._run_sleeper(self.name)
                 cli.ok("stop", "-t", "0", self.name)
@@ -235,6 +253,14 @@ class _Play:
             self.crash = cli.popen(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             assert self.crash.stdout is not None
             assert self.crash.stdout.readline() == b"ready\n"
+
+    def _prepare_parent(self) -> None:
+        if not self.about.parent:
+            return
+        kind = "explicit" if self.about.parent == "explicit" else "shareable" if self.plan.shared else "private"
+        parents.make(self.cli, self.ground.box, kind, self.ground.source)
+        if self.about.parent != "coming":
+            parents.await_offers(self.cli.run_root)
 
     def _run_sleeper(self, name: str, *options: str) -> None:
         """Start a container that stays, and has written its note."""
@@ -267,6 +293,11 @@ class _Play:
             "template build": ("template", "build", "--force"),
             "run without its template": ("run", "--name", name, *count),
             "run in what is ready": ("run", "--name", name, *count),
+            "run as a fork": ("run", "--name", name, *count),
+            "create as a fork": ("create", "--name", name, *count),
+            "restart as a fork": ("restart", "-t", "1", name),
+            "pod create as a fork": ("pod", "create", "--name", pod),
+            "run while a parent is made": ("run", "--name", name, *count),
         }[self.plan.operation]
 
     def _kill(self, victim: str, client: subprocess.Popen[bytes], others: set[int]) -> bool:
@@ -288,20 +319,27 @@ class _Play:
         self.random.shuffle(found)
         for process in found:
             try:
-                if TITLES.get(victim, f"vmsandbox nursery {self.cli.run_root}") in " ".join(process.cmdline()):
+                if self._is(victim, process):
                     os.kill(process.pid, signal.SIGKILL)
                     return True
             except (psutil.NoSuchProcess, ProcessLookupError):
                 continue
         return False
 
+    def _is(self, victim: str, process: psutil.Process) -> bool:
+        """Whether a process is what a round calls so."""
+        line = title(process)
+        if victim in ("machine", "parent"):
+            names = [path.name for path in parents.directories(self.cli.run_root)]
+            kept = any(f"guest=vmsandbox-{name}," in line for name in names)
+            return TITLES[victim] in line and kept == (victim == "parent")
+        return TITLES.get(victim, f"vmsandbox nursery {self.cli.run_root}") in line
+
     def _crash(self, others: set[int]) -> bool:
         """Have the guest's kernel panic, as it does when process 1 dies; False if there is nothing left to do that."""
         assert self.crash is not None
         assert self.crash.stdin is not None
-        machines = [
-            each for each in self.cli.processes() if each.pid not in others and TITLES["machine"] in title(each)
-        ]
+        machines = [each for each in self.cli.processes() if each.pid not in others and self._is("machine", each)]
         try:
             self.crash.stdin.write(b"\n")
             self.crash.stdin.flush()
@@ -326,7 +364,7 @@ class _Play:
         if status is None:
             return
         came_about = self.code != FAILED
-        if self.killed <= {"supervisor", "template", "nursery"} and came_about:
+        if self.killed <= UNNOTICED and came_about:
             # It was running, so nothing may show that its supervisor died.
             assert (self.code, self.printed) == (CODE, EXPECTED), self.said
             assert self.cli.ok("logs", self.name) == EXPECTED
@@ -341,7 +379,7 @@ class _Play:
         status = self._status()
         if not self.killed & LOST or self.about.prepared == "pod" or status is None:
             return
-        if self.plan.operation == "create" and self._is_created_all_the_same():
+        if self.plan.operation.startswith("create") and self._is_created_all_the_same():
             return
         # One that never came about is forgotten, and what a killed client wanted removed may be so at any moment.
         may_go = status == "creating" or (self.plan.operation == "rm" and "client" in self.killed)
@@ -423,7 +461,7 @@ class _Play:
     def _check_pod(self) -> None:
         names = [pod["name"] for pod in self.cli.pods()]
         match self.plan.operation:
-            case "pod create":
+            case "pod create" | "pod create as a fork":
                 assert self.killed or (self.code, names) == (0, [self.pod]), self.said
                 return
             case "pod rm":
@@ -465,7 +503,7 @@ class _Play:
         psutil.wait_procs([each for each in self._processes() if each.pid not in others], timeout=GC_PATIENCE)
         left = [each for each in self._processes() if each.pid not in others]
         assert {process.pid for process in self._processes()} == others, left
-        if "template" in self.plan.operation:
+        if "template" in (*self.killed, *self.plan.operation.split()):
             self.cli.ok("template", "build", timeout=PATIENCE)
             self.cli.ok("run", "--rm", "--template", "require", self.ground.box, "true")
 
@@ -489,7 +527,7 @@ class _Play:
     def _age(self) -> None:
         """What is new might be in use, for a while: let it be old."""
         run, data = self.cli.run_root, self.cli.data_root
-        for path in [*run.glob("[scnpru]/*"), *data.glob("containers/*"), *data.glob("spares/*")]:
+        for path in [*run.glob("[scnpruo]/*"), *data.glob("containers/*"), *data.glob("spares/*")]:
             with suppress(FileNotFoundError):
                 os.utime(path, (1, 1), follow_symlinks=False)
 
@@ -501,6 +539,9 @@ CHECKS: dict[str, Callable[[_Play], None]] = {
     "rm": _Play._check_lost_machine,
     "start": _Play._check_start,
     "restart": _Play._check_start,
+    "restart as a fork": _Play._check_start,
+    "create as a fork": _Play._check_create,
+    "pod create as a fork": _Play._check_pod,
     "pod create": _Play._check_pod,
     "run in a pod": _Play._check_pod,
     "create in a pod": _Play._check_pod,

@@ -17,12 +17,17 @@ class Operation:
     victims: tuple[str, ...] = ("supervisor", "stand-in", "machine", "client")
     #: "": nothing, else a "container" that runs or is "stopped", a "pod" with one, or a "spare" machine
     prepared: str = ""
+    #: whether there is a parent that pods are forked from: "" if not, else its "private" kind, which is shareable where
+    #: the container shares a directory, the "explicit" one, or one that is still "coming"
+    parent: str = ""
     #: whether the container may share a directory with the host
     may_share: bool = False
 
 
 #: who can be killed where a container runs already, in which the end of the agent can be brought about at any moment
 INSIDE = ("supervisor", "stand-in", "machine", "client", "agent")
+#: who can be killed where a pod is forked
+FORKING = ("supervisor", "machine", "client", "keeper", "parent")
 OPERATIONS = {
     "run": Operation(3.0, ("nursery", "supervisor", "stand-in", "machine", "client"), may_share=True),
     "create": Operation(2.0, may_share=True),
@@ -42,6 +47,13 @@ OPERATIONS = {
     "template build": Operation(6.0, ("machine", "client")),
     "run without its template": Operation(3.0, ("supervisor", "machine", "template")),
     "run in what is ready": Operation(3.0, ("nursery", "supervisor", "machine", "client"), prepared="spare"),
+    "run as a fork": Operation(1.5, (*FORKING, "nursery", "stand-in", "template"), parent="private", may_share=True),
+    "create as a fork": Operation(1.0, FORKING, parent="private", may_share=True),
+    "restart as a fork": Operation(
+        1.5, (*INSIDE, "keeper", "parent"), prepared="container", parent="private", may_share=True
+    ),
+    "pod create as a fork": Operation(1.0, FORKING, parent="explicit"),
+    "run while a parent is made": Operation(6.0, (*FORKING, "nursery"), parent="coming", may_share=True),
 }
 
 
