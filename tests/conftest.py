@@ -15,6 +15,7 @@ import pytest
 
 from tests.harness import evidence, groups
 from tests.harness.nurseries import is_nursery
+from tests.harness.parents import LASTING
 from tests.harness.roots import prepared_data_root
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def _reap() -> None:
 
 
 def _may_stay(process: psutil.Process) -> bool:
-    """Whether it has ended, or does so by itself."""
+    """Whether it has ended, does so by itself, or is there for other tests too."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE or is_nursery(process)
+        return process.status() == psutil.STATUS_ZOMBIE or process.pid in LASTING or is_nursery(process)
     except psutil.NoSuchProcess:
         return True
 

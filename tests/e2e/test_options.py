@@ -81,6 +81,7 @@ def test_what_can_only_be_had_in_part_is_refused(cli: Cli, box: str, words: list
     assert (refused.code, said in refused.stderr) == (125, True), refused
 
 
+@pytest.mark.cloned  # where there is KVM, it has no template
 def test_kvm_works_where_it_is_asked_for_or_the_reason_is_said(cli: Cli, box: str) -> None:
     result = cli("run", "--rm", "--accel", "kvm", box, "true")
     line = result.stderr.partition("\n")[0]

@@ -257,6 +257,9 @@ class _Play:
     def _prepare_parent(self) -> None:
         if not self.about.parent:
             return
+        if self.about.parent == "explicit":
+            # Rounds before may have removed it.
+            self.cli.ok("template", "build", "--pod", timeout=PATIENCE)
         kind = "explicit" if self.about.parent == "explicit" else "shareable" if self.plan.shared else "private"
         parents.make(self.cli, self.ground.box, kind, self.ground.source)
         if self.about.parent != "coming":

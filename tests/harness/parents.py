@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import psutil
 
 from tests.harness.cli import Cli, awaited, title, wait_until_gone
 from tests.harness.nurseries import end_nursery
+from vmsandbox import records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 KINDS = ("private", "shareable", "explicit")
 #: seconds after which parents that are shared are told that they are still of use
 REFRESHED = 10.0
+#: processes of theirs, which outlive the test that has them made
+LASTING: set[int] = set()
 
 
 def directories(run_root: Path) -> list[Path]:
@@ -67,6 +69,11 @@ def await_offers(run_root: Path, count: int = 1) -> list[dict[str, Any]]:
     return offers(run_root)
 
 
+def await_removal(place: Path) -> None:
+    """Wait until a keeper has let its parent go."""
+    awaited(lambda: not place.exists())
+
+
 def end_all(run_root: Path) -> None:
     """End the parents of a run root, and have none made any more.
 
@@ -106,17 +113,58 @@ def keeping(cli: Cli, directory: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- shared by many tests
 
 
-@dataclass(frozen=True)
 class Standing:
-    """Parents of every kind; a data root whose pods are forks of them, or fail."""
+    """Parents of every kind; a data root whose pods are forks of them, or fail.
 
-    data_root: Path
-    parents: Path
+    Obtain one from `standing`.
+    """
+
+    def __init__(self, cli: Cli, box: str, source: Path) -> None:
+        self._cli = cli
+        self._box = box
+        self._source = source
+        #: where there is one of each kind
+        self._places: dict[str, Path] = {}
+        self._states = {path: path.read_bytes() for path in cli.data_root.glob("templates/*/state")}
+
+    @property
+    def data_root(self) -> Path:
+        return self._cli.data_root
 
     def cli(self, run_root: Path) -> Cli:
         """The command with a run root of its own, but for the parents."""
-        (run_root / "o").symlink_to(self.parents)
+        self.stand()
+        (run_root / "o").symlink_to(self._cli.run_root / "o")
         return Cli(run_root, self.data_root, boot="fork")
+
+    def stand(self) -> None:
+        """Have those made that are not there: whoever is killed while it forks one takes that along."""
+        missing = [kind for kind in KINDS if not self._stands(kind)]
+        if not missing:
+            return
+        for state, content in self._states.items():
+            write(state, content)
+        for kind in missing:
+            if (place := self._places.get(kind)) is not None:
+                await_removal(place)
+            known = set(directories(self._cli.run_root))
+            make(self._cli, self._box, kind, self._source)
+            await_offers(self._cli.run_root, len(known) + 1)
+            (self._places[kind],) = set(directories(self._cli.run_root)) - known
+            # Which does not have one made that it has had made just before.
+            end_nursery(self._cli.run_root)
+        for state, content in self._states.items():
+            write(state, bytes(len(content)))
+        LASTING.clear()
+        for offer in offers(self._cli.run_root):
+            LASTING.update((offer["keeper"]["pid"], offer["machine"]["pid"]))
+
+    def _stands(self, kind: str) -> bool:
+        try:
+            machine = json.loads((self._places[kind] / "offer.json").read_text())["machine"]
+        except (KeyError, FileNotFoundError):
+            return False
+        return records.is_alive(machine["pid"], machine["start_time"])
 
 
 @contextmanager
@@ -133,16 +181,13 @@ def standing(data_root: Path, box: str) -> Iterator[Standing]:
         cli = Cli(Path(run), Path(data))
         cli.config = Path(run, "config.toml")
         cli.config.write_text("[sandbox]\nforks = true\n")
+        made = Standing(cli, box, Path(source))
         try:
-            for count, kind in enumerate(KINDS, 1):
-                make(cli, box, kind, Path(source))
-                await_offers(cli.run_root, count)
-            end_nursery(cli.run_root)
-            for state in Path(data, "templates").glob("*/state"):
-                spoil(state)
+            made.stand()
             with kept(cli.run_root):
-                yield Standing(Path(data), Path(run, "o"))
+                yield made
         finally:
+            LASTING.clear()
             cli.remove_all()
         assert cli.leftovers() == []
 
@@ -158,11 +203,11 @@ def copy_templates(source: Path, target: Path, *keys: str) -> None:
                 holder.unlink()
 
 
-def spoil(state: Path) -> None:
-    """Have a template look as it was, and every clone of it fail."""
+def write(state: Path, content: bytes) -> None:
+    """Change a template's state such that it looks as it was; if it is none every clone fails."""
     known = state.stat()
     with state.open("r+b") as file:
-        file.write(bytes(known.st_size))
+        file.write(content)
     os.utime(state, ns=(known.st_atime_ns, known.st_mtime_ns))
 
 
