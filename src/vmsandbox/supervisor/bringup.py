@@ -1,6 +1,6 @@
 """Bring-up and take-down of a pod's machine.
 
-`opened` boots a new one, `adopted` takes over one whose supervisor died.  Either way the block holds the pod; leaving
+`opened` makes a new one, `adopted` takes over one whose supervisor died.  Either way the block holds the pod; leaving
 it ends the machine and everything that belongs to it.
 """
 
@@ -123,7 +123,7 @@ async def confined(around: Surroundings, spec: SandboxSpec, config: VmConfig) ->
 
 @asynccontextmanager
 async def opened(around: Surroundings, spec: SandboxSpec, spare: spares.Spare | None = None) -> AsyncIterator[Sandbox]:
-    """Bring a pod's machine up and hold it for the block: a `spare` one, else a clone of its template, else booted.
+    """Bring a pod's machine up and hold it for the block: a `spare` one, a fork, a clone of its template, or booted.
 
     A machine that does not come up is a `SandboxError` that names the phase its start reached, with all phases, the
     console and QEMU's stderr as detail.

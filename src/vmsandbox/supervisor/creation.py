@@ -161,7 +161,7 @@ def _want_template(service: Service) -> None:
         return
     if mode == "auto" and template.missing(around, sandbox.template_key):
         template.build_in_background(around, around.config_file, sandbox.spec.accel, explicit=not sandbox.spec.implicit)
-    elif sandbox.vm.config.parent is None and parents.is_wanted(around, sandbox.vm.config):
+    elif sandbox.vm.config.parent is None and parents.is_wanted(around, sandbox.vm.config, sandbox.vm.accel):
         parents.wish(around.roots, parents.Wish.of(around, sandbox.spec, sandbox.template_key))
 
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 LINGER = 60.0
 #: where its own socket is, and that of the first supervisor
 NURSERY_FD, FIRST_FD = LISTEN_FD, LISTEN_FD + 1
+#: seconds until a parent that could not be made is tried again
+FORGOTTEN = 600.0
 #: seconds a client may take to say what it wants
 PATIENCE = 5.0
 #: seconds without a client after which machines are made ready
@@ -225,7 +227,7 @@ class _Wishes:
         self._failed: dict[Wish, float] = {}
 
     def add(self, wish: Wish) -> None:
-        if time.monotonic() > self._failed.get(wish, -LINGER) + LINGER:
+        if time.monotonic() > self._failed.get(wish, -FORGOTTEN) + FORGOTTEN:
             self._open.add(wish)
 
     def grant(self, run_root: str) -> None:

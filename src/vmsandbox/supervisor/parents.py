@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vmsandbox.paths import Roots
     from vmsandbox.supervisor.sandbox import SandboxSpec
     from vmsandbox.supervisor.sandbox import Surroundings as Around
-    from vmsandbox_hypervisor.api import Accel, SharedMemory, VmConfig
+    from vmsandbox_hypervisor.api import Accel, AccelChoice, SharedMemory, VmConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,10 @@ def place(roots: Roots, key: str, *, shareable: bool) -> SandboxPaths:
     return SandboxPaths(f"{roots.parents_dir}/{name[:SHORT_ID]}")
 
 
-def is_wanted(around: Around, config: VmConfig) -> bool:
-    """Whether a pod may be a fork at all."""
+def is_wanted(around: Around, config: VmConfig, accel: AccelChoice | None = None) -> bool:
+    """Whether a pod may be a fork at all, as far as it is known how it runs."""
+    if accel is not None and accel.accel != "tcg":
+        return False
     # What a security module says of a process is decided when that is executed.
     labelled = config.labels.apparmor or config.labels.selinux
     vhost = any(nic.vhost_fd is not None for nic in config.nics)
