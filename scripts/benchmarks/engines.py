@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from itertools import count
@@ -22,8 +23,10 @@ import psutil
 from scripts.benchmarks import memory, processes
 from scripts.benchmarks.processes import CommandError
 from scripts.benchmarks.rows import MissingError, Row, measurement
+from scripts.benchmarks.workplace import PARENT_TIME, PARENT_TIMEOUT
 from tests.harness import daemons
 from tests.harness.engines import BOX, Engines
+from vmsandbox import documents
 from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 RUNTIMES = ("vmsandbox", "runc", "crun")
 IDLE = ("sleep", "1000000")
 CROWDS = (1, 2, 4, 8)
+#: where the parents of an engine's pods are
+PARENTS = {"containerd": "/run/containerd/runc/default/o", "podman": "/run/vmsandbox/o"}
 #: process of a pod -> how its command line begins
 PARTS = {
     "qemu": "qemu-system",
@@ -41,6 +46,7 @@ PARTS = {
     "supervisor": "vmsandbox supervisor",
     "stand_in": "vmsandbox stand-in",
     "starter": "vmsandbox starter",
+    "keeper": "vmsandbox parent",
     "shim": "containerd-shim",
 }
 _numbers = count(1)
@@ -88,6 +94,23 @@ class Alone:
     def run(self, runtime: str, *words: str) -> float:
         return processes.run(self.argv(runtime, *words)).seconds
 
+    def await_parent(self) -> None:
+        """Have a machine that our pods are forked from."""
+        deadline = time.monotonic() + PARENT_TIMEOUT
+        while not self._forked():
+            if time.monotonic() > deadline:
+                raise MissingError("no machine could be forked")
+            time.sleep(PARENT_TIME)
+
+    def _forked(self) -> bool:
+        """Whether another pod is a fork; if not, it wishes for a machine that the next ones are forked from."""
+        name = f"bench-first-{next(_numbers)}"
+        self.run("vmsandbox", "create", "--bundle", str(self.bundle), name)
+        document = documents.read(str(Path(self._place.roots.by_container_dir, name, "sandbox.json")))
+        self.run("vmsandbox", "start", name)
+        self.run("vmsandbox", "delete", "--force", name)
+        return bool(document["boot"] == "fork")
+
 
 _alone = cache(Alone)
 
@@ -95,6 +118,7 @@ _alone = cache(Alone)
 @measurement(*_rows("runtime_cycle", "create, start and delete of 'true'"))
 def runtime_cycle(place: Workplace) -> Mapping[str, float]:
     alone, seconds = _alone(place), {}
+    alone.await_parent()
     for runtime in RUNTIMES:
         name = f"bench-cycle-{next(_numbers)}"
         seconds[runtime] = alone.run(runtime, "create", "--bundle", str(alone.bundle), name)
@@ -137,7 +161,7 @@ def _engines(place: Workplace) -> Engines:
     _ = place.template
     scratch = place.directory / "engines"
     scratch.mkdir()
-    made = Engines(scratch, Path(place.roots.data_dir))
+    made = Engines(scratch, Path(place.roots.data_dir), forks=True)
     stack = ExitStack()
     stack.callback(made.stop)
     place.keep(stack)
@@ -154,6 +178,17 @@ def _timed(engines: Engines, *words: str) -> float:
     return processes.run(engines.argv(*words), environment=engines.environment).seconds
 
 
+def _await_parent(engines: Engines, engine: str, *words: str) -> None:
+    """Have a machine that the engine's pods are forked from; `words` run one of them to its end."""
+    deadline = time.monotonic() + PARENT_TIMEOUT
+    while not [*engines.inside(PARENTS[engine]).glob("*/offer.json")]:
+        if time.monotonic() > deadline:
+            raise MissingError(f"no machine could be forked for {engine}")
+        for _ in range(2):
+            _timed(engines, *words)
+        time.sleep(PARENT_TIME)
+
+
 def _binary(engines: Engines, runtime: str) -> str:
     return str(engines.runtime) if runtime == "vmsandbox" else str(shutil.which(runtime))
 
@@ -161,12 +196,14 @@ def _binary(engines: Engines, runtime: str) -> str:
 @measurement(*_rows("ctr_run", "ctr run --rm of 'true'"))
 def ctr_run(place: Workplace) -> Mapping[str, float]:
     engines, seconds = _engines(place), {}
+    _await_parent(engines, "containerd", *_ctr_run(engines, "vmsandbox", "true"))
     for runtime in RUNTIMES:
-        name = f"run-{next(_numbers)}"
-        seconds[runtime] = _timed(
-            engines, "ctr", "run", "--rm", "--runc-binary", _binary(engines, runtime), BOX, name, "true"
-        )
+        seconds[runtime] = _timed(engines, *_ctr_run(engines, runtime, "true"))
     return _named("ctr_run", seconds)
+
+
+def _ctr_run(engines: Engines, runtime: str, *words: str) -> list[str]:
+    return ["ctr", "run", "--rm", "--runc-binary", _binary(engines, runtime), BOX, f"run-{next(_numbers)}", *words]
 
 
 @measurement(*_rows("ctr_exec", "ctr task exec of 'true'"))
@@ -182,6 +219,8 @@ def ctr_exec(place: Workplace) -> Mapping[str, float]:
 def _task(place: Workplace, runtime: str) -> str:
     """An idle task, there until the engines end."""
     engines, name = _engines(place), f"idle-{runtime}"
+    if runtime == "vmsandbox":
+        _await_parent(engines, "containerd", *_ctr_run(engines, runtime, "true"))
     _timed(engines, "ctr", "run", "-d", "--runc-binary", _binary(engines, runtime), BOX, name, *IDLE)
     return name
 
@@ -190,6 +229,7 @@ def _task(place: Workplace, runtime: str) -> str:
 def podman_run(place: Workplace) -> Mapping[str, float]:
     engines = _engines(place)
     words = ("run", "--rm", "--network", "none", BOX, "true")
+    _await_parent(engines, "podman", "podman", "--runtime", "vmsandbox", *words)
     seconds = {runtime: _timed(engines, "podman", "--runtime", runtime, *words) for runtime in RUNTIMES}
     return _named("podman_run.engine", seconds)
 
@@ -228,6 +268,7 @@ def _podman_idle(place: Workplace, runtime: str) -> str:
 )
 def engine_pods(place: Workplace) -> Mapping[str, float]:
     engines, found = _engines(place), {}
+    _await_parent(engines, "containerd", *_ctr_run(engines, "vmsandbox", "true"))
     for number in CROWDS:
         with _running(engines, number) as (seconds, pids):
             found[f"engine_pods.{number}"] = seconds
@@ -240,7 +281,7 @@ def engine_pods(place: Workplace) -> Mapping[str, float]:
 def _running(engines: Engines, number: int) -> Iterator[tuple[float, set[int]]]:
     """Seconds until so many pods run, and their processes."""
     names = [f"crowd-{next(_numbers)}" for _ in range(number)]
-    before = set(_pids())
+    before = set(_pids()) - _origin("containerd")
     binary = _binary(engines, "vmsandbox")
     commands = [engines.argv("ctr", "run", "-d", "--runc-binary", binary, BOX, name, *IDLE) for name in names]
     # `run_together` gives its own environment on.
@@ -252,6 +293,17 @@ def _running(engines: Engines, number: int) -> Iterator[tuple[float, set[int]]]:
         for name in names:
             engines("ctr", "task", "rm", "-f", name)
             engines("ctr", "container", "rm", name)
+
+
+def _origin(engine: str) -> set[int]:
+    """What the pods of an engine are forked from, and who keeps it."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            lock = os.readlink(f"/proc/{process.pid}/fd/3")
+            if " ".join(process.cmdline()).startswith(PARTS["keeper"]) and lock.startswith(PARENTS[engine]):
+                found |= {process.pid, *(child.pid for child in process.children())}
+    return found
 
 
 def _pids() -> list[int]:

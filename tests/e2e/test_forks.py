@@ -223,6 +223,14 @@ def test_what_a_fork_writes_and_frees_is_its_own(forking: Cli, box: str, tmp_pat
     assert up(forking, box, "third", *volume) == "fork"
 
 
+def test_a_parent_is_made_although_clients_keep_coming(forking: Cli, box: str) -> None:
+    def another() -> bool:
+        forking.ok("run", "--rm", box, "true")
+        return bool(parents.keepers(forking.run_root))
+
+    awaited(another)
+
+
 def test_parents_of_two_run_roots_do_not_know_each_other(forking: Cli, box: str) -> None:
     machine = parent_of(forking, box)
     with tempfile.TemporaryDirectory(prefix="vs-") as scratch, using(Cli(Path(scratch), forking.data_root)) as other:

@@ -101,9 +101,11 @@ def _turn() -> Iterator[None]:
 class Engines:
     """Namespaces in which engines run, with our runtime beside crun and runc."""
 
-    def __init__(self, scratch: Path, data_root: Path) -> None:
+    def __init__(self, scratch: Path, data_root: Path, *, forks: bool = False) -> None:
+        """With `forks` pods are forks as soon as they can: what they are forked from would outlive a test."""
         self.scratch = scratch
         self.data_root = data_root
+        self._forks = forks
         self.runtime = scratch / "vmsandbox-runtime"
         self.rootfs = scratch / "rootfs"
         self._unshare: subprocess.Popen[bytes] | None = None
@@ -143,9 +145,8 @@ class Engines:
         self._mounts = set(self._read_mounts())
         # What the runtime needs in there, it writes itself.
         self.inside("/etc/containers/containers.conf").write_text(CONTAINERS_CONF)
-        # What is kept for more pods would outlive a test.
         self.inside("/etc/vmsandbox").mkdir(exist_ok=True)
-        self.inside("/etc/vmsandbox/config.toml").write_text("[sandbox]\nforks = false\n")
+        self.inside("/etc/vmsandbox/config.toml").write_text(f"[sandbox]\nforks = {str(self._forks).lower()}\n")
         daemons.configure(self)
         for engine in ("podman", "containerd", "docker"):
             self.ok(str(self.runtime), "install", engine)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 LINGER = 60.0
 #: where its own socket is, and that of the first supervisor
 NURSERY_FD, FIRST_FD = LISTEN_FD, LISTEN_FD + 1
+#: seconds after which a parent is made although clients keep coming
+BUSY = 3.0
 #: seconds until a parent that could not be made is tried again
 FORGOTTEN = 600.0
 #: seconds a client may take to say what it wants
@@ -173,6 +175,8 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
                 # One that fails to become ready is tried again with the next client, and not for ever.
                 origin = client
             due |= client is not None
+            if wishes.waited():
+                wishes.grant(run_root)
         elif due:
             if origin is not None:
                 _make_ready(origin, watch)
@@ -222,13 +226,18 @@ class _Wishes:
 
     def __init__(self, waiting: select.poll) -> None:
         self._waiting = waiting
-        self._open: set[Wish] = set()
+        #: since when each is open
+        self._open: dict[Wish, float] = {}
         self._keepers: dict[int, tuple[int, Wish]] = {}
         self._failed: dict[Wish, float] = {}
 
     def add(self, wish: Wish) -> None:
         if time.monotonic() > self._failed.get(wish, -FORGOTTEN) + FORGOTTEN:
-            self._open.add(wish)
+            self._open.setdefault(wish, time.monotonic())
+
+    def waited(self) -> bool:
+        """Whether one has waited long enough for a quiet moment."""
+        return any(time.monotonic() > since + BUSY for since in self._open.values())
 
     def grant(self, run_root: str) -> None:
         """Have all of them made, each by a process of its own."""
