@@ -12,7 +12,7 @@ import signal
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.harness import hosts, identities, parents
-from tests.harness.cli import Cli, awaited, kill, wait_until_gone
+from tests.harness.cli import Cli, awaited, kill, title, wait_until_gone
 from tests.harness.nurseries import end_nursery
 from tests.harness.spares import end_all as end_spares
 from tests.harness.spares import offers as spares
@@ -47,8 +47,12 @@ def using(cli: Cli, settings: str = SETTINGS) -> Iterator[Cli]:
 
 @pytest.fixture
 def forking(data_root: Path, box: str, pod_template: None) -> Iterator[Cli]:
-    """The command with a run root of its own."""
-    with tempfile.TemporaryDirectory(prefix="vs-") as scratch, using(Cli(Path(scratch), data_root)) as cli:
+    """The command with a run root of its own, whose parents do not end while a slow machine does something else."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vs-") as scratch,
+        using(Cli(Path(scratch), data_root)) as cli,
+        parents.kept(cli.run_root),
+    ):
         yield cli
 
 
@@ -361,21 +365,25 @@ def test_a_parent_that_others_fork_for_too_long_is_not_waited_for(shared: Cli, b
     shared.ok("rm", "-f", "without", "with")
 
 
+def waiting_for(cli: Cli) -> list[int]:
+    """Supervisors that would fork the parent, were it not locked."""
+    (directory,) = parents.directories(cli.run_root)
+    found = []
+    for process in psutil.process_iter():
+        if title(process).startswith("vmsandbox supervisor "):
+            with suppress(FileNotFoundError):
+                if any(os.readlink(link) == f"{directory}/vm" for link in Path(f"/proc/{process.pid}/fd").iterdir()):
+                    found.append(process.pid)
+    return found
+
+
 def test_a_supervisor_that_is_killed_before_its_fork_leaves_nothing(shared: Cli, box: str) -> None:
     lock = lock_of(shared)
-    inode = os.fstat(lock).st_ino
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         client = shared.popen("run", "-d", "--name", "never", box, "sleep", "1000")
-        waiting = "-> FLOCK"
-        lines = awaited(
-            lambda: [
-                line
-                for line in Path("/proc/locks").read_text().splitlines()
-                if waiting in line and f":{inode} " in line
-            ]
-        )
-        kill(int(lines[0].split()[5]))
+        (supervisor,) = awaited(lambda: waiting_for(shared))
+        kill(supervisor)
     finally:
         os.close(lock)
     client.wait()
