@@ -183,8 +183,8 @@ def standing(data_root: Path, box: str) -> Iterator[Standing]:
         cli.config.write_text("[sandbox]\nforks = true\n")
         made = Standing(cli, box, Path(source))
         try:
-            made.stand()
             with kept(cli.run_root):
+                made.stand()
                 yield made
         finally:
             LASTING.clear()
