@@ -154,7 +154,8 @@ class Cli:
 
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no container is left."""
-        left = [f"process {process.pid} {title(process)[:200]}" for process in self.processes()]
+        # What has no title any more is on its way out.
+        left = [f"process {process.pid} {name[:200]}" for process in self.processes() if (name := title(process))]
         left += [
             f"file {path}"
             for directory in ("s", "c", "n", "p", "r", "net")

@@ -261,7 +261,8 @@ class _Wishes:
             keeper, wish = self._keepers.pop(pidfd)
             self._waiting.unregister(pidfd)
             os.close(pidfd)
-            if os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) != 0:
+            # One that was killed says nothing of the next.
+            if os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) > 0:
                 self._failed[wish] = time.monotonic()
         return bool(gone)
 
