@@ -213,14 +213,14 @@ def test_what_a_fork_writes_and_frees_is_its_own(forking: Cli, box: str, tmp_pat
     memory = ("--shm-size", "200m", "--memory", "400m")
     for name in ("one", "other"):
         assert up(forking, box, name, *volume, *memory) == "fork"
-    told = forking.ok("exec", "other", "sh", "-c", fill, "sh", "60")
+    told = forking.ok("exec", "other", "sh", "-c", fill, "sh", "20")
     # All there is, and more than a fork begins with; then it is the guest's to give back.
-    forking.ok("exec", "one", "sh", "-c", f"({fill}) && dd if=/dev/urandom of=/f bs=1M count=60", "sh", "180")
+    forking.ok("exec", "one", "sh", "-c", f"({fill}) && dd if=/dev/urandom of=/f bs=1M count=20", "sh", "100")
     machine = psutil.Process(forking.inspect("one")["pod"]["vm"]["pid"])
     full = machine.memory_info().rss
     forking.ok("exec", "one", "sh", "-c", "rm /dev/shm/f /f; sync; echo 3 > /proc/sys/vm/drop_caches || true")
     if kind == "shareable":
-        awaited(lambda: machine.memory_info().rss < full - (100 << 20))
+        awaited(lambda: machine.memory_info().rss < full - (60 << 20))
     assert forking.ok("exec", "other", "sh", "-c", "sha256sum < /dev/shm/f") == told
     assert [content_of(path) for path in (*kept, layer, *templates)] == before
     assert goes_on(forking, "one")
