@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vmsandbox.errors import ExhaustedError, InvalidArgumentError, SandboxError, UnsupportedError
+from vmsandbox_hypervisor import sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,6 @@ _FEATURES = (
 )
 _MAGIC_OFFSET = 1080
 _MAGIC = b"\x53\xef"
-_CHUNK = 1 << 20
 
 
 def create(path: Path, size_mib: int, cache: Path) -> None:
@@ -68,7 +68,7 @@ def copy(source: Path, path: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(source, "rb") as file:
-                _copy_sparse(file.fileno(), descriptor)
+                sparse.copy(file.fileno(), descriptor)
         except BaseException:
             path.unlink()
             raise
@@ -149,24 +149,6 @@ def _argv(path: Path, size_mib: int) -> list[str]:
         "-E", "nodiscard,assume_storage_prezeroed=1,packed_meta_blocks=1,num_backup_sb=0,root_owner=0:0",
         os.fspath(path),
     ]  # fmt: skip
-
-
-def _copy_sparse(source: int, target: int) -> None:
-    """Copy what is not a hole."""
-    size = os.fstat(source).st_size
-    os.ftruncate(target, size)
-    end = 0
-    while True:
-        try:
-            start = os.lseek(source, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        while start < end:
-            data = os.pread(source, min(_CHUNK, end - start), start)
-            start += os.pwrite(target, data, start)
 
 
 @contextmanager
