@@ -153,7 +153,7 @@ def test_a_created_container_runs_when_started_and_its_log_is_followed_to_the_en
 
 def test_what_nobody_reads_is_rotated_away_and_holds_nobody_up(cli: Cli, box: str, tmp_path: Path) -> None:
     cli.config = tmp_path / "config.toml"
-    cli.config.write_text("[container]\nlog_max_size_mib = 1\nlog_max_files = 2\n")
+    cli.config.write_text("[container]\nlog_max_size_mib = 1\nlog_max_files = 2\n[sandbox]\nforks = false\n")
     # Lines of eight bytes: what is written and carried at once then ends with a line.
     first, last = 1_000_001, 1_150_000
     container = cli.ok("run", "-d", "--name", "talker", box, "sh", "-c", f"seq {first} {last}; echo err >&2").strip()

@@ -57,7 +57,7 @@ def tuned(built: Path) -> Iterator[Cli]:
 def configured(run_root: Path, data_root: Path, settings: str) -> Cli:
     cli = Cli(run_root, data_root)
     cli.config = run_root / "config.toml"
-    cli.config.write_text(f"[guest]\n{settings}\n")
+    cli.config.write_text(f"[guest]\n{settings}\n[sandbox]\nforks = false\n")
     return cli
 
 

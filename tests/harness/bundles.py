@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tests.harness import parents
-from tests.harness.cli import TIMEOUT, Result
+from tests.harness.cli import SETTINGS, TIMEOUT, Result
 from vmsandbox.cli.runtime.static import default_spec
 
 if TYPE_CHECKING:
@@ -41,15 +41,19 @@ class Runtime:
         self.root = scratch / "r"
         self.data_root = data_root
         self.log = scratch / "log.json"
+        #: without one, pods are forks as soon as they can; what they are forked from would outlive a test
+        self.config: Path | None = SETTINGS / "clone.toml"
 
     def argv(self, *words: str) -> list[str]:
         roots = ("--root", str(self.root), "--data-root", str(self.data_root))
+        config = ("--config", str(self.config)) if self.config else ()
         return [
             *self._inside,
             sys.executable,
             "-c",
             CODE,
             *roots,
+            *config,
             "--log",
             str(self.log),
             "--log-format",

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.cloned
 @pytest.fixture
 def forking(runtime: Runtime, box_rootfs: Path) -> Iterator[Runtime]:
     """A runtime whose next pods are forks: one was there, and a parent was made for those that follow."""
+    runtime.config = None
     bundle = runtime.bundle("first", box_rootfs, "sleep", "1000")
     runtime.create("first", bundle)
     runtime.ok("start", "first")  # which founds the nursery

@@ -216,7 +216,7 @@ def test_a7_a_root_on_a_disk_is_shared_where_disks_are_not_to_be_used(
     place = tmp_path / "rootfs"
     before = mounted(place, holder)
     settings = apart.scratch / "config.toml"
-    settings.write_text("[sandbox]\ndisable_block_device_use = true\n")
+    settings.write_text("[sandbox]\nforks = false\ndisable_block_device_use = true\n")
     bundle = apart.bundle("one", place, "sh", "-c", "cut -d' ' -f3 /proc/mounts | head -n1; echo written > /made")
     said = apart.ok("--config", str(settings), "run", "--bundle", str(bundle), "one")
     assert said == "virtiofs\n"
@@ -237,7 +237,7 @@ def test_a8_a_root_that_is_a_directory_is_shared_over_virtio_fs(runtime: Runtime
 
 def test_a8_roots_and_mounts_over_9p(runtime: Runtime, box_rootfs: Path) -> None:
     settings = runtime.scratch / "config.toml"
-    settings.write_text('[sandbox]\nshared_fs = "9p"\n')
+    settings.write_text('[sandbox]\nforks = false\nshared_fs = "9p"\n')
     shared = runtime.scratch / "shared"
     shared.mkdir()
     mounts = [
