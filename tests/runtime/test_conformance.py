@@ -38,7 +38,8 @@ STRICTER = (
     r"'process.args' is empty",
     r"has no major or minor number",
     r"'mounts\[\d+\]\.type' is '.*', which cannot be mounted",
-    # Of a namespace that crun is not told of.
+    # Of a namespace that crun is not told of; runc refuses these too.
+    r"'linux\.(uid|gid)Mappings' is set but 'linux.namespaces' has no user namespace",
     r"'linux.timeOffsets' is set but 'linux.namespaces' has no time namespace",
     # Namespaces of the host that a virtual machine cannot share.
     r"'linux.namespaces' has no (mount|network|pid|ipc) namespace",

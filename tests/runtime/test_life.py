@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from tests.harness.cli import TIMEOUT
+from tests.harness.cli import TIMEOUT, title
 from tests.harness.terminals import typed
 from vmsandbox import wire
 from vmsandbox.cli.runtime.static import default_spec
@@ -316,7 +316,7 @@ def test_a_pod_outlives_its_supervisor_and_who_could_start_another(runtime: Runt
     assert os.stat(f"/proc/{second.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
 
     for each in psutil.process_iter():
-        if each.name().startswith("vmsandbox-start") and "eight" in each.cmdline()[0]:
+        if title(each).startswith("vmsandbox starter eight"):
             each.kill()
     second.kill()
     assert runtime.state("eight")["pid"] == pid
