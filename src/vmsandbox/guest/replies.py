@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from vmsandbox.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from vmsandbox_protocol import agent_pb2 as pb
 
@@ -114,8 +115,8 @@ def check_bounds(message: Any) -> None:
 def _check_entries(field: Any, value: Any) -> None:
     if len(value) > _ENTRIES_LIMIT:
         raise broken(f"'{field.name}' has {len(value)} entries")
-    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-    for entry in chain(value.keys(), value.values()) if is_map else value:
+    # What the descriptor says of itself costs loading the description of all descriptors.
+    for entry in chain(value.keys(), value.values()) if isinstance(value, Mapping) else value:
         if isinstance(entry, str):
             _check_length(field, entry)
             if _CONTROL.search(entry):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import subprocess
+import sys
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -442,3 +444,13 @@ async def test_a_question_to_a_name_server_is_no_longer_than_there_can_be(direct
         assert not (await anext(questions)).message
         with pytest.raises(UnavailableError, match="longer than there can be"):
             await anext(questions)
+
+
+def test_judging_an_answer_does_not_load_what_describes_descriptors() -> None:
+    """Which takes longer than all else that a pod's first answer costs."""
+    code = (
+        "import sys; from vmsandbox.guest.replies import check_bounds; from vmsandbox_protocol import agent_pb2 as pb; "
+        "check_bounds(pb.GuestDetails(boot_phases_us={'kernel': 1}, filesystems=['erofs'])); "
+        "sys.exit('google.protobuf.descriptor_pb2' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
