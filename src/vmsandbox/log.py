@@ -55,9 +55,15 @@ def configure(stream: TextIO, *, debug: bool = False) -> None:
     """Send everything to `stream`, the supervisor's log; `debug` lowers the threshold."""
     handler = _Handler(stream)
     handler.setFormatter(_Formatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger().handlers[:] = [handler]
+    set_level(logging.DEBUG if debug else logging.INFO)
+
+
+def set_level(level: int | str) -> None:
+    """Set the threshold.  Where that is no change nothing is: a change writes to every logger there is."""
     # They say what they do with their event loop, for every channel.
-    for library in ("grpc", "asyncio"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for name, wanted in (("", level), ("grpc", logging.WARNING), ("asyncio", logging.WARNING)):
+        logger = logging.getLogger(name)
+        number = logging.getLevelName(wanted) if isinstance(wanted, str) else wanted
+        if logger.level != number:
+            logger.setLevel(number)

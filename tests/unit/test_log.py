@@ -51,3 +51,13 @@ def test_what_cannot_be_shortened_is_written_all_the_same(
         root.warning("two")
         stream.close()
         assert [line.rsplit(" ", 1)[1] for line in heard.read().splitlines()] == ["one", "two"]
+
+
+def test_a_threshold_that_is_set_already_is_not_set_again(
+    root: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.set_level("WARNING")
+    assert root.level == logging.WARNING
+    with monkeypatch.context() as patched:
+        patched.setattr(logging.Manager, "_clear_cache", lambda _manager: pytest.fail("all loggers are written to"))
+        log.set_level(logging.WARNING)

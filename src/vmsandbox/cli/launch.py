@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: The supervisor's end of the control socket.
 LISTEN_FD = 3
 BACKLOG = 256
-NURSE = "from vmsandbox.supervisor.nursery import nurse; nurse()"
+NURSE = "from vmsandbox.cli import standin; from vmsandbox.supervisor.nursery import nurse; nurse(standin)"
 
 
 def make_run_directory(roots: Roots, sandbox_id: str) -> SandboxPaths:
@@ -111,9 +111,7 @@ def spawn_supervisor(
             try:
                 done = nursery.forked(roots, listener, log, words, environment())
             except (OSError, ValueError, KeyError, wire.WireError) as error:
-                if isinstance(error, OSError) and is_shortage(error):
-                    raise  # it is ours
-                raise UnavailableError(f"the process that starts supervisors ended: {error}: try again") from error
+                raise broken(error) from error
             if done:
                 return
             place = nursery.place(roots) if founding else None
@@ -124,6 +122,13 @@ def spawn_supervisor(
         _spawned("from vmsandbox.supervisor.main import main; main()", words, [listener.fileno()], log)
     finally:
         os.close(log)
+
+
+def broken(error: Exception) -> Exception:
+    """What to raise of a nursery that went away in the middle of a request."""
+    if isinstance(error, OSError) and is_shortage(error):
+        return error  # it is ours
+    return UnavailableError(f"the process that starts supervisors ended: {error}: try again")
 
 
 def found_nursery(roots: Roots) -> None:

@@ -1,4 +1,4 @@
-"""The client's side of the nursery: have it fork a supervisor, or start one.  Stdlib only."""
+"""The client's side of the nursery: have it fork a supervisor or a stand-in, or start one.  Stdlib only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from vmsandbox.plainsocket import UnixSocket, send_descriptors
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from vmsandbox.paths import Roots
     from vmsandbox.plainsocket import Socket
 
 #: seconds an idle nursery takes at most to greet, on a busy machine
 PATIENCE = 1.0
+#: seconds it may take where nothing but memory is to be had from it
+SHORT = 0.1
 
 
 def forked(roots: Roots, listener: Socket, log: int, arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
@@ -24,22 +27,33 @@ def forked(roots: Roots, listener: Socket, log: int, arguments: Sequence[str], e
 
     Raises `OSError` or `WireError` when it went away in the middle: then nobody knows whether there is a supervisor.
     """
+    request = {"arguments": [*arguments], "environment": {**environment}}
+    return _asked(roots, request, [log, listener.fileno()], patience=PATIENCE) is not None
+
+
+def standin(roots: Roots, words: Sequence[str], environment: Mapping[str, str]) -> int | None:
+    """The pid of a stand-in that it has forked with these `words`; otherwise as `forked`."""
+    return _asked(roots, {"standin": [*words], "environment": {**environment}}, [], patience=SHORT)
+
+
+def _asked(roots: Roots, request: dict[str, Any], descriptors: Sequence[int], *, patience: float) -> int | None:
     with UnixSocket() as nursery:
-        nursery.settimeout(PATIENCE)
+        nursery.settimeout(patience)
         try:
             nursery.connect(roots.nursery_file)
             if wire.receive(nursery) is None:
-                return False
+                return None
         except OSError:
-            return False
+            return None
         nursery.settimeout(None)
-        request = wire.encode_message({"arguments": [*arguments], "environment": {**environment}})
-        send_descriptors(nursery, request[: wire.HEAD.size], [log, listener.fileno()])
-        nursery.sendall(request[wire.HEAD.size :])
+        encoded = wire.encode_message(request)
+        send_descriptors(nursery, encoded[: wire.HEAD.size], descriptors)
+        nursery.sendall(encoded[wire.HEAD.size :])
         answer = wire.receive(nursery)
         if answer is None:
             raise wire.WireError("the nursery ended before it answered")
-        return answer.message()["pid"] is not None
+        pid: int | None = answer.message()["pid"]
+        return pid
 
 
 def place(roots: Roots) -> UnixSocket | None:

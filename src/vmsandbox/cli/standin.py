@@ -1,7 +1,8 @@
 """The host process that stands for a process in the guest, as whoever forks it sees it.
 
 It is forked from `run` or `exec` before anything heavy is imported; what it does then is `carrying`, which it loads
-itself, beside the work of the process that forked it.
+itself, beside the work of the process that forked it.  One that has nothing of its caller's comes out of the nursery,
+if there is one: what it has loaded, most of its memory, is shared then with all others.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import termios
 
 from vmsandbox import cgroups
 from vmsandbox.errors import refused
+from vmsandbox.paths import Roots, SandboxPaths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, NoReturn
 
-    from vmsandbox.paths import Roots, SandboxPaths
-
 #: Exit status when the pod is lost and nobody can say how the process ended.
 LOST = 255
 #: instead of a root: nothing but processes
 EMPTY = "(empty)"
+_SIGKILL = 9
 
 
 class Plan:
@@ -93,6 +94,59 @@ def fork(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> int:
     if not pid:
         stay(roots, sandbox, plan)
     return pid
+
+
+def of_client(roots: Roots, sandbox: SandboxPaths, plan: Plan, *, detach: bool) -> int:
+    """The pid of a stand-in that is our child or, detached, has none of our stdio and may be anybody's."""
+    from vmsandbox.cli import foreground
+
+    if detach:
+        return _detached(roots, sandbox, plan)
+    with foreground.held_back():
+        return fork(roots, sandbox, plan)
+
+
+def _detached(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> int:
+    from vmsandbox import wire
+    from vmsandbox.cli import launch, nursery
+
+    words = (roots.run_dir, roots.data_dir, sandbox.dir, plan.container_id, plan.exec_id)
+    try:
+        pid = nursery.standin(roots, words, launch.environment())
+    except (OSError, ValueError, KeyError, wire.WireError) as error:
+        raise launch.broken(error) from error
+    if pid is not None:
+        return pid
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        stay_detached(words)
+    return pid
+
+
+def stay_detached(words: Sequence[str]) -> NoReturn:
+    """Be a stand-in that has nothing of its client's from now on, as the `words` of `_detached` say."""
+    run_dir, data_dir, directory, container_id, exec_id = words
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    plan = Plan(container_id, exec_id, stdin=False, stdout=False, terminal=False)
+    stay(Roots(run_dir, data_dir), SandboxPaths(directory), plan)
+
+
+def end(pid: int) -> None:
+    """Kill the stand-in of a process that never came to be."""
+    try:
+        os.kill(pid, _SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return  # the nursery has forked it
+
+
+def load() -> None:
+    """Load what a stand-in needs."""
+    from vmsandbox.cli import carrying  # noqa: F401
 
 
 def stay(roots: Roots, sandbox: SandboxPaths, plan: Plan) -> NoReturn:

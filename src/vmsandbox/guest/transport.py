@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 #: seconds between two attempts to reach the guest: the first, and the most
 _PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
-_BUFFER = 256 * 1024
+#: bytes that are passed on at once: the pod has as many for each direction as long as it lives
+_BUFFER = 64 * 1024
 SOCKET_NAME = "agent.sock"
 
 
@@ -181,7 +182,7 @@ class PortLink:
 
     async def copy_from(self, source: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        buffer = bytearray(link.HEAD + link.MAX_FRAME)
+        buffer = bytearray(link.HEAD + _BUFFER)
         view = memoryview(buffer)
         while count := await loop.sock_recv_into(source, view[link.HEAD :]):
             end = link.HEAD + count

@@ -161,7 +161,7 @@ async def supervise(
         remains.forget_sandbox_if_empty(paths)
         return
     if not debug:
-        logging.getLogger().setLevel(settings.log.level.upper())
+        logs.set_level(settings.log.level.upper())
     around = Surroundings(
         roots=roots,
         paths=paths,

@@ -1,5 +1,7 @@
 """A process that has loaded what supervisors need and forks them, for as long as they keep being asked for.
 
+So it does with stand-ins that have nothing of their clients'.
+
 Most of what a supervisor's start costs is loading Python code: a third of a second of processor time and most of its
 memory, both the same for each.  So the first client of a run root starts a nursery instead of a supervisor; it forks
 that one at once, loads everything, and forks those of later clients while they come.  Engines' first `start` of a
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import select
 import socket
@@ -27,18 +30,21 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vmsandbox import cgroups, remains, surroundings, wire
+from vmsandbox import log as logs
 from vmsandbox.errors import SandboxError
 from vmsandbox.paths import Roots
 from vmsandbox.supervisor.main import LISTEN_FD, Start, cgroups_in, config_of, main
 from vmsandbox.supervisor.parents import Wish
 from vmsandbox.supervisor.watch import DELETED, MOVED_FROM, MOVED_ITSELF, Watch
 from vmsandbox.title import set_title
+from vmsandbox_hypervisor.frequency import host_khz
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import NoReturn
 
 #: seconds without a client after which it ends
 LINGER = 60.0
@@ -68,7 +74,17 @@ PRELOADED = (
 )
 
 
-def nurse() -> None:
+class Standins(Protocol):
+    """The program of the stand-ins that it forks."""
+
+    def load(self) -> None:
+        """Load what they need."""
+
+    def stay_detached(self, words: Sequence[str]) -> NoReturn:
+        """Be one of them from now on, as its client's `words` say."""
+
+
+def nurse(standins: Standins) -> None:
     """Entry point: ``RUN_ROOT [ARGUMENT...]``, the arguments being the first supervisor's, if one is wanted at once."""
     run_root, *arguments = sys.argv[1:]
     set_title(f"vmsandbox nursery {run_root}")
@@ -83,11 +99,26 @@ def nurse() -> None:
     with _unhurried():
         for name in PRELOADED:
             importlib.import_module(name)
-        importlib.import_module("vmsandbox.oci.bundle").prepare()
+        standins.load()
+        if not arguments:
+            _prepare_for_engines()
+    _settle()
+    with socket.socket(fileno=NURSERY_FD) as listener:
+        _serve(listener, run_root, standins, Origin(arguments, dict(os.environ)) if arguments else None)
+
+
+def _settle() -> None:
+    """Write now what whatever is forked would write otherwise: each page that it writes to is one more for itself."""
+    logs.set_level(logging.INFO)
+    host_khz()
     gc.collect()
     gc.freeze()
-    with socket.socket(fileno=NURSERY_FD) as listener:
-        _serve(listener, run_root, Origin(arguments, dict(os.environ)) if arguments else None)
+    sys._clear_type_cache()
+
+
+def _prepare_for_engines() -> None:
+    """Load what their supervisors need besides, which is a fifth of the memory; it is there the second time."""
+    importlib.import_module("vmsandbox.oci.bundle").prepare()
 
 
 @contextmanager
@@ -142,7 +173,7 @@ class Origin:
     environment: Mapping[str, str]
 
 
-def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> None:
+def _serve(listener: socket.socket, run_root: str, standins: Standins, origin: Origin | None) -> None:
     path = listener.getsockname()
     loaded = _sources()
     here, group = surroundings.of(os.getpid(), grouped=False), surroundings.cgroups_of(os.getpid())
@@ -166,7 +197,7 @@ def _serve(listener: socket.socket, run_root: str, origin: Origin | None) -> Non
             connection, _ = listener.accept()
             with connection:
                 try:
-                    client = _attend(connection, here, group)
+                    client = _attend(connection, standins, here, group)
                 except (OSError, ValueError, KeyError, TypeError, wire.WireError):
                     continue
             if isinstance(client, Wish):
@@ -275,8 +306,8 @@ def _keep(run_root: str, wish: Wish) -> None:
     os._exit(0 if keep(run_root, wish) else 1)
 
 
-def _attend(connection: socket.socket, here: object, group: str) -> Origin | Wish | None:
-    """Fork one client's supervisor, or refuse; without a word the client knows that nothing was done."""
+def _attend(connection: socket.socket, standins: Standins, here: object, group: str) -> Origin | Wish | None:
+    """Fork one client's supervisor or stand-in, or refuse; without a word the client knows that nothing was done."""
     connection.settimeout(PATIENCE)
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid != os.geteuid() or surroundings.of(pid, grouped=False) != here:
@@ -289,18 +320,29 @@ def _attend(connection: socket.socket, here: object, group: str) -> Origin | Wis
         request = _read(connection, head)
         if "parent" in request:
             return Wish(**request["parent"])
-        if len(descriptors) != 2:
-            return None
-        engine = bool(cgroups_in(request["arguments"]))
+        engine = "arguments" in request and bool(cgroups_in(request["arguments"]))
         if not engine and surroundings.cgroups_of(pid) != group:
             connection.sendall(wire.encode_message({"pid": None}))
             return None
+        if "standin" in request:
+
+            def become_standin() -> None:
+                _have_environment(request["environment"])
+                standins.stay_detached(request["standin"])
+
+            standin = _forked(become_standin)
+            connection.sendall(wire.encode_message({"pid": standin}))
+            return None
+        if len(descriptors) != 2:
+            return None
+
+        if engine:
+            _prepare_for_engines()
 
         def become() -> None:
             for fd, target in zip(descriptors, (2, LISTEN_FD), strict=True):
                 os.dup2(fd, target)
-            os.environ.clear()
-            os.environ.update(request["environment"])
+            _have_environment(request["environment"])
             _become(request["arguments"])
 
         child = _forked(become)
@@ -309,6 +351,12 @@ def _attend(connection: socket.socket, here: object, group: str) -> Origin | Wis
             os.close(fd)
     connection.sendall(wire.encode_message({"pid": child}))
     return None if engine else Origin(request["arguments"], request["environment"])
+
+
+def _have_environment(wanted: Mapping[str, str]) -> None:
+    if {**os.environ} != wanted:
+        os.environ.clear()
+        os.environ.update(wanted)
 
 
 def _read(connection: socket.socket, head: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from vmsandbox import records
 from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, foreground, launch, standin, terminal
 from vmsandbox.cli.verbs._running import stopped_error
-from vmsandbox.cli.verbs.run import chosen, client_environment, end_standin, environment_files, fork_standin
+from vmsandbox.cli.verbs.run import chosen, client_environment, environment_files
 from vmsandbox.errors import EndingError, InvalidStateError, SandboxError
 
 TYPE_CHECKING = False
@@ -82,11 +82,11 @@ def main(options: Options, argv: list[str]) -> int:
     )
     plan.mode = terminal.current_mode(wanted=plan.terminal and plan.stdin)
     with launch.connect_or_take_over(roots, container.sandbox) as sock:
-        pid = fork_standin(roots, container.sandbox, plan, detach=arguments.detach)
+        pid = standin.of_client(roots, container.sandbox, plan, detach=arguments.detach)
         request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
 
         def give_up(number: int) -> NoReturn:
-            end_standin(pid)  # and with it what it stands for
+            standin.end(pid)  # and with it what it stands for
             os._exit(128 + number)
 
         try:
@@ -94,12 +94,12 @@ def main(options: Options, argv: list[str]) -> int:
                 client.request_once(roots, container.sandbox, sock, request)
         except EndingError:
             # Not tried again, since nobody knows how far it came.
-            end_standin(pid)
+            standin.end(pid)
             if records.load(roots, container.id).status() == "stopped":
                 raise stopped_error(arguments.container, wanted="exec in") from None
             raise
         except SandboxError:
-            end_standin(pid)
+            standin.end(pid)
             raise
         if arguments.detach:
             return 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 
 from vmsandbox import records, remains
 from vmsandbox.arguments import Parser
@@ -297,12 +295,12 @@ def stay(
     with connection as sock:
         asking = foreground.Asking(sock)
         with foreground.until_answered(asking.give_up):
-            pid = fork_standin(roots, sandbox, plan, detach=arguments.detach)
+            pid = standin.of_client(roots, sandbox, plan, detach=arguments.detach)
             request["standin"] = {"pid": pid, "start_time": records.start_time(pid)}
             try:
                 asking.request(request)
             except SandboxError:
-                end_standin(pid)
+                standin.end(pid)
                 if request["sandbox"]["implicit"]:
                     client.wait_for_end(sock)
                 clear_up(options, roots, request["id"])
@@ -311,7 +309,7 @@ def stay(
                 raise
         if asking.given_up:
             take_back(roots, request["id"])
-            end_standin(pid)
+            standin.end(pid)
             return 128 + asking.given_up
         if arguments.detach:
             print(request["id"])
@@ -320,31 +318,6 @@ def stay(
             _, status = os.waitpid(pid, 0)
             client.wait_for_end(sock)
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-
-
-def fork_standin(roots: Roots, sandbox: SandboxPaths, plan: standin.Plan, *, detach: bool) -> int:
-    """Fork the stand-in; a detached one has none of our stdio."""
-    if not detach:
-        with foreground.held_back():
-            return standin.fork(roots, sandbox, plan)
-    sys.stdout.flush()
-    saved = [os.dup(fd) for fd in range(3)]
-    null = os.open(os.devnull, os.O_RDWR)
-    try:
-        for fd in range(3):
-            os.dup2(null, fd)
-        return standin.fork(roots, sandbox, plan)
-    finally:
-        for fd, old in enumerate(saved):
-            os.dup2(old, fd)
-            os.close(old)
-        os.close(null)
-
-
-def end_standin(pid: int) -> None:
-    """Reap the stand-in of a process that never came to be."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 def take_back(roots: Roots, container_id: str) -> None:

@@ -7,7 +7,6 @@ from vmsandbox.arguments import Parser
 from vmsandbox.cli import client, launch, standin
 from vmsandbox.cli.verbs._each import each
 from vmsandbox.cli.verbs._running import ask_about
-from vmsandbox.cli.verbs.run import end_standin, fork_standin
 from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
 
 TYPE_CHECKING = False
@@ -63,11 +62,11 @@ def start_again(options: Options, roots: Roots, container: records.Container) ->
     except FileNotFoundError:
         raise NotFoundError(f"cannot start container '{container.name or container.id}': its pod is gone") from None
     with connection as sock:
-        pid = fork_standin(roots, container.sandbox, plan, detach=True)
+        pid = standin.of_client(roots, container.sandbox, plan, detach=True)
         identity = {"pid": pid, "start_time": records.start_time(pid)}
         try:
             client.request(sock, {"verb": "start", "container": container.id, "standin": identity})
         except SandboxError:
-            end_standin(pid)
+            standin.end(pid)
             client.wait_for_end(sock)
             raise
