@@ -333,8 +333,10 @@ class Vm(Protocol):
         """Stop the VM and write its device state, without memory, to `fd`; `MonitorError` if that fails."""
         ...
 
-    async def stand(self) -> Parent:
-        """Stop the VM for good, so that others can be forked from it, and have it end when this process does.
+    async def stand(self, *, bound: bool = True) -> Parent:
+        """Stop the VM for good, so that others can be forked from it, and have it end when this thread does.
+
+        One that is not `bound` goes on: another process may take it (`forking.fork.bind`).
 
         Nobody may be connected to its monitor, console or ports when it is forked: release it, and leave its block.
         Raises `ForkError` where that is not possible.

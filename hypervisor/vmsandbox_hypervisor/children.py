@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 #: how long the parent of a process that has ended may take to bury it
 _BURIAL_MS = 100
+_PR_SET_CHILD_SUBREAPER = 36
 #: `struct pidfd_info`: its size, where the exit status is, and the bit of the mask that asks for it
 _PIDFD_GET_INFO, _PIDFD_INFO_SIZE, _PIDFD_INFO_STATUS, _PIDFD_INFO_EXIT = 0xC040FF0B, 64, 60, 1 << 3
 #: what everything is started through, and the package it is in
@@ -152,6 +154,12 @@ def confined(argv: Sequence[str], identity: Confinement | None, labels: Security
             "--bounding-set=-all",
         ]
     return [*prefix, "--", *argv]
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes below us that lose theirs."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
 
 def spawn(name: str, argv: Sequence[str], *, fds: Mapping[int, int], stderr: int) -> Child:

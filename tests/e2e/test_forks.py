@@ -248,6 +248,16 @@ def test_parents_of_two_run_roots_do_not_know_each_other(forking: Cli, box: str)
     assert up(forking, box, "here") == "fork"
 
 
+def test_a_fork_is_nobody_whom_its_parent_has_rehearsed(forking: Cli, box: str) -> None:
+    parent_of(forking, box)
+    assert up(forking, box, "anew") == "fork"
+    script = "cat /etc/hosts /etc/resolv.conf /etc/hostname; hostname; ip addr; ip route; ip -6 route"
+    said = forking.ok("exec", "anew", "sh", "-c", script)
+    name = forking.inspect("anew")["id"][:12]
+    assert [line for line in said.splitlines() if line == name] == [name, name]
+    assert not any(trace in said for trace in ("192.0.2.", "2001:db8", "eth0", "vmsandbox-"))
+
+
 # ---------------------------------------------------------------- they are not to be had
 
 
@@ -275,21 +285,50 @@ def test_a_parent_goes_with_its_keeper_and_gc_removes_what_is_left(forking: Cli,
     assert goes_on(forking, "before")
 
 
-def test_a_keeper_that_is_killed_early_leaves_a_machine_that_gc_ends(forking: Cli, box: str) -> None:
+def coming(cli: Cli) -> psutil.Process:
+    """The machine that becomes a parent."""
+
+    def found() -> list[psutil.Process]:
+        names = [f"guest=vmsandbox-{path.name}," for path in parents.directories(cli.run_root)]
+        machines = [each for each in cli.processes() if each.name().startswith("qemu")]
+        return [each for each in machines if any(name in title(each) for name in names)]
+
+    (machine,) = awaited(found)
+    return machine
+
+
+def makers(cli: Cli) -> list[psutil.Process]:
+    return [each for each in cli.processes() if title(each).startswith("vmsandbox rehearsal ")]
+
+
+def test_a_keeper_that_is_killed_early_leaves_no_machine(forking: Cli, box: str) -> None:
     forking.ok("run", "--rm", box, "true")
-
-    def coming() -> list[psutil.Process]:
-        names = [f"guest=vmsandbox-{path.name}," for path in parents.directories(forking.run_root)]
-        found = [each for each in forking.processes() if each.name().startswith("qemu")]
-        return [each for each in found if any(name in " ".join(each.cmdline()) for name in names)]
-
-    (machine,) = awaited(coming)
+    machine = coming(forking)
     keeper_of(forking).kill()
+    wait_until_gone(machine.pid)
+    awaited(lambda: not makers(forking))
     (directory,) = parents.directories(forking.run_root)
     os.utime(directory, (1, 1))
     forking.ok("gc")
-    wait_until_gone(machine.pid)
     assert no_parent(forking)
+
+
+def test_who_makes_a_parent_and_is_killed_leaves_nothing(forking: Cli, box: str) -> None:
+    forking.ok("run", "--rm", box, "true")
+    machine, keeper = coming(forking), keeper_of(forking)
+    (maker,) = makers(forking)
+    maker.kill()
+    wait_until_gone(machine.pid)
+    wait_until_gone(keeper.pid)
+    assert no_parent(forking)
+    assert up(forking, box, "after") == "template"
+
+
+def test_a_keeper_keeps_nothing_of_what_making_a_parent_takes(forking: Cli, box: str) -> None:
+    machine, keeper = parent_of(forking, box), keeper_of(forking)
+    assert makers(forking) == []
+    assert machine.ppid() == keeper.pid
+    assert keeper.num_threads() == 1
 
 
 def test_a_keeper_clears_what_a_killed_one_has_left(forking: Cli, box: str) -> None:

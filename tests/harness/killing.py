@@ -53,6 +53,7 @@ TITLES = {
     "machine": "qemu-system",
     "virtiofsd": "virtiofsd",
     "keeper": "vmsandbox parent",
+    "maker": "vmsandbox rehearsal",
     "parent": "qemu-system",
 }
 #: what 125 stands for: the operation did not come about
@@ -60,7 +61,7 @@ FAILED = 125
 #: whose death takes the machine along: the agent is process 1 in it, and files that are shared are gone
 LOST = frozenset({"machine", "agent", "virtiofsd"})
 #: whose death nobody is to notice
-UNNOTICED = frozenset({"supervisor", "template", "nursery", "keeper", "parent"})
+UNNOTICED = frozenset({"supervisor", "template", "nursery", "keeper", "maker", "parent"})
 #: waits for a line, and then has the guest's kernel do what it does when process 1 dies
 CRASH = "echo ready; read line; echo c > /proc/sysrq-trigger"
 #: how a container ends that no machine's end took away, by the operation that ends it

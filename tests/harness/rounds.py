@@ -53,7 +53,7 @@ OPERATIONS = {
         1.5, (*INSIDE, "keeper", "parent"), prepared="container", parent="private", may_share=True
     ),
     "pod create as a fork": Operation(1.0, FORKING, parent="explicit"),
-    "run while a parent is made": Operation(6.0, (*FORKING, "nursery"), parent="coming", may_share=True),
+    "run while a parent is made": Operation(6.0, (*FORKING, "nursery", "maker"), parent="coming", may_share=True),
 }
 
 

@@ -68,7 +68,7 @@ class _Kept:
 
 
 def allow(pid: int) -> None:
-    """Prepare a child of this process for being forked: it ends with us, and its memory comes along.
+    """Prepare a child of this process for being forked: its memory comes along.
 
     QEMU asks the kernel to leave the guest's memory out of forks, of which it knows helpers only.
     """
@@ -77,12 +77,20 @@ def allow(pid: int) -> None:
         for range_ in list(holdings.mappings(pid)):  # before any of them changes
             if range_.left_out and not range_.shared_inode:
                 main.call(_MADVISE, range_.start, range_.length, _MADV_DOFORK)
-        main.call(_PRCTL, _PR_SET_PDEATHSIG, signal.SIGKILL)
         # The kernel buries its children at once: it would never do so itself.
         action = struct.pack("QQQQ", 1, 0, 0, 0)
         scratch = main.below_stack(len(action))
         main.write(scratch, action)
         main.call(_RT_SIGACTION, signal.SIGCHLD, scratch, 0, 8)
+    finally:
+        main.let_go()
+
+
+def bind(pid: int) -> None:
+    """Have a child of this thread, be it born as one or adopted, be killed when that ends."""
+    main = Thread.held(pid, pid, trap_of(pid))
+    try:
+        main.call(_PRCTL, _PR_SET_PDEATHSIG, signal.SIGKILL)
     finally:
         main.let_go()
 

@@ -20,7 +20,7 @@ from vmsandbox_hypervisor.aio import background, finish
 from vmsandbox_hypervisor.api import AccelChoice, Parent, SharedMemory
 from vmsandbox_hypervisor.children import described
 from vmsandbox_hypervisor.errors import BootError, DeviceError, ExitedError, ForkError, HypervisorError, MonitorError
-from vmsandbox_hypervisor.forking.fork import allow
+from vmsandbox_hypervisor.forking.fork import allow, bind
 from vmsandbox_hypervisor.qemu import migration, monitor
 from vmsandbox_hypervisor.qemu.argv import MONITOR_SOCKET, descriptors, port_socket
 from vmsandbox_hypervisor.qemu.hotplug import Devices
@@ -292,7 +292,7 @@ class QemuVm:
         status: int | None = await asyncio.shield(self._end)
         return status
 
-    async def stand(self) -> Parent:
+    async def stand(self, *, bound: bool = True) -> Parent:
         if self.accel.accel != "tcg":
             raise ForkError("a machine that the host's kernel runs cannot be forked")
         memory = descriptors(self.config).get("memory")
@@ -304,6 +304,8 @@ class QemuVm:
             )
         try:
             allow(self.pid)
+            if bound:
+                bind(self.pid)
         except OSError as error:
             raise ForkError(f"cannot have '{self.config.name}' forked: {error.strerror}") from error
         await self.pause()

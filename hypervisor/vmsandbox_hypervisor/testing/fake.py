@@ -320,7 +320,7 @@ class FakeVm:
         self._status = "postmigrate"
         os.write(fd, b"the state of a fake")
 
-    async def stand(self) -> Parent:
+    async def stand(self, *, bound: bool = True) -> Parent:
         self._did("stand")
         if self.accel.accel != "tcg":
             raise ForkError("a machine that the host's kernel runs cannot be forked")

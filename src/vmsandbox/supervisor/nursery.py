@@ -65,6 +65,7 @@ PRELOADED = (
     "vmsandbox.oci.compose",
     "vmsandbox.supervisor.control",
     "vmsandbox.supervisor.bringup",
+    "vmsandbox.supervisor.keeping",
     "vmsandbox.supervisor.service",
     "vmsandbox.guest.attachment",
     "vmsandbox.resources.network.rtnl",

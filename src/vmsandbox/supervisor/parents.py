@@ -3,7 +3,7 @@
 Most of a clone's start is the emulator translating the guest's code, which each machine does anew.  A parent has that
 behind it, once for all: it is a clone of a template that has run a container and was stopped then, and a pod's machine
 is a fork of its process, which shares with it what neither changes, translated code above all.  A process of its own
-keeps it (`keeping`), for as long as pods come.
+keeps it (`keeping`) for as long as pods come, after another has made it (`standing`).
 
     <parents>/<id>/offer.json   what a pod has to know of it
     <parents>/<id>/lock         is held by its keeper

@@ -15,9 +15,10 @@ import pytest
 
 from tests.harness.victims import comes_true, ended, victim
 from vmsandbox_hypervisor.api import Confinement, Parent
-from vmsandbox_hypervisor.children import Child, _told_status
+from vmsandbox_hypervisor.children import Child, _told_status, adopt_orphans
 from vmsandbox_hypervisor.errors import ForkError
-from vmsandbox_hypervisor.forking.tracing import Thread, trap_of
+from vmsandbox_hypervisor.forking.fork import bind
+from vmsandbox_hypervisor.forking.tracing import Thread, is_alive, trap_of
 from vmsandbox_hypervisor.qemu.forked import alone
 
 if TYPE_CHECKING:
@@ -474,6 +475,37 @@ async def test_its_exit_status_is_known_although_it_is_nobody_s_child(
             assert await child.wait() == status
         finally:
             os.close(pidfd)
+
+
+def test_who_adopts_a_process_may_have_it_end_with_him() -> None:
+    reading, writing = os.pipe()
+    adopter = os.fork()
+    if adopter == 0:
+        try:
+            adopt_orphans()
+            parent = os.fork()
+            if parent == 0:
+                for _ in range(2):
+                    pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+                    os.write(writing, b"%d " % pid)
+                os._exit(0)
+            os.waitpid(parent, 0)
+            bind(int(os.read(reading, 64).split()[0]))
+            os.write(writing, Path(f"/proc/self/task/{os.getpid()}/children").read_bytes())
+        finally:
+            os._exit(0)
+    os.waitpid(adopter, 0)
+    bound, other = (int(pid) for pid in os.read(reading, 64).split())
+    for fd in (reading, writing):
+        os.close(fd)
+    pidfd = os.pidfd_open(other)
+    try:
+        assert comes_true(lambda: not is_alive(bound, bound))
+        assert is_alive(other, other)
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert ended(pidfd)
+        os.close(pidfd)
 
 
 def test_a_fork_that_ends_leaves_no_zombie(parent: Victim) -> None:
