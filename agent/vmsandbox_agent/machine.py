@@ -21,7 +21,8 @@ from vmsandbox_agent.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROTOCOL_VERSION = 1
+#: 2: an identity may be rehearsed
+PROTOCOL_VERSION = 2
 #: how often memory is looked at while it shrinks or grows without a uevent, in seconds
 _MEMORY_STEP = 0.02
 #: what stays free while memory is cleared: the kernel begins to kill below some 2 MiB

@@ -100,6 +100,13 @@ class Network:
             _tell_driver(driver / "unbind", name)
             self._away.add(name)
 
+    def start_again(self) -> None:
+        """Have the cards be as the kernel found them: no interface keeps anything that it was given."""
+        self._put_away()
+        for name in sorted(self._away):
+            _tell_driver(self._sys / _DRIVER / "bind", name)
+        self._away.clear()
+
     def _take_out(self, pci_path: str) -> None:
         """Have the driver take back what is at a place."""
         directory = devices.pci_directory(pci_path, self._sys)

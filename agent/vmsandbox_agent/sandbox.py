@@ -89,7 +89,7 @@ class Sandbox:
     # ------------------------------------------------------------ identity
 
     def create(self, request: pb.CreateSandboxRequest) -> None:
-        """Give the guest its identity.  Raises AlreadyExistsError the second time."""
+        """Give the guest its identity, or rehearse that.  Raises AlreadyExistsError once it has one."""
         with self._lock:
             if self._creating:
                 raise AlreadyExistsError("the sandbox was created before")
@@ -97,9 +97,14 @@ class Sandbox:
         try:
             self._renew(request)
             self.storages.add(request.storages)
+            if request.rehearsal and self._network is not None:
+                self._network.start_again()
         except BaseException:
             self._creating = False
             raise
+        if request.rehearsal:
+            self._creating = False
+            return
         self._shares_pids = request.shared_pid_namespace
         self.identified = True
 
@@ -113,10 +118,11 @@ class Sandbox:
             if len(request.machine_id) != 32 or not set(request.machine_id) <= set("0123456789abcdef"):
                 raise InvalidArgumentError(f"machine id '{request.machine_id[:40]}' is not 32 lower-case hex digits")
             put(etc / "machine-id", request.machine_id + "\n")
-        if request.hostname:
-            self._calls.set_hostname(request.hostname)
-            put(etc / "hostname", request.hostname + "\n")
-            own = f"127.0.1.1\t{request.hostname}\n"
+        hostname = os.uname().nodename if request.rehearsal else request.hostname
+        if hostname:
+            self._calls.set_hostname(hostname)
+            put(etc / "hostname", hostname + "\n")
+            own = f"127.0.1.1\t{hostname}\n"
             put(etc / "hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + own)
         if request.hosts:
             self.write_etc("hosts", request.hosts)

@@ -105,6 +105,7 @@ class CreateSandboxRequest(_message.Message):
     ROUTES_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
+    REHEARSAL_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     hostname: _builtins.str
     shm_bytes: _builtins.int
@@ -119,6 +120,10 @@ class CreateSandboxRequest(_message.Message):
     """32 lower-case hex digits for /etc/machine-id; empty leaves it."""
     hosts: _builtins.bytes
     """Content of /etc/hosts; empty: loopback and the hostname."""
+    rehearsal: _builtins.bool
+    """Only goes through it, with the hostname that the guest has: its network is as before then, and what is written
+    into files is written again when it is given its identity.
+    """
     @_builtins.property
     def dns(self) -> Global___Dns: ...
     @_builtins.property
@@ -155,10 +160,11 @@ class CreateSandboxRequest(_message.Message):
         routes: _abc.Iterable[Global___Route] | None = ...,
         neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
         hosts: _builtins.bytes = ...,
+        rehearsal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns", "entropy", b"entropy", "files", b"files", "hostname", b"hostname", "hosts", b"hosts", "interfaces", b"interfaces", "machine_id", b"machine_id", "neighbours", b"neighbours", "routes", b"routes", "sandbox_id", b"sandbox_id", "shared_pid_namespace", b"shared_pid_namespace", "shm_bytes", b"shm_bytes", "storages", b"storages", "sysctls", b"sysctls", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns", "entropy", b"entropy", "files", b"files", "hostname", b"hostname", "hosts", b"hosts", "interfaces", b"interfaces", "machine_id", b"machine_id", "neighbours", b"neighbours", "rehearsal", b"rehearsal", "routes", b"routes", "sandbox_id", b"sandbox_id", "shared_pid_namespace", b"shared_pid_namespace", "shm_bytes", b"shm_bytes", "storages", b"storages", "sysctls", b"sysctls", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -155,7 +155,7 @@ class SandboxServicer:
 
     def CreateSandbox(self, request, context):
         """Gives the guest its identity; exactly once, before any container.  On a clone of a template this is also
-        where entropy and clock are renewed, before anything else runs.
+        where entropy and clock are renewed, before anything else runs.  Before that it may be rehearsed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

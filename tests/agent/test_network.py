@@ -154,6 +154,13 @@ def test_a_pod_with_an_interface_keeps_its_card(guest: Netns, tmp_path: Path, dr
     assert ((driver / "unbind").read_text(), (driver / "bind").read_text()) == ("", "")
 
 
+def test_a_card_that_starts_again_is_found_anew_whatever_it_was(guest: Netns, tmp_path: Path, driver: Path) -> None:
+    network = Network(sys=tmp_path)
+    guest.within(lambda: network.configure([eth0(pci_path="01.0/00.0")], [], []))
+    guest.within(network.start_again)
+    assert ((driver / "unbind").read_text(), (driver / "bind").read_text()) == ("virtio3", "virtio3")
+
+
 def test_a_card_that_its_driver_keeps_is_an_error(guest: Netns, tmp_path: Path, driver: Path) -> None:
     (driver / "unbind").unlink()
     (driver / "unbind").mkdir()

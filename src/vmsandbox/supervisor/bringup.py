@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from vmsandbox.config.model import Settings
     from vmsandbox.supervisor import spares
     from vmsandbox_hypervisor.api import Vm
     from vmsandbox_protocol import agent_pb2 as pb
@@ -288,11 +289,10 @@ async def swept(around: Surroundings, spec: SandboxSpec, document: dict[str, Any
         log.warning("%s", complaint)
 
 
-async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
-    """Wait for the agent and give the guest its identity, with a clock that is not older than the call."""
+def identity_of(spec: SandboxSpec, settings: Settings) -> pb.CreateSandboxRequest:
+    """Who a guest is, but for its network and the time."""
     from vmsandbox_protocol import agent_pb2 as pb
 
-    spec = sandbox.spec
     request = pb.CreateSandboxRequest(
         sandbox_id=spec.id,
         hostname=spec.hostname,
@@ -302,7 +302,13 @@ async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
         shared_pid_namespace="pid" in spec.share,
     )
     if "ipc" in spec.share:
-        request.shm_bytes = spec.shm_bytes or sandbox.around.settings.container.shm_size_mib << 20
+        request.shm_bytes = spec.shm_bytes or settings.container.shm_size_mib << 20
+    return request
+
+
+async def _introduce(sandbox: Sandbox, *, timeout: float) -> pb.GuestDetails:
+    """Wait for the agent and give the guest its identity, with a clock that is not older than the call."""
+    request = identity_of(sandbox.spec, sandbox.around.settings)
     if not sandbox.network.is_plugged_into(sandbox.vm):
         plugging = sandbox.network.plug(sandbox.vm)
         if sandbox.vm.config.restore is None:

@@ -10,12 +10,15 @@ import asyncio
 import logging
 import os
 import resource
+import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import SandboxError, UnavailableError
-from vmsandbox.supervisor import bringup, cards, slots, template, warming
+from vmsandbox.guest import replies
+from vmsandbox.oci.mounts import POD_FILES
+from vmsandbox.supervisor import bringup, cards, clock, slots, template, warming
 from vmsandbox.supervisor.aio import told_to_end
 from vmsandbox.supervisor.answering import first_answer
 from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Demand, SandboxSpec, Surroundings, memory_of
@@ -28,14 +31,19 @@ from vmsandbox_hypervisor.qemu.template import release_zeros
 if TYPE_CHECKING:
     import socket
 
+    from vmsandbox.guest.client import AgentClient
     from vmsandbox.paths import Roots, SandboxPaths
     from vmsandbox.supervisor.parents import Wish
-    from vmsandbox_hypervisor.api import Parent, Vm
+    from vmsandbox_hypervisor.api import Parent, Vm, VmConfig
 
 log = logging.getLogger(__name__)
 
 #: how much it leaves the processors to others, for the parent too
 NICENESS = 5
+#: the agent's protocol that has them first
+_REHEARSES_IDENTITIES = 2
+#: of nobody's: they are for examples (RFC 5737, RFC 3849)
+_ADDRESSES = (("192.0.2.2", 24), ("2001:db8::2", 64))
 #: after the second a third finds next to nothing left to translate
 REHEARSALS = 2
 
@@ -123,12 +131,16 @@ async def _stopped(around: Surroundings, vm: Vm) -> Parent:
     """Have a machine go through what pods do, and stop it where nothing is left of that."""
     config = vm.config
     async with bringup.agent_of(vm, config.directory) as agent:
-        await first_answer(vm, agent.details(timeout=config.boot_timeout))
+        details = await first_answer(vm, agent.details(timeout=config.boot_timeout))
+        rehearses = details.protocol_version >= _REHEARSES_IDENTITIES
+        files = POD_FILES if rehearses else None  # which come with an identity
         async with asyncio.timeout(warming.TIMEOUT):
             for _ in range(REHEARSALS):
-                await warming.rehearse(around, vm, agent)
+                if rehearses:
+                    await _rehearse_identity(around, config, agent)
+                await warming.rehearse(around, vm, agent, files=files)
             if slots.has(config):
-                await warming.warm(around, agent, slots.address(config, slots.IMAGE), None)
+                await warming.warm(around, agent, slots.address(config, slots.IMAGE), None, files=files)
             if isinstance(config.memory.backing, SharedMemory):
                 await warming.clear(agent)
     if slots.has(config):
@@ -141,3 +153,30 @@ async def _stopped(around: Surroundings, vm: Vm) -> Parent:
     if isinstance(backing, SharedMemory) and backing.fd is not None:
         await asyncio.to_thread(release_zeros, backing.fd)
     return parent
+
+
+async def _rehearse_identity(around: Surroundings, config: VmConfig, agent: AgentClient) -> None:
+    """Have a guest go through becoming somebody in a network, and somebody without; it is nobody then as before."""
+    from vmsandbox_protocol import agent_pb2 as pb
+
+    for networked in (True, False) if cards.has(config) else (False,):
+        request = bringup.identity_of(SandboxSpec(id=config.name), around.settings)
+        request.rehearsal = True
+        request.hosts = b"127.0.0.1\tlocalhost\n"
+        if networked:
+            addresses = [pb.IpAddress(address=each, prefix=prefix, no_prefix_route=True) for each, prefix in _ADDRESSES]
+            request.interfaces.add(
+                name="eth0",
+                mac="02:00:00:00:00:02",
+                mtu=1500,
+                pci_path=cards.address(config),
+                up=True,
+                addresses=addresses,
+                sysctls={"ipv6/addr_gen_mode": "1"},
+            )
+            request.routes.add(destination="192.0.2.0/24", interface="eth0", scope="link", source="192.0.2.2")
+            request.routes.add(gateway="192.0.2.1", interface="eth0")
+            request.dns.servers.append("192.0.2.1")
+        request.time_ns = time.time_ns()
+        details = await agent.create_sandbox(request, timeout=RPC_TIMEOUT)
+        await clock.settle(agent, clock.after_setting(replies.moment(details.time_ns), lead=0))

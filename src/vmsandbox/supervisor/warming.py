@@ -23,6 +23,8 @@ from vmsandbox_hypervisor.errors import DeviceError
 from vmsandbox_protocol import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmsandbox.guest.attachment import Attachment
     from vmsandbox.guest.client import AgentClient
     from vmsandbox.supervisor.sandbox import Surroundings
@@ -43,8 +45,11 @@ async def clear(agent: AgentClient, *, caches: bool = False) -> None:
         await agent.clear_memory(caches=caches)
 
 
-async def rehearse(around: Surroundings, vm: Vm, agent: AgentClient) -> None:
-    """Run a container on disks that are plugged in for it, and share a directory; then nothing of it is plugged."""
+async def rehearse(around: Surroundings, vm: Vm, agent: AgentClient, *, files: Mapping[str, str] | None = None) -> None:
+    """Run a container on disks that are plugged in for it, and share a directory; then nothing of it is plugged.
+
+    `files` is as for `warm`.
+    """
     with tempfile.TemporaryDirectory(prefix="warm-", dir=vm.config.directory) as scratch_dir:
         disk = Path(scratch_dir, "layer.img")
         await asyncio.to_thread(scratch.create, disk, DISK_MIB, around.roots.data / "cache")
@@ -53,16 +58,24 @@ async def rehearse(around: Surroundings, vm: Vm, agent: AgentClient) -> None:
             stack.push_async_callback(vm.detach_disk, "warm-image")
             writable = await vm.attach_disk(Disk(id="warm-scratch", path=disk))
             stack.push_async_callback(vm.detach_disk, "warm-scratch")
-            await warm(around, agent, image.pci_path, writable.pci_path)
+            await warm(around, agent, image.pci_path, writable.pci_path, files=files)
             if isinstance(vm.config.memory.backing, SharedMemory):
                 await warm_share(vm, agent, Path(scratch_dir, "share"))
 
 
-async def warm(around: Surroundings, agent: AgentClient, image: str, writable: str | None) -> None:
+async def warm(
+    around: Surroundings,
+    agent: AgentClient,
+    image: str,
+    writable: str | None,
+    *,
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Run one container the way pods run theirs, and another process in it.
 
     `image` and `writable` are addresses of disks nothing else uses.  Without `writable` the container's layer is in
-    memory.
+    memory.  `files` are the guest's that the container has, by path in it: none has been written before a guest has
+    had an identity.
     """
     container_id = "warm"
     rootfs = f"{ROOTFS}/{container_id}"
@@ -72,7 +85,7 @@ async def warm(around: Surroundings, agent: AgentClient, image: str, writable: s
         chosen,
         rootfs=rootfs,
         container_id=container_id,
-        pod_files={},
+        pod_files=files or {},
         cache=around.roots.run / "cache",
     )
     request = pb.CreateContainerRequest(

@@ -95,6 +95,38 @@ def test_an_identity_is_given_once(sandbox: Sandbox) -> None:
         sandbox.create(pb.CreateSandboxRequest(hostname="other"))
 
 
+class Card:
+    """A network that notes what is done to it."""
+
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+
+    def configure(self, interfaces: object, routes: object, neighbours: object) -> None:
+        self.journal.append("configure")
+
+    def start_again(self) -> None:
+        self.journal.append("start again")
+
+
+def test_an_identity_that_is_rehearsed_is_nobody_s(sandbox: Sandbox, calls: Recorder) -> None:
+    sandbox._network = card = Card()  # type: ignore[assignment]
+    for _ in range(2):
+        sandbox.create(
+            pb.CreateSandboxRequest(rehearsal=True, hostname="other", machine_id="0" * 32, entropy=b"e" * 32)
+        )
+        assert not sandbox.identified
+        assert calls.hostname == os.uname().nodename
+    assert card.journal == ["configure", "start again"] * 2
+    sandbox.create(pb.CreateSandboxRequest(hostname="pod", machine_id="1" * 32, entropy=b"f" * 32))
+    assert sandbox.identified
+    assert (calls.hostname, calls.entropy) == ("pod", b"e" * 64 + b"f" * 32)
+    etc = sandbox.layout.etc
+    assert [(etc / name).read_text() for name in ("hostname", "machine-id")] == ["pod\n", "1" * 32 + "\n"]
+    assert card.journal[4:] == ["configure"]
+    with pytest.raises(AlreadyExistsError):
+        sandbox.create(pb.CreateSandboxRequest(rehearsal=True))
+
+
 @pytest.mark.parametrize(
     "request_",
     [
