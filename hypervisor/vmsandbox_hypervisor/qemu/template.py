@@ -23,6 +23,8 @@ import ctypes
 import fcntl
 import mmap
 import os
+import re
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,11 @@ MIB = 1024 * 1024
 #: bytes that are looked at together: smaller ones would find little more, and make files of many pieces
 ZERO_BLOCK = 64 * 1024
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
+#: begin, end, offset and inode of a mapping, in /proc/PID/maps
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) ")
+#: of a page, in /proc/PID/pagemap
+_ENTRY = struct.Struct("=Q")
+_PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +175,46 @@ def _copy_without_zeros(source: int, target: int, size: int) -> None:
 
 def release_zeros(fd: int) -> None:
     """Give back what a machine's memory takes for zeros, while the machine stands still."""
-    libc = ctypes.CDLL(None, use_errno=True)
     for block in _zeros(fd, os.fstat(fd).st_size):
-        place, length = ctypes.c_int64(block), ctypes.c_int64(ZERO_BLOCK)
-        if libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, place, length) < 0:
-            raise OSError(ctypes.get_errno(), "cannot give back memory")
+        _release(fd, block, ZERO_BLOCK)
+
+
+def release_replaced(fd: int, pid: int) -> None:
+    """Give back what a memory file has of pages that a machine of its own, alone to map it, has written to; seal it.
+
+    The machine, and what is forked from it, has copies of them.
+    """
+    for start, end in _replaced(pid, os.fstat(fd).st_ino):
+        _release(fd, start, end - start)
+    _sealed(fd)
+
+
+def _release(fd: int, start: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(start), ctypes.c_int64(length)) < 0:
+        raise OSError(ctypes.get_errno(), "cannot give back memory")
+
+
+def _replaced(pid: int, inode: int) -> Iterator[tuple[int, int]]:
+    """Where a process has pages of its own in its mapping of a file: begin and end of each piece, in the file."""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb") as pagemap:
+        for line in maps:
+            match = _MAPPING.match(line)
+            if match is None or int(match[4]) != inode:
+                continue
+            begin, end, offset = (int(digits, 16) for digits in match.group(1, 2, 3))
+            pagemap.seek(begin // mmap.PAGESIZE * _ENTRY.size)
+            entries = pagemap.read((end - begin) // mmap.PAGESIZE * _ENTRY.size)
+            piece = None
+            for number, (entry,) in enumerate(_ENTRY.iter_unpack(entries)):
+                own = bool(entry & (_PRESENT | _SWAPPED)) and not entry & _OF_FILE
+                if own and piece is None:
+                    piece = number
+                elif not own and piece is not None:
+                    yield offset + piece * mmap.PAGESIZE, offset + number * mmap.PAGESIZE
+                    piece = None
+            if piece is not None:
+                yield offset + piece * mmap.PAGESIZE, offset + end - begin
 
 
 def _zeros(source: int, size: int) -> Iterator[int]:

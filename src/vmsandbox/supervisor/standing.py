@@ -25,8 +25,8 @@ from vmsandbox.supervisor.sandbox import RPC_TIMEOUT, Demand, SandboxSpec, Surro
 from vmsandbox.supervisor.translation import translating
 from vmsandbox.title import set_title
 from vmsandbox_hypervisor.aio import readable
-from vmsandbox_hypervisor.api import Disk, SharedMemory
-from vmsandbox_hypervisor.qemu.template import release_zeros
+from vmsandbox_hypervisor.api import Disk, PrivateMemory, SharedMemory
+from vmsandbox_hypervisor.qemu.template import copied_memory, release_replaced, release_zeros
 
 if TYPE_CHECKING:
     import socket
@@ -120,6 +120,11 @@ async def _made(around: Surroundings, wanted: Wish) -> Parent:
             assert clone.restore is not None
             clone = await asyncio.to_thread(slots.for_clone, clone, spec, clone.restore.with_name(template.LAYER))
         clone = await stack.enter_async_context(cards.idle(clone))
+        if isinstance(clone.memory.backing, PrivateMemory):
+            # Other clones need all of it.
+            own = await asyncio.to_thread(copied_memory, clone.memory.backing.fd)
+            stack.callback(os.close, own)
+            clone = replace(clone, memory=replace(clone.memory, backing=PrivateMemory(fd=own)))
         with translating():
             async with around.hypervisor.running(clone) as vm:
                 parent = await _stopped(around, vm)
@@ -150,7 +155,9 @@ async def _stopped(around: Surroundings, vm: Vm) -> Parent:
         await vm.set_memory(memory_of(around.settings.sandbox, [Demand()]), timeout=RPC_TIMEOUT)
     parent = await vm.stand(bound=False)
     backing = config.memory.backing
-    if isinstance(backing, SharedMemory) and backing.fd is not None:
+    if isinstance(backing, PrivateMemory):
+        await asyncio.to_thread(release_replaced, backing.fd, parent.pid)
+    elif backing.fd is not None:
         await asyncio.to_thread(release_zeros, backing.fd)
     return parent
 
