@@ -39,10 +39,14 @@ class SharedMemory:
 
     `fd` is a memfd that holds the memory (a template's copy); without it QEMU makes a fresh one.  It may still be being
     filled while QEMU starts: the template's state is restored when `filled` is done.
+
+    A fork has its `common` pieces, begin and end of each in bytes, from its parent, page by page until it writes to
+    them.  Nobody else may look for them in its memory: they must be what devices outside of QEMU never use.
     """
 
     fd: int | None = None
     filled: Awaitable[None] | None = field(default=None, compare=False)
+    common: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,19 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _AT_ONCE = 64 * 1024 * 1024
 
 
-def copy(source: int, target: int) -> None:
-    """Make one file as another is, holes included; neither descriptor's position matters or changes in the source."""
+def copy(source: int, target: int, *, without: Sequence[tuple[int, int]] = ()) -> None:
+    """Make one file as another is, holes included; neither descriptor's position matters or changes in the source.
+
+    The pieces `without` which it is copied, in order, become holes too.
+    """
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
-    for start, end in extents(source, size):
+    for start, end in _less(extents(source, size), without):
         os.lseek(target, start, os.SEEK_SET)
         position = start
         while position < end:
@@ -24,6 +27,17 @@ def copy(source: int, target: int) -> None:
             if copied == 0:
                 raise OSError(errno.EIO, "memory that is copied ended early")
             position += copied
+
+
+def _less(pieces: Iterator[tuple[int, int]], without: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, end in pieces:
+        for begin, stop in without:
+            if start < begin < end:
+                yield start, begin
+            if begin < end and stop > start:
+                start = max(start, stop)
+        if start < end:
+            yield start, end
 
 
 def extents(source: int, size: int) -> Iterator[tuple[int, int]]:

@@ -24,6 +24,7 @@ from tests.harness.cli import Cli, awaited, kill, title, wait_until_gone
 from tests.harness.nurseries import end_nursery
 from tests.harness.spares import end_all as end_spares
 from tests.harness.spares import offers as spares
+from vmsandbox_hypervisor.kernel import constant_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -246,6 +247,26 @@ def test_parents_of_two_run_roots_do_not_know_each_other(forking: Cli, box: str)
         assert forking.ok("gc") == ""
         assert beside.is_running()
     assert up(forking, box, "here") == "fork"
+
+
+def test_forks_that_share_directories_have_their_kernel_in_common(forking: Cli, box: str, tmp_path: Path) -> None:
+    parent_of(forking, box, "shareable")
+    volume = ("-v", f"{tmp_path}:/data")
+    assert up(forking, box, "one", *volume) == "fork"
+    (tmp_path / "told").write_text("the host's\n")
+    assert forking.ok("exec", "one", "cat", "/data/told") == "the host's\n"
+    machine = forking.inspect("one")["pod"]["vm"]["pid"]
+    kernel = Path(forking.inspect("one")["pod"]["vm"]["config"]["kernel"]["path"])
+    (begin, _), *_ = pieces = constant_pieces(kernel)
+    maps = [line.split() for line in Path(f"/proc/{machine}/maps").read_text().splitlines() if "guest memory" in line]
+    private = [each for each in maps if each[1] == "rw-p"]
+    assert [int(each[2], 16) for each in private] == [start for start, _ in pieces]
+    (file,) = {each[4] for each in maps if each[1] == "rw-s"}
+    assert file not in {each[4] for each in private}
+    holder = next(fd for fd in Path(f"/proc/{machine}/fd").iterdir() if fd.stat().st_ino == int(file))
+    with holder.open("rb") as memory:
+        assert memory.seek(begin) == begin
+        assert os.lseek(memory.fileno(), begin, os.SEEK_DATA) >= pieces[0][1]
 
 
 def test_a_fork_is_nobody_whom_its_parent_has_rehearsed(forking: Cli, box: str) -> None:

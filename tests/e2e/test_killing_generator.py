@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.harness.killing import Ground
 
 #: a stretch in which everybody is killed, some several times
-ROUNDS = range(184, 207)
+ROUNDS = range(226, 249)
 LONG_ROUNDS = range(1300)
 #: moments of an operation at which each victim is killed in the long run
 MOMENTS = 3

@@ -224,6 +224,7 @@ class Victim:
         words: Mapping[bytes, bytes] | None = None,
         settle: Callable[[int], None] = lambda _pid: None,
         start_time: int | None = None,
+        common: Mapping[int, Sequence[tuple[int, int]]] | None = None,
     ) -> Iterator[Victim]:
         """A fork of it for the block."""
         ours, theirs = socket.socketpair()
@@ -236,6 +237,7 @@ class Victim:
                     identity=identity,
                     words=words or {},
                     settle=settle,
+                    common=common or {},
                 )
             end = os.pidfd_open(pid)
             try:

@@ -16,11 +16,13 @@ set_tid_address(2) has said.
 from __future__ import annotations
 
 import array
+import fcntl
 import mmap
 import os
 import signal
 import socket
 import struct
+import types
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,13 +35,13 @@ from vmsandbox_hypervisor.forking.descriptors import descriptor_of
 from vmsandbox_hypervisor.forking.tracing import Thread, end, is_alive, threads_of, trap_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from vmsandbox_hypervisor.api import Confinement
 
 _CLOSE, _MMAP, _MUNMAP, _RT_SIGACTION, _MADVISE, _RECVMSG, _SOCKETPAIR = 3, 9, 11, 13, 28, 47, 53
 _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _SIGALTSTACK = 112, 116, 117, 119, 126, 131
-_PRCTL, _SET_TID_ADDRESS = 157, 218
+_FCNTL, _PRCTL, _SET_TID_ADDRESS = 72, 157, 218
 _SET_ROBUST_LIST, _GET_ROBUST_LIST, _DUP3, _RSEQ = 273, 274, 292, 334
 _CLONE_THREAD = 0x00000100 | 0x00000200 | 0x00000400 | 0x00000800 | 0x00010000 | 0x00040000 | 0x00080000
 _MADV_DOFORK = 11
@@ -103,12 +105,15 @@ def fork(
     identity: Confinement | None,
     words: Mapping[bytes, bytes],
     settle: Callable[[int], None],
+    common: Mapping[int, Sequence[tuple[int, int]]] = types.MappingProxyType({}),
 ) -> int:
     """Fork a process that `allow` was called for; the pid of the child, which runs.
 
     `replaced` maps numbers of descriptors there to our descriptors, `words` parts of the command line to others of the
-    same length.  `settle` is called with the child's pid while it has one thread and does nothing.  Raises `ForkError`
-    or `OSError` when that cannot be done; then there is no child.  Synchronous, and to be called from one thread.
+    same length.  `settle` is called with the child's pid while it has one thread and does nothing.  Of a memfd that is
+    mapped shared the child has its own, but for the pieces that both have in `common`, by its number: these are the
+    parent's until the child writes to them.  Raises `ForkError` or `OSError` when that cannot be done; then there is no
+    child.  Synchronous, and to be called from one thread.
     """
     with ExitStack() as stack:
         threads = _held(pid, stack)
@@ -122,7 +127,7 @@ def fork(
         child = threads[0].born(signal.SIGCHLD)
         try:
             settle(child.pid)
-            _renew(child, given, mapped)
+            _renew(child, given, mapped, common)
             if identity is not None:
                 _identify(child, identity)
             others = [_again(child, one) for one in kept[1:]]
@@ -209,9 +214,16 @@ def _noted(thread: Thread) -> _Kept:
     return _Kept(thread, name, tid_address, robust, thread.restartable_sequence(), signal_stack)
 
 
-def _renew(child: Thread, given: Mapping[int, int], mapped: Iterable[tuple[holdings.Range, int]]) -> None:
+def _renew(
+    child: Thread,
+    given: Mapping[int, int],
+    mapped: Iterable[tuple[holdings.Range, int]],
+    common: Mapping[int, Sequence[tuple[int, int]]],
+) -> None:
     """Give the child descriptors and memory of its own."""
     child.call(_SETSID)
+    old = {number: child.call(_FCNTL, number, fcntl.F_DUPFD_CLOEXEC, 0) for number in common}
+    inodes = {os.stat(f"/proc/{child.pid}/fd/{number}").st_ino: number for number in common}
     place = child.call(_MMAP, 0, _SCRATCH, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     ours, near, theirs = _connected(child, place)
     with ours:
@@ -228,6 +240,14 @@ def _renew(child: Thread, given: Mapping[int, int], mapped: Iterable[tuple[holdi
     for range_, number in mapped:
         flags = mmap.MAP_SHARED | _MAP_FIXED
         child.call(_MMAP, range_.start, range_.length, range_.rights, flags, number, range_.offset)
+        source = inodes.get(range_.shared_inode, -1)
+        for first, last in common.get(source, ()):
+            begin, stop = max(first, range_.offset), min(last, range_.offset + range_.length)
+            if begin < stop:
+                target, flags = range_.start + begin - range_.offset, mmap.MAP_PRIVATE | _MAP_FIXED
+                child.call(_MMAP, target, stop - begin, range_.rights, flags, old[source], begin)
+    for number in old.values():
+        child.call(_CLOSE, number)
 
 
 def _connected(child: Thread, place: int) -> tuple[socket.socket, int, int]:

@@ -72,6 +72,8 @@ def forked(
             replaced[numbers[role]] = fd
         if kind == "nic":
             _equip(fd, parent.pid, numbers[role])
+    backing = config.memory.backing
+    common = {} if isinstance(backing, PrivateMemory) else {numbers["memory"]: backing.common}
     names = {guest_option(parent.name).encode(): guest_option(config.name).encode()}
     return fork(
         parent.pid,
@@ -80,6 +82,7 @@ def forked(
         identity=config.confinement,
         words=names,
         settle=settle,
+        common={number: pieces for number, pieces in common.items() if pieces},
     )
 
 

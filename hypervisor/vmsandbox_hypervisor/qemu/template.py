@@ -33,7 +33,7 @@ from vmsandbox_hypervisor.api import SharedMemory
 from vmsandbox_hypervisor.errors import HypervisorError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from vmsandbox_hypervisor.api import Vm
@@ -95,9 +95,12 @@ def copied_memory(fd: int) -> int:
     return _memfd_from(fd)
 
 
-def fill_memory(target: int, source: int) -> None:
-    """Copy a template's memory into an empty one, which QEMU may have mapped already (`SharedMemory.filled`)."""
-    sparse.copy(source, target)
+def fill_memory(target: int, source: int, common: Sequence[tuple[int, int]] = ()) -> None:
+    """Copy a template's memory into an empty one, which QEMU may have mapped already (`SharedMemory.filled`).
+
+    A fork's is a copy of its parent's but for what they have in `common`.
+    """
+    sparse.copy(source, target, without=common)
 
 
 async def save_template(vm: Vm, directory: Path) -> Template:

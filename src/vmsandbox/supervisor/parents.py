@@ -29,6 +29,7 @@ from vmsandbox.errors import SandboxError
 from vmsandbox.paths import SHORT_ID, SandboxPaths
 from vmsandbox.supervisor import template
 from vmsandbox_hypervisor.api import Parent, PrivateMemory
+from vmsandbox_hypervisor.kernel import constant_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,7 +116,8 @@ def _offered(around: Around, paths: SandboxPaths) -> Parent | None:
 def _own_memory(config: VmConfig, parent: Parent) -> Iterator[SharedMemory]:
     source = os.open(parent.memory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with template.copied(source, size_mib=config.memory.size_mib) as memory:
+        common = constant_pieces(config.kernel.path)
+        with template.copied(source, size_mib=config.memory.size_mib, common=common) as memory:
             yield memory
     finally:
         os.close(source)

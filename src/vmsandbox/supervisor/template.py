@@ -47,7 +47,7 @@ from vmsandbox_hypervisor.qemu.template import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from vmsandbox.supervisor.sandbox import Surroundings
     from vmsandbox_hypervisor.api import Hypervisor, Vm, VmConfig
@@ -163,13 +163,17 @@ def _own_memory(directory: Path, template: Template) -> Iterator[SharedMemory]:
 
 
 @contextmanager
-def copied(source: int, *, size_mib: int) -> Iterator[SharedMemory]:
-    """A machine's memory, copied into another's own for the block while QEMU starts."""
+def copied(source: int, *, size_mib: int, common: Sequence[tuple[int, int]] = ()) -> Iterator[SharedMemory]:
+    """A machine's memory, copied into another's own for the block while QEMU starts.
+
+    A fork has pieces in `common` with what it is of.
+    """
     with ExitStack() as stack:
         own = empty_memory(size_mib)
         stack.callback(os.close, own)
         copier = stack.enter_context(ThreadPoolExecutor(1, "memory"))
-        yield SharedMemory(fd=own, filled=asyncio.wrap_future(copier.submit(fill_memory, own, source)))
+        filled = asyncio.wrap_future(copier.submit(fill_memory, own, source, common))
+        yield SharedMemory(fd=own, filled=filled, common=tuple(common))
 
 
 @contextmanager

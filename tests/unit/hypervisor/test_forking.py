@@ -245,6 +245,31 @@ def test_memory_that_is_mapped_shared_is_replaced_wherever_it_is_mapped(own: Vic
         os.close(copy)
 
 
+def test_pieces_of_shared_memory_may_stay_in_common_until_they_are_written_to(own: Victim) -> None:
+    page = mmap.PAGESIZE
+    own.ask(f"[memory.__setitem__(slice(n * {page}, n * {page} + 5), b'page%d' % n) for n in range(8)]")
+    copy = os.memfd_create("copy")
+    try:
+        os.ftruncate(copy, 8 * page)
+        number = own.number_of("memory_fd")
+        # The second half is mapped twice; the pieces are in one mapping, in both, and beyond them.
+        pieces = ((page, 2 * page), (3 * page, 5 * page), (7 * page, 9 * page))
+        with own.forked(replaced={number: copy}, common={number: pieces}) as fork:
+            seen = fork.ask(f"[memory[n * {page} : n * {page} + 5].decode() for n in range(8)]")
+            nothing = "\0" * 5
+            assert seen == [nothing, "page1", nothing, "page3", "page4", nothing, nothing, "page7"]
+            twice = fork.ask(f"[second_half[n * {page} : n * {page} + 5].decode() for n in (0, 3)]")
+            assert twice == ["page4", "page7"]
+            fork.ask(f"memory.__setitem__(slice({page}, {page} + 5), b'forks')")
+            assert own.ask(f"memory[{page} : {page} + 5].decode()") == "page1"
+            assert fork.ask(f"memory[{page} : {page} + 5].decode()") == "forks"
+            # Neither in its file nor with a descriptor of its parent's.
+            assert os.pread(copy, 5, page) == bytes(5)
+            assert fork.ask("os.listdir('/proc/self/fd')") == own.ask("os.listdir('/proc/self/fd')")
+    finally:
+        os.close(copy)
+
+
 def test_shared_memory_that_nobody_has_given_is_copied(own: Victim) -> None:
     with own.forked() as fork:
         fork.ask("memory.__setitem__(slice(5), b'forks')")

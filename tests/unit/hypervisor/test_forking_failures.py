@@ -316,11 +316,12 @@ def test_both_die_with_who_forks_them() -> None:
 STARTING = """
 import sys, time
 from tests.harness.victims import Victim, started
-from vmsandbox_hypervisor.forking.fork import allow
+from vmsandbox_hypervisor.forking.fork import allow, bind
 import socket
 process = started(int(sys.argv[1]))
 sys.stdin.readline()
 allow(process.pid)
+bind(process.pid)
 print(process.pid, flush=True)
 time.sleep(1000)
 """
