@@ -184,14 +184,17 @@ def _serve(listener: socket.socket, run_root: str, standins: Standins, origin: O
     watch.add(run_root, MOVED_FROM | DELETED | MOVED_ITSELF)
     waiting.register(watch.fd, select.POLLIN)
     #: somebody came, so that machines may have to be made ready for whoever comes next
-    due = True
+    due, last = True, time.monotonic()
     wishes = _Wishes(waiting)
     while os.path.exists(path):
-        events = dict(waiting.poll((QUIET if due else LINGER) * 1000))
+        # Of clients that are refused another one may serve the next: they do not make this one stay.
+        left = last + (QUIET if due else LINGER) - time.monotonic()
+        events = dict(waiting.poll(max(0.0, left) * 1000))
         if wishes.ended(events):
             continue
         if watch.fd in events:
-            due |= any("." not in name for name in watch.gone())
+            if any("." not in name for name in watch.gone()):
+                due, last = True, time.monotonic()
         elif _have_changed(loaded):
             break
         elif listener.fileno() in events:
@@ -201,12 +204,15 @@ def _serve(listener: socket.socket, run_root: str, standins: Standins, origin: O
                     client = _attend(connection, standins, here, group)
                 except (OSError, ValueError, KeyError, TypeError, wire.WireError):
                     continue
+            if client is None:
+                continue
+            last = time.monotonic()
             if isinstance(client, Wish):
                 wishes.add(client)
-            elif client is not None and not Start.of(client.arguments).spare:
+            elif isinstance(client, Origin) and not Start.of(client.arguments).spare:
                 # One that fails to become ready is tried again with the next client, and not for ever.
                 origin = client
-            due |= client is not None
+            due |= isinstance(client, Origin | Wish)
             if wishes.waited():
                 wishes.grant(run_root)
         elif due:
@@ -307,8 +313,11 @@ def _keep(run_root: str, wish: Wish) -> None:
     os._exit(0 if keep(run_root, wish) else 1)
 
 
-def _attend(connection: socket.socket, standins: Standins, here: object, group: str) -> Origin | Wish | None:
-    """Fork one client's supervisor or stand-in, or refuse; without a word the client knows that nothing was done."""
+def _attend(connection: socket.socket, standins: Standins, here: object, group: str) -> Origin | Wish | bool | None:
+    """Fork one client's supervisor or stand-in, or refuse; without a word the client knows that nothing was done.
+
+    Answers None for a refusal, and for what nobody makes anything ready for that it was served.
+    """
     connection.settimeout(PATIENCE)
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid != os.geteuid() or surroundings.of(pid, grouped=False) != here:
@@ -333,7 +342,7 @@ def _attend(connection: socket.socket, standins: Standins, here: object, group: 
 
             standin = _forked(become_standin)
             connection.sendall(wire.encode_message({"pid": standin}))
-            return None
+            return True
         if len(descriptors) != 2:
             return None
 
@@ -351,7 +360,7 @@ def _attend(connection: socket.socket, standins: Standins, here: object, group: 
         for fd in descriptors:
             os.close(fd)
     connection.sendall(wire.encode_message({"pid": child}))
-    return None if engine else Origin(request["arguments"], request["environment"])
+    return True if engine else Origin(request["arguments"], request["environment"])
 
 
 def _have_environment(wanted: Mapping[str, str]) -> None:
