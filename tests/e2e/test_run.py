@@ -192,7 +192,8 @@ def carried_within_bounds(cli: Cli, name: str) -> None:
     ):
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         assert int(status["VmHWM"].split()[0]) >> 10 < most, (status["Name"], status["VmHWM"])
-    cli.ok("exec", name, "touch", "/seen")
+    # The container may end, and take this along, before its own end is told.
+    assert cli("exec", name, "touch", "/seen").code in (0, 137)
 
 
 def test_200_mb_come_out_complete_and_in_order(cli: Cli, box: str) -> None:
