@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox import wire
-from vmsandbox.errors import NotFoundError, SandboxError, UnavailableError
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError, UnavailableError
 from vmsandbox.supervisor.process import Exit
 from vmsandbox_protocol import agent_pb2 as pb
 
@@ -200,7 +200,8 @@ class Link:
         while True:
             number = await self.signals.get()
             if agent is not None and self.process.exit is None:
-                with suppress(NotFoundError):  # it has just ended
+                # It has ended, which is told behind its output: a break here would only have this said again.
+                with suppress(NotFoundError, InvalidStateError):
                     await agent.signal(self.process.container_id, self.process.exec_id, number)
             self._send({"signalled": number})
 

@@ -7,7 +7,10 @@ import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
+
 from vmsandbox import wire
+from vmsandbox.errors import InvalidStateError, NotFoundError, SandboxError
 from vmsandbox.supervisor.process import Process
 from vmsandbox.supervisor.streams import Link
 from vmsandbox_protocol import agent_pb2 as pb
@@ -24,6 +27,8 @@ class Agent:
     def __init__(self) -> None:
         self.may_attach = asyncio.Event()
         self.told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+        #: what is said to a signal, if not that it was taken
+        self.refusal: SandboxError | None = None
 
     @asynccontextmanager
     async def attach(self, *_: object, **__: object) -> AsyncIterator[Agent]:
@@ -34,7 +39,8 @@ class Agent:
         await asyncio.Event().wait()
 
     async def signal(self, *_: object) -> None:
-        pass
+        if self.refusal is not None:
+            raise self.refusal
 
     async def ack(self, stream: int, offset: int) -> None:
         await self.told.put(("ack", stream, offset))
@@ -58,6 +64,27 @@ async def test_what_is_said_of_output_before_there_is_an_attachment_reaches_it()
     agent.may_attach.set()
     told = {await agent.told.get() for _ in range(2)}
     assert told == {("ack", pb.STREAM_STDOUT, 7), ("close", pb.STREAM_STDERR)}
+    standin.close()
+    await serving
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "error", [NotFoundError("gone"), InvalidStateError("process", state="stopped", wanted="signal")]
+)
+async def test_a_signal_for_what_has_ended_is_taken_and_breaks_nothing(error: SandboxError) -> None:
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    standin_reader, standin = await asyncio.open_unix_connection(sock=theirs)
+    agent = Agent()
+    agent.refusal = error
+    link = Link(Process("c0ffee", "", terminal=False, standin=None), reader, writer, {}, ended=lambda *_: None)
+    serving = asyncio.create_task(link.serve(cast("AgentClient", agent)))
+    standin.write(wire.encode_message({"signal": 9}))
+    frame = await wire.read(standin_reader)
+    assert frame is not None
+    assert frame.message() == {"signalled": 9}
+    assert not serving.done()
     standin.close()
     await serving
     writer.close()
