@@ -38,9 +38,12 @@ def constant_pieces(vmlinux: Path) -> tuple[tuple[int, int], ...]:
         if machine != _MACHINE or segment_size != _SEGMENT.size or section_size != _SECTION.size:
             return ()
         file.seek(segments_at)
-        loaded = [*_SEGMENT.iter_unpack(file.read(segments * segment_size))]
+        first = file.read(segments * segment_size)
         file.seek(sections_at)
-        described = [*_SECTION.iter_unpack(file.read(sections * section_size))]
+        second = file.read(sections * section_size)
+    if (len(first), len(second)) != (segments * segment_size, sections * section_size):
+        return ()
+    loaded, described = [*_SEGMENT.iter_unpack(first)], [*_SECTION.iter_unpack(second)]
     found: list[tuple[int, int]] = []
     for kind, flags, address, place, length in loaded:
         if kind != _LOAD or flags & _WRITABLE:

@@ -73,7 +73,7 @@ def forked(
         if kind == "nic":
             _equip(fd, parent.pid, numbers[role])
     backing = config.memory.backing
-    common = {} if isinstance(backing, PrivateMemory) else {numbers["memory"]: backing.common}
+    pieces = () if isinstance(backing, PrivateMemory) else backing.common
     names = {guest_option(parent.name).encode(): guest_option(config.name).encode()}
     return fork(
         parent.pid,
@@ -82,7 +82,7 @@ def forked(
         identity=config.confinement,
         words=names,
         settle=settle,
-        common={number: pieces for number, pieces in common.items() if pieces},
+        common={numbers["memory"]: pieces} if pieces else {},
     )
 
 

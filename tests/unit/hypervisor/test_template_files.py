@@ -137,7 +137,9 @@ def test_a_kernel_s_constant_pieces_are_code_and_tables_in_whole_pages(tmp_path:
     assert constant_pieces(kernel) == ((physical, physical + 0x3000), (physical + 0x12000, physical + 0x14000))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"MZ".ljust(4096, b"\0"), elf([], [])])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x7fELF", b"MZ".ljust(4096, b"\0"), elf([], []), elf([], [(1, 2, 0, 1)])[:-8]]
+)
 def test_what_is_no_such_kernel_has_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "kernel").write_bytes(content)
     assert constant_pieces(tmp_path / "kernel") == ()
